@@ -1,0 +1,261 @@
+"""Image sources: `digits`, `folder:PATH`, `cifar100[:PATH]`, `imagenet-r:PATH`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .errors import InputError, choose
+from .images import EXTENSIONS, Preprocessing, UnreadableImage
+
+VAL_SHARE = 0.2
+"share of images held out, by a hash of the file name, when a folder has no train/ and val/ of its own"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels in memory, ready for a backbone."""
+
+    pixels: np.ndarray
+    "uint8 (N, S, S, 3)"
+    labels: np.ndarray
+    "int64 (N,)"
+    skipped: tuple[str, ...]
+    "one line for each image that could not be read"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (paths, or uint8 arrays of one shape) with their labels."""
+
+    items: Sequence[Path] | np.ndarray
+    "paths, or uint8 (N, H, W, 3)"
+    labels: np.ndarray
+    "int64 (N,), indices into Dataset.classes"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> Split:
+        """The images at `index` (int64 (K,)), in that order."""
+        items = self.items[index] if isinstance(self.items, np.ndarray) else [self.items[i] for i in index]
+        return Split(items, self.labels[index])
+
+    def of_classes(self, classes: Sequence[int]) -> Split:
+        """The images of some classes, in their order here."""
+        return self.take(np.flatnonzero(np.isin(self.labels, np.asarray(classes))))
+
+    def limited(self, per_class: int, seed: int) -> Split:
+        """At most `per_class` images of each class, drawn by `seed`, in their order here."""
+        rng = np.random.default_rng([seed, 0x11317])
+        keep = [rng.permutation(np.flatnonzero(self.labels == c))[:per_class] for c in np.unique(self.labels)]
+        return self.take(np.sort(np.concatenate(keep)))
+
+    def decode(self, preprocessing: Preprocessing) -> Decoded:
+        """Read every image; an unreadable one is named and left out.
+
+        Raises: InputError when a class loses all of its images.
+        """
+
+        def one(item: Path | np.ndarray) -> np.ndarray | str:
+            try:
+                if isinstance(item, np.ndarray):
+                    return preprocessing.pixels(Image.fromarray(item))
+                return preprocessing.read(item)
+            except UnreadableImage as error:
+                return " ".join(str(error).split())
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(one, self.items, chunksize=64))
+        good = [i for i, r in enumerate(results) if not isinstance(r, str)]
+        skipped = tuple(r for r in results if isinstance(r, str))
+        lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))
+        if lost:
+            raise InputError(
+                f"no readable image is left of {len(lost)} class(es), first: class {lost[0]}",
+                got=skipped[0],
+                expected="at least one readable image a class",
+                fix="replace the files or remove the class folder",
+            )
+        size = preprocessing.size
+        pixels = np.stack([r for r in results if not isinstance(r, str)]) if good else np.zeros((0, size, size, 3))
+        return Decoded(pixels.astype(np.uint8, copy=False), self.labels[good], skipped)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named source with a training and a validation split over the same classes."""
+
+    source: str
+    classes: tuple[str, ...]
+    train: Split
+    val: Split
+
+
+def load_dataset(source: str) -> Dataset:
+    """Open a source by its name. Raises: InputError for anything that is not there or not complete."""
+    kind, _, path = source.partition(":")
+    loaders = {"digits": _digits, "folder": _folder, "cifar100": _cifar100, "imagenet-r": _imagenet_r}
+    loader = loaders[choose("data source", kind, loaders)]
+    if not path and kind in ("folder", "imagenet-r"):
+        raise InputError(f"{source}: the path is missing", expected=f"{kind}:PATH")
+    return loader(source, Path(path).expanduser() if path else None)
+
+
+def _held_out(names: Sequence[str]) -> np.ndarray:
+    """bool (N,): about VAL_SHARE of the names, by hash, so that adding images moves no other one; never none, never all."""
+    rank = np.array([int.from_bytes(hashlib.sha256(n.encode()).digest()[:6], "big") for n in names], dtype=np.float64)
+    rank /= float(1 << 48)
+    held = rank < VAL_SHARE
+    if len(names) > 1:
+        held[np.argmin(rank)] = True
+        held[np.argmax(rank)] = False
+    return held
+
+
+def _digits(source: str, path: Path | None) -> Dataset:
+    from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
+
+    bunch = load_digits()
+    grey = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)
+    images = np.repeat(grey[..., None], 3, axis=3)
+    labels = np.asarray(bunch.target, dtype=np.int64)
+    held = _held_out([str(i) for i in range(len(labels))])
+    return Dataset(
+        source, tuple(str(d) for d in range(10)), Split(images[~held], labels[~held]), Split(images[held], labels[held])
+    )
+
+
+def _class_folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+
+
+def _read_split(root: Path, classes: Sequence[str]) -> Split:
+    items: list[Path] = []
+    labels: list[int] = []
+    empty: list[str] = []
+    for index, name in enumerate(classes):
+        files = _image_files(root / name)
+        if not files:
+            empty.append(name)
+        items += files
+        labels += [index] * len(files)
+    if empty:
+        raise InputError(
+            f"{root}: {len(empty)} class folder(s) without an image",
+            got=", ".join(empty[:5]) + (" ..." if len(empty) > 5 else ""),
+            expected=f"at least one of {', '.join(sorted(EXTENSIONS))} in each",
+            fix="add images or remove the folder",
+        )
+    return Split(items, np.asarray(labels, dtype=np.int64))
+
+
+def _folder(source: str, path: Path | None) -> Dataset:
+    assert path is not None
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder", expected="PATH/train/<class>/* and PATH/val/<class>/*")
+    if not (path / "train").is_dir() and not (path / "val").is_dir():
+        return _unsplit(source, path)
+    for part in ("train", "val"):
+        if not (path / part).is_dir():
+            raise InputError(
+                f"{path}: no folder {part}/",
+                got=", ".join(sorted(p.name for p in path.iterdir())[:8]),
+                expected="PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/* to have a fifth held out",
+            )
+    names = {part: [p.name for p in _class_folders(path / part)] for part in ("train", "val")}
+    for one, other in (("train", "val"), ("val", "train")):
+        missing = sorted(set(names[one]) - set(names[other]))
+        if missing:
+            raise InputError(
+                f"{path}: {len(missing)} class(es) of {one}/ are missing in {other}/",
+                got=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+                expected="the same class folders in both",
+                fix=f"add {other}/{missing[0]} with at least one image, or remove {one}/{missing[0]}",
+            )
+    if not names["train"]:
+        raise InputError(f"{path}/train: no class folder", expected="one folder for each class")
+    classes = names["train"]
+    return Dataset(source, tuple(classes), _read_split(path / "train", classes), _read_split(path / "val", classes))
+
+
+def _unsplit(source: str, path: Path) -> Dataset:
+    """PATH/<class>/*: a fifth of each class is held out for validation."""
+    classes = [p.name for p in _class_folders(path)]
+    if not classes:
+        raise InputError(
+            f"{path}: no class folder",
+            got=f"{len(list(path.iterdir()))} entries, none a folder",
+            expected="PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/*",
+        )
+    everything = _read_split(path, classes)
+    assert not isinstance(everything.items, np.ndarray)
+    held = np.zeros(len(everything), dtype=bool)
+    for c, name in enumerate(classes):
+        index = np.flatnonzero(everything.labels == c)
+        if len(index) < 2:
+            raise InputError(
+                f"{path}/{name}: one image only", expected="at least two: one to learn, one to hold out", fix="add images"
+            )
+        held[index] = _held_out([str(everything.items[i].relative_to(path)) for i in index])
+    return Dataset(
+        source, tuple(classes), everything.take(np.flatnonzero(~held)), everything.take(np.flatnonzero(held))
+    )
+
+
+def _imagenet_r(source: str, path: Path | None) -> Dataset:
+    assert path is not None
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: ImageNet-R is not there",
+            expected="the unpacked imagenet-r.tar (200 folders n0...)",
+            fix="download it from its authors' page (github.com/hendrycks/imagenet-r) and name its folder",
+        )
+    return _folder(source, path)
+
+
+def _cifar100(source: str, path: Path | None) -> Dataset:
+    path = path or Path.home() / ".cache" / "cdl-edge" / "cifar-100-binary"
+    for folder in (path, path / "cifar-100-binary"):
+        if (folder / "train.bin").is_file() and (folder / "test.bin").is_file():
+            return _cifar100_binary(source, folder)
+    if (path / "train").is_dir():
+        return _folder(source, path)
+    raise InputError(
+        f"{path}: CIFAR-100 is not there",
+        expected="train.bin, test.bin and fine_label_names.txt (the binary version), or train/<class>/ and val/<class>/",
+        fix="download cifar-100-binary.tar.gz from cs.toronto.edu/~kriz/cifar.html and unpack it there "
+        "(the Python version is pickled, and pickles are not read)",
+    )
+
+
+def _cifar100_binary(source: str, folder: Path) -> Dataset:
+    """Records of <coarse byte><fine byte><3072 pixel bytes, planes R G B of 32 x 32>."""
+
+    def read(name: str) -> Split:
+        raw = np.fromfile(folder / name, dtype=np.uint8)
+        if raw.size == 0 or raw.size % 3074:
+            raise InputError(
+                f"{folder / name}: truncated",
+                got=f"{raw.size} bytes",
+                expected="a multiple of 3074",
+                fix="download it again",
+            )
+        records = raw.reshape(-1, 3074)
+        images = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Split(np.ascontiguousarray(images), records[:, 1].astype(np.int64))
+
+    names_file = folder / "fine_label_names.txt"
+    names = names_file.read_text().split() if names_file.is_file() else [f"class{i:02d}" for i in range(100)]
+    return Dataset(source, tuple(names), read("train.bin"), read("test.bin"))

@@ -1,0 +1,33 @@
+"""The one exception that means "the input is wrong", shared by every room."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Bad input: the command line prints the message without a trace and exits with 2.
+
+    The message says what was got, what was expected and what to do.
+    """
+
+    def __init__(self, message: str, *, got: object = None, expected: object = None, fix: str | None = None) -> None:
+        parts = [message]
+        if got is not None:
+            parts.append(f"  got:      {got}")
+        if expected is not None:
+            parts.append(f"  expected: {expected}")
+        if fix is not None:
+            parts.append(f"  do:       {fix}")
+        super().__init__("\n".join(parts))
+
+
+def choose(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Return `name` if it is one of `choices`; otherwise raise InputError with the list and the closest match."""
+    names = sorted(choices)
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=1)
+    fix = f"did you mean {close[0]!r}?" if close else None
+    raise InputError(f"unknown {kind}", got=repr(name), expected="one of " + ", ".join(names), fix=fix)

@@ -1,0 +1,1 @@
+"""From images to a trained teacher and student. Needs torch and timm; imports no other room."""

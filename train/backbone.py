@@ -1,0 +1,243 @@
+"""The frozen Vision Transformer: any timm ViT by its full tag, a safetensors file, or the pair shipped here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import HybridEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..errors import InputError, choose
+from ..files import atomic_file, sha256
+from ..images import Preprocessing
+
+BUILTIN = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("teacher", "student")}
+StemSpec = tuple[tuple[int, int, int, int], ...]
+"one (channels out, kernel, stride, padding) for each convolution of a convolutional stem"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a ViT of our own files; a timm tag carries its own."""
+
+    img_size: int
+    "side of the input, pixels"
+    patch_size: int
+    "side of a patch, pixels; with a stem, the stem's whole stride"
+    embed_dim: int
+    "width of a token"
+    depth: int
+    "transformer blocks"
+    num_heads: int
+    "attention heads"
+    num_classes: int
+    "classes of the pre-training head, kept in the file so that its accuracy can be measured again"
+    stem: StemSpec = ()
+    """Convolutions in front of the blocks in place of the patch embedding ("Early convolutions help transformers see
+    better", arXiv 2106.14881). Empty: a plain patch embedding."""
+
+    def build(self, batch_norm: bool = False) -> VisionTransformer:
+        """A randomly initialised timm model. `batch_norm` is for pre-training only: saved files have it folded."""
+        embed: dict[str, Any] = {}
+        if self.stem:
+            embed["embed_layer"] = partial(HybridEmbed, backbone=conv_stem(self.stem, batch_norm))
+        return VisionTransformer(
+            img_size=self.img_size,
+            patch_size=1 if self.stem else self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            num_classes=self.num_classes,
+            **embed,
+        )
+
+
+def conv_stem(spec: StemSpec, batch_norm: bool) -> nn.Sequential:
+    """Convolution, (BatchNorm,) ReLU for each entry. (B, 3, S, S) -> (B, channels, S / stride, S / stride)."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out, kernel, stride, padding in spec:
+        layers.append(nn.Conv2d(channels, out, kernel, stride, padding, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(out))
+        layers.append(nn.ReLU())
+        channels = out
+    return nn.Sequential(*layers)
+
+
+def fold_batch_norm(stem: nn.Sequential) -> nn.Sequential:
+    """The same function without BatchNorm: its scale and shift moved into the convolutions."""
+    layers: list[nn.Module] = []
+    for layer in stem:
+        if isinstance(layer, nn.BatchNorm2d):
+            conv = layers.pop()
+            assert isinstance(conv, nn.Conv2d)
+            layers.append(nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), layer.eval()))
+        else:
+            layers.append(layer)
+    return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen ViT with what belongs to it."""
+
+    source: str
+    "as the user named it"
+    identity: str
+    "full timm tag, or sha256 of the weight file: what a run was trained on"
+    model: VisionTransformer
+    "in eval mode, no parameter wants a gradient"
+    preprocessing: Preprocessing
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return int(self.model.embed_dim)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.model.blocks)
+
+
+def load_backbone(source: str) -> Backbone:
+    """Load `builtin:teacher|student`, `file:PATH.safetensors`, a full timm tag, or `random:NAME` (untrained, for benchmarks).
+
+    Raises: InputError for an unknown name, an unreachable hub, a file without our metadata, or a ViT with parts that
+    prompts and export do not support.
+    """
+    kind, _, rest = source.partition(":")
+    if kind == "builtin":
+        path = BUILTIN[choose("builtin backbone", rest, BUILTIN)]
+        model, preprocessing = load_file(path)
+        identity = "sha256:" + sha256(path)
+    elif kind == "file":
+        path = Path(rest).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path}: no such file", expected="file:PATH.safetensors made by `cdl-edge pretrain`")
+        model, preprocessing = load_file(path)
+        identity = "sha256:" + sha256(path)
+    else:
+        model, preprocessing = _load_timm(rest if kind == "random" else source, pretrained=kind != "random")
+        identity = source
+    _check_supported(source, model)
+    model.eval().requires_grad_(False)
+    return Backbone(source, identity, model, preprocessing)
+
+
+def _load_timm(tag: str, pretrained: bool) -> tuple[VisionTransformer, Preprocessing]:
+    name = tag.split(".")[0]
+    choose("timm model", name, timm.list_models("*vit*") + timm.list_models("deit*"))
+    if pretrained and "." not in tag:
+        tags = timm.list_pretrained(f"{name}.*")
+        raise InputError(
+            f"{tag}: the tag is missing, and timm's default changes between releases",
+            expected="a full tag: " + (", ".join(tags) or "none is published"),
+        )
+    if pretrained:
+        choose("timm tag", tag, timm.list_pretrained(f"{name}.*"))
+    try:
+        model = timm.create_model(tag, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        # Hub failures arrive as OSError subclasses (connection, HTTP) or RuntimeError (no source): one line for all.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{tag}: the weights could not be fetched",
+            got=reason,
+            fix="check the network, or use file:PATH.safetensors or builtin:student",
+        ) from error
+    config = timm.data.resolve_model_data_config(model)
+    size = int(config["input_size"][-1])
+    crop = float(config["crop_pct"])
+    return model, Preprocessing(
+        size, int(size / crop), config["interpolation"], tuple(config["mean"]), tuple(config["std"])
+    )
+
+
+def _check_supported(source: str, model: nn.Module) -> None:
+    """Prompts are inserted block by block and the graph is written by hand: refuse what either would get wrong."""
+    found = None
+    if not isinstance(model, VisionTransformer):
+        found = type(model).__name__
+    elif model.cls_token is None or model.num_prefix_tokens != 1:
+        found = "a ViT without exactly one class token"
+    elif not isinstance(model.norm_pre, nn.Identity):
+        found = "a ViT with a norm before its blocks"
+    elif model.no_embed_class or model.pos_embed is None:
+        found = "a ViT whose class token has no position"
+    elif not isinstance(model.norm, nn.LayerNorm):
+        found = "a ViT that normalises after pooling"
+    elif not isinstance(getattr(model.blocks[0].attn, "q_norm", None), nn.Identity):
+        found = "a ViT with normalised queries"
+    elif not isinstance(getattr(model.blocks[0].mlp, "act", None), nn.GELU):
+        found = "a ViT whose MLP is not fc1-GELU-fc2"
+    if found:
+        raise InputError(
+            f"{source}: this backbone is not supported",
+            got=found,
+            expected="a plain timm ViT (vit_tiny/small/base/large_patch*, deit_*)",
+        )
+
+
+def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
+    """Read a safetensors file with timm key names and our metadata (all values strings). Raises: InputError."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a safetensors file", got=str(error)) from error
+    sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    missing = [k for k in (*sizes, "mean", "std") if k not in metadata]
+    if missing:
+        raise InputError(
+            f"{path}: metadata is missing",
+            got=", ".join(missing),
+            expected="a file made by `cdl-edge pretrain`",
+            fix="add the sizes to the file's metadata as strings",
+        )
+    stem = tuple(tuple(int(v) for v in layer) for layer in json.loads(metadata.get("stem", "[]")))
+    architecture = Architecture(**{k: int(metadata[k]) for k in sizes}, stem=stem)  # type: ignore[arg-type]
+    model = architecture.build()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the tensors do not fit the metadata", got=str(error).splitlines()[1].strip()) from error
+    mean, std = (tuple(float(v) for v in metadata[k].split(",")) for k in ("mean", "std"))
+    size = architecture.img_size
+    resize = int(metadata.get("resize", size))
+    return model, Preprocessing(size, resize, metadata.get("interpolation", "bicubic"), mean, std)  # type: ignore[arg-type]
+
+
+def save_backbone(
+    path: Path, architecture: Architecture, model: VisionTransformer, preprocessing: Preprocessing, notes: dict[str, str]
+) -> None:
+    """Write fp16 safetensors with timm key names, BatchNorm folded, sizes and preprocessing in the metadata."""
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("patch_embed.backbone.")}
+    if architecture.stem:
+        stem = fold_batch_norm(model.patch_embed.backbone)
+        state |= {f"patch_embed.backbone.{k}": v for k, v in stem.state_dict().items()}
+    metadata = {
+        "architecture": "vision_transformer",
+        **{k: str(getattr(architecture, k)) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")},
+        "num_classes": str(architecture.num_classes),
+        "stem": json.dumps(architecture.stem),
+        "mean": ",".join(str(v) for v in preprocessing.mean),
+        "std": ",".join(str(v) for v in preprocessing.std),
+        "resize": str(preprocessing.resize),
+        "interpolation": preprocessing.interpolation,
+        **notes,
+    }
+    tensors = {k: v.detach().to(torch.float16).contiguous() for k, v in state.items()}
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
