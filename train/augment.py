@@ -23,7 +23,10 @@ class Normalise:
         self._scale, self._shift = 1 / std, -mean / std
 
     def __call__(self, pixels: np.ndarray | Tensor) -> Tensor:
-        x = torch.as_tensor(pixels).to(self._scale.device).permute(0, 3, 1, 2).float()
+        return self.floats(torch.as_tensor(pixels).to(self._scale.device).permute(0, 3, 1, 2).float())
+
+    def floats(self, x: Tensor) -> Tensor:
+        """float (B, 3, S, S) in 0..255, to the same."""
         return x * self._scale + self._shift
 
 

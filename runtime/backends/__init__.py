@@ -1,0 +1,36 @@
+"""Backends by name; each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...errors import choose
+from ..bundle import Bundle
+from ..runner import Runner
+
+
+def _cpu(bundle: Bundle, graph: str, threads: int | None) -> Runner:
+    from .onnxruntime import OrtRunner
+
+    return OrtRunner(bundle, graph, "cpu", threads)
+
+
+def _cuda(bundle: Bundle, graph: str, threads: int | None) -> Runner:
+    from .onnxruntime import OrtRunner
+
+    return OrtRunner(bundle, graph, "cuda", threads)
+
+
+BACKENDS: dict[str, Callable[[Bundle, str, int | None], Runner]] = {
+    # "auto" is the CPU: it is there on every machine, and a GPU that cannot be used must be an error, not a surprise.
+    "auto": _cpu,
+    "onnxruntime": _cpu,
+    "ort": _cpu,
+    "cpu": _cpu,
+    "cuda": _cuda,
+}
+
+
+def open_runner(bundle: Bundle, backend: str, graph: str = "student", threads: int | None = None) -> Runner:
+    """Load a graph of a checked bundle. Raises: InputError for an unknown backend or one that cannot run here."""
+    return BACKENDS[choose("backend", backend, BACKENDS)](bundle, graph, threads)

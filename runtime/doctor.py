@@ -1,0 +1,185 @@
+"""Is everything there? One line for each thing, with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, usable_cores, version_of
+
+Check = dict[str, Any]
+_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+# Flags that decide how fast a ViT runs on a CPU: 8-bit dot products and matrix units first.
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
+_FREE_BYTES = 500_000_000
+
+
+def doctor() -> dict[str, Any]:
+    """Look at this machine; torch, timm and onnx are looked up, never imported.
+
+    Returns: {"checks": [{"name", "status": "ok" | "warn" | "fail", "detail", "fix": command or None}], "ok": no check
+        failed}. Something optional that is absent is "ok" and still names its command.
+    """
+    checks = [
+        _python(),
+        _package("numpy", "numpy", "1.26"),
+        _package("pillow", "pillow", "10.3"),
+        _onnxruntime(),
+        *(_tool(name, purpose) for name, purpose in _TOOLS.items()),
+        _cuda(),
+        _optional("openvino", "openvino", "Intel CPUs and GPUs", "pip install 'cdl-edge[openvino]'"),
+        _optional("tensorrt", "tensorrt", "NVIDIA engines", _tensorrt_fix()),
+        _cpu(),
+        _threads(),
+        _temp(),
+        check("board", "ok", board() or f"no board name; {platform.machine()}, {platform.platform()}"),
+    ]
+    return {"checks": checks, "ok": all(c["status"] != "fail" for c in checks)}
+
+
+_TOOLS = {
+    "torch": "training and export",
+    "timm": "training and export",
+    "safetensors": "training and export",
+    "onnx": "export and calibration",
+    "scikit-learn": "the data source `digits`",
+}
+
+
+def check(name: str, status: str, detail: str, fix: str | None = None) -> Check:
+    """One line of the report."""
+    return {"name": name, "status": status, "detail": detail, "fix": fix}
+
+
+def _on_jetson() -> bool:
+    return "tegra" in platform.release()
+
+
+def _python() -> Check:
+    good = sys.version_info >= (3, 10)
+    fix = (
+        None if good else "install Python 3.10 or newer, then: python3 -m venv .venv && .venv/bin/pip install cdl-edge"
+    )
+    return check("python", "ok" if good else "fail", f"{platform.python_version()} at {sys.executable}", fix)
+
+
+def _package(name: str, distribution: str, oldest: str) -> Check:
+    version = version_of(distribution)
+    if version is None:
+        return check(name, "fail", "not installed", f"pip install '{distribution}>={oldest}'")
+    if _numbers(version) < _numbers(oldest):
+        return check(name, "warn", f"{version}, {oldest} or newer is tested", f"pip install '{distribution}>={oldest}'")
+    return check(name, "ok", version)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
+
+def _onnxruntime() -> Check:
+    installed = [name for name in _ORT_PACKAGES if version_of(name) is not None]
+    try:
+        import onnxruntime
+    except ImportError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return check(
+            "onnxruntime", "fail", f"cannot be imported: {reason}", "pip install --force-reinstall onnxruntime"
+        )
+    # What is compiled in; whether a provider loads shows only when a session is made.
+    detail = f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
+    if len(installed) > 1:
+        keep = "onnxruntime-gpu" if cuda_driver().devices and "onnxruntime-gpu" in installed else "onnxruntime"
+        return check(
+            "onnxruntime",
+            "warn",
+            f"{detail}; {' and '.join(installed)} overwrite each other's files",
+            f"pip uninstall -y {' '.join(installed)} && pip install {keep}",
+        )
+    return check("onnxruntime", "ok", detail)
+
+
+def _tool(name: str, purpose: str) -> Check:
+    version = version_of(name)
+    if version is not None:
+        return check(name, "ok", version)
+    if _on_jetson():
+        return check(name, "ok", f"not installed; a Jetson needs none ({purpose} happen elsewhere)")
+    return check(name, "warn", f"not installed: no {purpose} on this machine", f"pip install {name}")
+
+
+def _optional(name: str, module: str, purpose: str, fix: str) -> Check:
+    version = version_of(name)
+    if version is None and importlib.util.find_spec(module) is not None:
+        version = "installed outside of pip"
+    if version is not None:
+        return check(name, "ok", version)
+    return check(name, "ok", f"not installed (optional, for {purpose})", fix)
+
+
+def _tensorrt_fix() -> str:
+    return "sudo apt-get install nvidia-jetpack" if _on_jetson() else "pip install 'cdl-edge[tensorrt]'"
+
+
+def _cuda() -> Check:
+    driver = cuda_driver()
+    if not driver.devices:
+        absent = driver.detail.startswith("no NVIDIA driver")
+        fix = "install the NVIDIA driver if there is a GPU: https://www.nvidia.com/drivers"
+        return check("cuda driver", "ok" if absent else "warn", f"{driver.detail}; the CPU is used", fix)
+    if version_of("onnxruntime-gpu") is None:
+        return check(
+            "cuda driver",
+            "warn",
+            f"{driver.detail}, but onnxruntime-gpu is not installed: --backend cuda cannot be used",
+            "pip uninstall -y onnxruntime && pip install 'cdl-edge[gpu]'",
+        )
+    return check("cuda driver", "ok", driver.detail)
+
+
+def _cpu() -> Check:
+    flags = cpu_flags()
+    present = [name for name in _FLAGS if name in flags]
+    detail = f"{cpu_model()}; " + (", ".join(present) if present else "none of the instructions that speed up INT8")
+    slow = platform.machine() in ("x86_64", "AMD64") and bool(flags) and "avx2" not in flags
+    return check("cpu", "warn" if slow else "ok", detail + ("; without AVX2 inference is several times slower" * slow))
+
+
+def _threads() -> Check:
+    usable, total = usable_cores(), os.cpu_count() or 1
+    detail = f"{usable} of {total} core(s) usable"
+    mode = governor()
+    if mode is not None and mode != "performance":
+        fix = "sudo cpupower frequency-set -g performance" if not _on_jetson() else "sudo jetson_clocks"
+        return check("threads", "warn", f"{detail}; frequency governor {mode!r}: latencies will vary", fix)
+    return check("threads", "ok", detail + (f"; frequency governor {mode!r}" if mode else ""))
+
+
+def _temp() -> Check:
+    try:
+        with tempfile.TemporaryFile() as stream:
+            stream.write(b"x")
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return check("disk", "fail", f"no temporary file can be written: {error}", "set TMPDIR to a writable folder")
+    detail = f"{folder} writable, {free / 1e9:.1f} GB free"
+    if free < _FREE_BYTES:
+        return check("disk", "warn", detail, f"free some space on the disk of {folder}, or set TMPDIR")
+    return check("disk", "ok", detail)

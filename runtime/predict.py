@@ -1,0 +1,78 @@
+"""From pictures to labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .runner import Runner
+from .select import selected
+
+CHUNK = 32
+"images in one call of the runner: bounds the memory of a graph with a free batch size"
+
+
+def predict(
+    runner: Runner, sources: Sequence[Path | str | bytes], task: int | None = None, top: int = 1
+) -> dict[str, Any]:
+    """Classify pictures.
+
+    Args:
+        sources: files, or their bytes. All are read before the first is classified.
+        task: index into the manifest's tasks, from 0: only its classes compete. None: all of them do.
+        top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
+
+    Returns: {"predictions": [{"image", "label", "index", "probability", "prompts": {"selected", "weights"}, "top"}]},
+        "index" into the bundle's classes, "probability" the softmax over the classes that compete, "top" only if asked.
+
+    Raises: InputError for no picture, an unreadable one (named), a task that is not there, or top < 1.
+    """
+    bundle = runner.bundle
+    competing = _competing(bundle.tasks, len(bundle.classes), task)
+    if top < 1:
+        raise InputError("top is out of range", got=top, expected="1 or more")
+    if not sources:
+        raise InputError("no image to classify", fix="name at least one image")
+    preprocessing = bundle.preprocessing
+    pixels = np.stack([preprocessing.read(source) for source in sources])
+
+    predictions: list[dict[str, Any]] = []
+    for start in range(0, len(pixels), CHUNK):
+        outputs = runner.run(pixels[start : start + CHUNK])
+        share = probabilities(outputs.logits[:, competing])  # (b, len(competing))
+        order = np.argsort(-share, axis=1, kind="stable")[:, :top]
+        prompts = selected(outputs.prompt_weights, bundle.selection, len(share))
+        for i in range(len(share)):
+            ranked = [
+                {"label": bundle.classes[competing[j]], "index": int(competing[j]), "probability": float(share[i, j])}
+                for j in order[i]
+            ]
+            source = sources[start + i]
+            image = f"image {start + i}" if isinstance(source, bytes) else str(source)
+            prediction = {"image": image, **ranked[0], "prompts": prompts[i]}
+            predictions.append(prediction if top == 1 else {**prediction, "top": ranked})
+    return {"predictions": predictions}
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64 so that a row sums to 1."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def _competing(tasks: Sequence[Sequence[int]], classes: int, task: int | None) -> np.ndarray:
+    """int64 (C',): the classes that may win."""
+    if task is None:
+        return np.arange(classes)
+    if not 0 <= task < len(tasks):
+        raise InputError(
+            "the bundle has no such task",
+            got=f"task {task}",
+            expected=f"0 to {len(tasks) - 1}",
+            fix="tasks count from 0",
+        )
+    return np.asarray(sorted(tasks[task]), dtype=np.int64)

@@ -1,0 +1,94 @@
+"""Everything a training run depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import InputError, choose
+from .distill import DISTILLERS
+from .learners import LEARNERS
+
+QUERIES = ("two-pass", "one-pass")
+PRECISIONS = ("auto", "fp32", "bf16")
+AUGMENTATIONS = ("auto", "none", "crop-flip")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run: a data source, a pair of backbones, a learner, a distiller."""
+
+    data: str
+    "image source: digits | folder:PATH | cifar100[:PATH] | imagenet-r:PATH"
+    out: str
+    "run folder"
+    teacher: str = "builtin:teacher"
+    "backbone of the teacher: full timm tag | file:PATH.safetensors | builtin:teacher"
+    student: str = "builtin:student"
+    "backbone of the student, likewise"
+    learner: str = "coda"
+    "prompt learner, of teacher and student"
+    distill: str = "kdp"
+    "distiller; none trains no teacher"
+    query: str = "two-pass"
+    "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
+    tasks: int = 10
+    "number of tasks the classes are cut into"
+    epochs: int = 20
+    "passes over a task's images, for the teacher and for the student (papers: 20 CIFAR-100, 35 ImageNet-R)"
+    batch_size: int = 64
+    "images a step (papers: 64)"
+    learning_rate: float = 1e-3
+    "Adam's peak, cosine to 0 within each task (papers: 0.001)"
+    seed: int = 0
+    "of class order, initial values, batches and augmentation"
+    limit_per_class: int | None = None
+    "training images a class; None: all"
+    augment: str = "auto"
+    """crop-flip: random resized crop and mirror; none: every image as it is, and what the frozen parts compute is kept;
+    auto: none for digits, crop-flip for photographs"""
+    alpha: float = 0.5
+    "share of the distillation term, and of the KD head at inference (papers: 0.5)"
+    tau: float = 2.0
+    "temperature (papers: 2)"
+    kd_blocks: int = 12
+    "blocks with KD prompts, token included (papers: 12)"
+    kd_length: int = 6
+    "KD rows a block, half keys, half values (papers: 6)"
+    compat: bool = False
+    "the authors' behaviour where it differs: see docs in README, `--compat`"
+    precision: str = "auto"
+    "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
+    devices: str = "auto"
+    "auto: CUDA if there is one, otherwise CPU; or cpu | cuda"
+
+    def __post_init__(self) -> None:
+        choose("learner", self.learner, LEARNERS)
+        choose("distiller", self.distill, DISTILLERS)
+        choose("query", self.query, QUERIES)
+        choose("precision", self.precision, PRECISIONS)
+        choose("augmentation", self.augment, AUGMENTATIONS)
+        choose("device", self.devices, ("auto", "cpu", "cuda"))
+        if self.kd_length % 2 or self.kd_length < 0:
+            raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
+        for name in ("tasks", "epochs", "batch_size", "kd_blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is too small", got=getattr(self, name), expected="at least 1")
+        if self.limit_per_class is not None and self.limit_per_class < 1:
+            raise InputError("--limit-per-class is too small", got=self.limit_per_class, expected="at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> TrainConfig:
+        """The inverse of `to_json`; an unknown key is an InputError with the closest match."""
+        names = [f.name for f in fields(cls)]
+        for key in document:
+            choose("training option", key, names)
+        for required in ("data", "out"):
+            if required not in document:
+                raise InputError("a training option is missing", got="nothing", expected=required)
+        return cls(**document)
+

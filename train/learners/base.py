@@ -1,0 +1,100 @@
+"""What every prompt learner offers to the student's forward pass and to the loop over tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LearnerSpec:
+    """Sizes a learner is built for."""
+
+    width: int
+    "channels of the backbone the prompts go into, D"
+    depth: int
+    "blocks of that backbone"
+    key_width: int
+    "channels of the query, Q: the student's width, also for the teacher (one-pass: the own width)"
+    tasks: int
+    "number of tasks T of the whole scenario"
+    seed: int
+    "of initial values"
+
+
+@dataclass(frozen=True)
+class BlockPrompt:
+    """What one block adds to its attention. Rows are behind the projection: they are keys and values themselves."""
+
+    keys: Tensor | None = None
+    "(B or 1, n, D) rows added to the keys"
+    values: Tensor | None = None
+    "(B or 1, n, D) rows added to the values"
+    cls_key: Tensor | None = None
+    "(D,) added to the class token's key (APT)"
+    cls_value: Tensor | None = None
+    "(D,) added to the class token's value (APT)"
+    loss: Tensor | None = None
+    "scalar: pulls keys to queries; only while training"
+    weights: Tensor | None = None
+    "(B, K) cosine or weight of each learnt entry, for whoever wants to know what was selected"
+
+
+class Learner(nn.Module):
+    """Base of the learners. Counts are buffers: a reloaded learner is the learner that was saved."""
+
+    needs_query: ClassVar[bool] = True
+    "whether blocks() want the query"
+    head: ClassVar[str] = "linear"
+    "key of student.HEADS"
+    selection: ClassVar[dict[str, object]] = {"kind": "none", "k": 0}
+    "how `weights` are to be read: see runtime/select.py"
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("tasks_learnt", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def learnt(self) -> int:
+        """Tasks whose training has begun, 0..T."""
+        return int(self.tasks_learnt)
+
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks whose prompt depends on the query, in order."""
+        return ()
+
+    def begin_task(self, task: int) -> None:
+        """Called before task `task` (0-based) is trained."""
+        self.tasks_learnt.fill_(task + 1)
+
+    def end_task(self, task: int) -> None:
+        """Called after its training; what inference uses from now on."""
+
+    def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
+        """The prompt of one block. query: (B, Q) or None when `needs_query` is false."""
+        raise NotImplementedError
+
+    def generator(self, task: int) -> torch.Generator:
+        """Random numbers of a task's initial values: the same however often the run was stopped."""
+        return torch.Generator().manual_seed(self.spec.seed * 7919 + task)
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
+    """U(0, 1), the initial values of prompts and keys in the CODA-Prompt code base, from which the three pool learners come."""
+    return nn.Parameter(torch.rand(shape, generator=generator))
+
+
+def cosine(query: Tensor, keys: Tensor) -> Tensor:
+    """(B, Q), (K, Q) -> (B, K)."""
+    return F.normalize(query, dim=1) @ F.normalize(keys, dim=1).t()
+
+
+def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n, D) -> its first half as key rows and its second half as value rows."""
+    half = rows.shape[-2] // 2
+    return rows[..., :half, :], rows[..., half:, :]

@@ -1,0 +1,50 @@
+"""DualPrompt (arXiv 2204.04799): general rows in blocks 0-1, one expert entry a task in blocks 2-4."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .base import BlockPrompt, Learner, LearnerSpec, cosine, halves, uniform
+
+GENERAL_BLOCKS, GENERAL_LENGTH = (0, 1), 6
+EXPERT_BLOCKS, EXPERT_LENGTH = (2, 3, 4), 20
+
+
+class DualPrompt(Learner):
+    """While training, the task's own entry is used; at inference the nearest key among the tasks learnt so far, per block."""
+
+    selection: ClassVar[dict[str, object]] = {"kind": "top-k", "k": 1}
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        generator = self.generator(0)
+
+        def each(blocks: tuple[int, ...], *shape: int) -> nn.ParameterDict:
+            return nn.ParameterDict({str(b): uniform(shape, generator) for b in blocks})
+
+        self.general = each(GENERAL_BLOCKS, GENERAL_LENGTH, spec.width)
+        self.expert = each(EXPERT_BLOCKS, spec.tasks, EXPERT_LENGTH, spec.width)
+        self.key = each(EXPERT_BLOCKS, spec.tasks, spec.key_width)
+
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks with expert entries."""
+        return EXPERT_BLOCKS
+
+    def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
+        """General rows (1, 3, D) for everyone, or expert rows (B, 10, D) of one entry."""
+        if block in GENERAL_BLOCKS:
+            keys, values = halves(self.general[str(block)])
+            return BlockPrompt(keys[None], values[None])
+        if block not in EXPERT_BLOCKS:
+            return None
+        assert query is not None
+        current = self.learnt - 1
+        # Entries of tasks not seen yet are cut off, not only unlikely.
+        similarity = cosine(query, self.key[str(block)][: max(1, self.learnt)])
+        if training:
+            keys, values = halves(self.expert[str(block)][current])
+            return BlockPrompt(keys[None], values[None], loss=(1 - similarity[:, current]).mean())
+        keys, values = halves(self.expert[str(block)][similarity.argmax(dim=1)])
+        return BlockPrompt(keys, values, weights=similarity.detach())

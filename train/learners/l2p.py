@@ -1,0 +1,50 @@
+"""L2P (arXiv 2112.08654), the variant of the CODA-Prompt code base: prefix rows in block 0 from the five nearest of 30 entries."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import BlockPrompt, Learner, LearnerSpec, cosine, halves, uniform
+
+POOL, LENGTH, TOP = 30, 20, 5
+
+
+class L2P(Learner):
+    """An entry that no training image ever selected is unlearnt: it is masked at inference."""
+
+    selection: ClassVar[dict[str, object]] = {"kind": "top-k", "k": TOP}
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(spec)
+        generator = self.generator(0)
+        self.prompt = uniform((POOL, LENGTH, spec.width), generator)
+        self.key = uniform((POOL, spec.key_width), generator)
+        self.register_buffer("used", torch.zeros(POOL, dtype=torch.bool))
+
+    def blocks(self) -> tuple[int, ...]:
+        """Block 0."""
+        return (0,)
+
+    def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
+        """Key rows and value rows of the selected entries, nearest first: (B, 50, D) each."""
+        if block != 0:
+            return None
+        assert query is not None
+        similarity = cosine(query, self.key)
+        allowed = similarity if training or not bool(self.used.any()) else similarity.masked_fill(~self.used, -torch.inf)
+        index = allowed.topk(TOP, dim=1).indices
+        if training:
+            self.used[index.detach().flatten()] = True
+        keys, values = halves(self.prompt[index])
+        # The mean over the batch, not a sum: the loss must not grow with the batch or the number of devices.
+        loss = (1 - similarity.gather(1, index)).mean() if training else None
+        return BlockPrompt(keys.flatten(1, 2), values.flatten(1, 2), loss=loss, weights=allowed.detach())
+
+    def learnt_entries(self) -> Tensor:
+        """int64 (K,): the entries inference may select."""
+        return torch.arange(POOL) if not bool(self.used.any()) else torch.nonzero(self.used.cpu()).flatten()
+
+

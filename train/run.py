@@ -1,0 +1,89 @@
+"""The RUN folder: what training leaves for evaluation, export and report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..images import Preprocessing
+from .backbone import Backbone, load_backbone
+from .checkpoint import load_state, save_state
+from .config import TrainConfig
+from .distill import DISTILLERS
+from .student import PromptedViT
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, its student ready for inference."""
+
+    path: Path
+    config: TrainConfig
+    metrics: dict[str, Any]
+    "metrics.json"
+    backbone: Backbone
+    student: PromptedViT
+    preprocessing: Preprocessing
+
+
+def preprocessing_of(backbone: Backbone, compat: bool) -> Preprocessing:
+    """The backbone's own; the authors' code feeds raw [0, 1] whatever the weights expect."""
+    if compat:
+        return replace(backbone.preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return backbone.preprocessing
+
+
+def build_model(config: TrainConfig, backbone: Backbone, classes: int, key_width: int, is_student: bool) -> PromptedViT:
+    """A prompted ViT for one side of a run, with its initial values. key_width: the student's width."""
+    kd = (config.kd_blocks, config.kd_length) if is_student and DISTILLERS[config.distill].kd_prompts else None
+    return PromptedViT(
+        backbone.model,
+        config.learner,
+        classes,
+        config.tasks,
+        # Teacher and student of one width must not start from the same numbers.
+        seed=2 * config.seed + (0 if is_student else 1),
+        key_width=key_width,
+        kd=kd,
+        alpha=config.alpha,
+        one_pass=config.query == "one-pass",
+    )
+
+
+def save_learnt(path: Path, model: PromptedViT, backbone: Backbone) -> None:
+    """Prompts, keys, heads and counts, with the identity of the backbone that they belong to."""
+    save_state(path, {"schema": SCHEMA, "backbone": backbone.identity, "state": model.state_dict()})
+
+
+def load_run(path: Path) -> Run:
+    """Open a finished run. Raises: InputError for a folder without one, or weights that are not the ones trained on."""
+    path = Path(path)
+    for name in ("config.json", "metrics.json", "student.safetensors"):
+        if not (path / name).is_file():
+            fix = "run `cdl-edge train ... --resume` to finish it" if (path / "config.json").is_file() else None
+            raise InputError(f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix)
+    try:
+        config = TrainConfig.from_json(json.loads((path / "config.json").read_text()))
+        metrics = json.loads((path / "metrics.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
+    if metrics.get("schema", 0) > SCHEMA:
+        raise InputError(f"{path}: written by a newer cdl-edge", got=metrics["schema"], expected=SCHEMA, fix="upgrade")
+    state = load_state(path / "student.safetensors")
+    backbone = load_backbone(config.student)
+    if state["backbone"] != backbone.identity:
+        raise InputError(
+            f"{path}: the student was trained on another backbone",
+            got=f"{config.student} = {backbone.identity}",
+            expected=state["backbone"],
+            fix="bring back the weights of the time of training, or train again",
+        )
+    student = build_model(config, backbone, len(metrics["classes"]), backbone.width, is_student=True)
+    student.load_state_dict(state["state"])
+    student.eval().requires_grad_(False)
+    return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config.compat))

@@ -1,0 +1,220 @@
+"""The student (and the teacher): a frozen ViT, a prompt learner, optional KD prompts, one or two heads.
+
+This is the module that `export` turns into a graph: what it computes in eval mode is what a bundle must compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
+
+
+class LinearHead(nn.Linear):
+    """x W^T + b. (B, D) -> (B, C)."""
+
+    def folded(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
+        """Weight (C, D), bias (C,), and the LayerNorm in front of them (weight, bias, eps) or None."""
+        return self.weight, self.bias, None
+
+
+class NormalisedHead(nn.Module):
+    """LayerNorm(x) . w / ||w||, no bias (APT). (B, D) -> (B, C)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.weight = nn.Parameter(torch.empty(classes, width))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return F.linear(self.norm(x), F.normalize(self.weight, dim=1))
+
+    def folded(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
+        """As LinearHead.folded."""
+        weight = F.normalize(self.weight, dim=1)
+        return weight, torch.zeros(len(weight)), (self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
+
+
+class KDPrompts(nn.Module):
+    """KDP's global prompts: a KD token appended last in block 0, then `length` rows a block, half keys, half values.
+
+    Source: arXiv 2407.13911 (reference setting: 12 blocks, length 6). Initial values N(0, 0.02): ours, none was published.
+    """
+
+    def __init__(self, width: int, blocks: int, length: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn((1, 1, width), generator=generator) * 0.02)
+        self.rows = nn.Parameter(torch.randn((max(0, blocks - 1), length, width), generator=generator) * 0.02)
+
+    def at_block(self, block: int) -> tuple[Tensor, Tensor] | None:
+        """(1, length / 2, D) key rows and value rows of blocks 1..; None elsewhere."""
+        if not 1 <= block <= len(self.rows):
+            return None
+        keys, values = self.rows[block - 1].chunk(2, dim=0)
+        return keys[None], values[None]
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What one forward pass gives."""
+
+    cls_logits: Tensor
+    "(B, C) of the head on the class token"
+    kd_logits: Tensor | None
+    "(B, C) of the head on the KD token"
+    key_loss: Tensor | None
+    "scalar, only while training a pool learner"
+    prompt_weights: Tensor | None
+    "(B, L, K), L query-dependent blocks"
+
+
+class PromptedViT(nn.Module):
+    """A frozen backbone with prompts. Only `learner`, `kd`, `head` and `kd_head` have parameters that learn."""
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        learner: str,
+        classes: int,
+        tasks: int,
+        seed: int,
+        key_width: int | None = None,
+        kd: tuple[int, int] | None = None,
+        alpha: float = 0.5,
+        one_pass: bool = False,
+    ) -> None:
+        """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width."""
+        super().__init__()
+        width, depth = int(backbone.embed_dim), len(backbone.blocks)
+        # Held outside the module tree: its weights are neither trained, nor saved with the run, nor copied.
+        self._backbone = (backbone,)
+        self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
+        spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed)
+        self.learner: Learner = LEARNERS[learner](spec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.head = HEADS[self.learner.head](width, classes)
+            self.kd_head = HEADS[self.learner.head](width, classes) if kd else None
+        self.kd = KDPrompts(width, min(kd[0], depth), kd[1], torch.Generator().manual_seed(seed)) if kd else None
+
+    @property
+    def backbone(self) -> VisionTransformer:
+        """The frozen ViT."""
+        return self._backbone[0]
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether inference needs the query pass."""
+        return self.learner.needs_query and not self.one_pass
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) normalised images -> (B, 1 + P, D) class and patch tokens with positions."""
+        vit = self.backbone
+        tokens = vit.patch_embed(x)
+        return torch.cat([vit.cls_token.expand(len(x), -1, -1), tokens], dim=1) + vit.pos_embed
+
+    @torch.no_grad()
+    def query(self, tokens: Tensor) -> Tensor:
+        """The final class token of the bare backbone, (B, 1 + P, D) -> (B, D)."""
+        vit = self.backbone
+        for i, block in enumerate(vit.blocks):
+            tokens = run_block(block, tokens, keep=[0] if i == len(vit.blocks) - 1 else None)
+        return vit.norm(tokens)[:, 0]
+
+    def forward(self, tokens: Tensor, query: Tensor | None = None, training: bool = False) -> StudentOutput:
+        """One prompted pass.
+
+        tokens: (B, 1 + P, D) from `embed`. query: (B, Q) from the student's `query`; None: computed here where needed.
+        training: use what the current task learns, with key loss; otherwise what inference uses.
+        """
+        if self.two_pass and query is None:
+            query = self.query(tokens)
+        losses: list[Tensor] = []
+        weights: list[Tensor] = []
+        x = tokens
+        if self.kd is not None:
+            x = torch.cat([x, self.kd.token.expand(len(x), -1, -1)], dim=1)
+        last = self.backbone.blocks[-1]
+        for i, block in enumerate(self.backbone.blocks):
+            q = (x[:, 0] if self.one_pass else query) if self.learner.needs_query else None
+            prompt = self.learner.at_block(i, q, training)
+            if prompt is not None and prompt.loss is not None:
+                losses.append(prompt.loss)
+            if prompt is not None and prompt.weights is not None:
+                weights.append(prompt.weights)
+            keep = None
+            if block is last:  # only these rows are read behind it
+                keep = [0] if self.kd is None else [0, x.shape[1] - 1]
+            x = run_block(block, x, prompt, self.kd.at_block(i) if self.kd is not None else None, keep)
+        x = self.backbone.norm(x)
+        return StudentOutput(
+            self.head(x[:, 0]),
+            self.kd_head(x[:, -1]) if self.kd_head is not None else None,
+            torch.stack(losses).mean() if losses else None,
+            torch.stack(weights, dim=1) if weights else None,
+        )
+
+    def combine(self, output: StudentOutput) -> Tensor:
+        """(1 - a) * head(CLS) + a * kd_head(KD token), or the one head there is. (B, C)."""
+        if output.kd_logits is None:
+            return output.cls_logits
+        return (1 - self.alpha) * output.cls_logits + self.alpha * output.kd_logits
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+
+def run_block(
+    block: nn.Module,
+    x: Tensor,
+    prompt: BlockPrompt | None = None,
+    kd_rows: tuple[Tensor, Tensor] | None = None,
+    keep: list[int] | None = None,
+) -> Tensor:
+    """A timm ViT block with extra key and value rows. (B, N, D) -> (B, N, D), or (B, len(keep), D).
+
+    keep: the token rows whose output is wanted (the last block's others are never read).
+    """
+    attention: Any = block.attn
+    batch, count, width = x.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(block.norm1(x)).reshape(batch, count, 3, width)  # type: ignore[operator]
+    q, k, v = qkv.unbind(2)
+    if prompt is not None and prompt.cls_key is not None and prompt.cls_value is not None:
+        k = torch.cat([k[:, :1] + prompt.cls_key, k[:, 1:]], dim=1)
+        v = torch.cat([v[:, :1] + prompt.cls_value, v[:, 1:]], dim=1)
+    keys, values = [k], [v]
+    for rows in ((prompt.keys, prompt.values) if prompt is not None else None, kd_rows):
+        if rows is not None and rows[0] is not None and rows[1] is not None:
+            keys.append(rows[0].to(k.dtype).expand(batch, -1, -1))
+            values.append(rows[1].to(v.dtype).expand(batch, -1, -1))
+    if keep is not None:
+        q, x = q[:, keep], x[:, keep]
+
+    def split(rows: list[Tensor]) -> Tensor:
+        joined = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        return joined.reshape(batch, -1, heads, width // heads).transpose(1, 2)
+
+    mixed = _attend(split([q]), split(keys), split(values), attention.scale)
+    x = x + block.ls1(attention.proj(mixed.transpose(1, 2).reshape(batch, -1, width)))  # type: ignore[operator]
+    return x + block.ls2(block.mlp(block.norm2(x)))  # type: ignore[operator]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # On a CPU the fused kernel's backward is many times slower than these three operations.
+    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
