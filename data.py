@@ -45,7 +45,7 @@ class Split:
 
     def take(self, index: np.ndarray) -> Split:
         """The images at `index` (int64 (K,)), in that order."""
-        items = self.items[index] if isinstance(self.items, np.ndarray) else [self.items[i] for i in index]
+        items = self.items[index] if isinstance(self.items, np.ndarray) else [self.items[int(i)] for i in index]
         return Split(items, self.labels[index])
 
     def of_classes(self, classes: Sequence[int]) -> Split:
@@ -110,7 +110,7 @@ def load_dataset(source: str) -> Dataset:
 
 
 def _held_out(names: Sequence[str]) -> np.ndarray:
-    """bool (N,): about VAL_SHARE of the names, by hash, so that adding images moves no other one; never none, never all."""
+    """bool (N,): about VAL_SHARE of the names, by hash: adding images moves no other one; never none, never all."""
     rank = np.array([int.from_bytes(hashlib.sha256(n.encode()).digest()[:6], "big") for n in names], dtype=np.float64)
     rank /= float(1 << 48)
     held = rank < VAL_SHARE
@@ -121,7 +121,10 @@ def _held_out(names: Sequence[str]) -> np.ndarray:
 
 
 def _digits(source: str, path: Path | None) -> Dataset:
-    from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
+    try:
+        from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
+    except ImportError as error:
+        raise InputError("digits come with scikit-learn", got=str(error), fix="pip install scikit-learn") from error
 
     bunch = load_digits()
     grey = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)
@@ -206,9 +209,11 @@ def _unsplit(source: str, path: Path) -> Dataset:
         index = np.flatnonzero(everything.labels == c)
         if len(index) < 2:
             raise InputError(
-                f"{path}/{name}: one image only", expected="at least two: one to learn, one to hold out", fix="add images"
+                f"{path}/{name}: one image only",
+                expected="at least two: one to learn, one to hold out",
+                fix="add images",
             )
-        held[index] = _held_out([str(everything.items[i].relative_to(path)) for i in index])
+        held[index] = _held_out([str(everything.items[int(i)].relative_to(path)) for i in index])
     return Dataset(
         source, tuple(classes), everything.take(np.flatnonzero(~held)), everything.take(np.flatnonzero(held))
     )
@@ -234,7 +239,7 @@ def _cifar100(source: str, path: Path | None) -> Dataset:
         return _folder(source, path)
     raise InputError(
         f"{path}: CIFAR-100 is not there",
-        expected="train.bin, test.bin and fine_label_names.txt (the binary version), or train/<class>/ and val/<class>/",
+        expected="train.bin, test.bin, fine_label_names.txt (the binary version), or train/<class>/, val/<class>/",
         fix="download cifar-100-binary.tar.gz from cs.toronto.edu/~kriz/cifar.html and unpack it there "
         "(the Python version is pickled, and pickles are not read)",
     )

@@ -39,7 +39,7 @@ def open_rgb(source: Path | str | bytes) -> Image.Image:
     """
     name = "image bytes" if isinstance(source, bytes) else str(source)
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         if image.width * image.height > MAX_PIXELS:
             raise UnreadableImage(
                 f"{name}: the image is too large",

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import InputError
 from ..files import atomic_folder, sha256
@@ -289,7 +289,7 @@ def _contradiction(manifest_path: Path, what: str, got: object, expected: object
     return InputError(f"{manifest_path}: {what}", got=got, expected=expected, fix="export it again")
 
 
-def _is_index(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -310,23 +310,31 @@ def _check_manifest(at: Path, manifest: Mapping[str, Any]) -> None:
         )
 
     tasks = _field(at, manifest, "tasks", list)
-    flat = [c for task in tasks for c in (task if isinstance(task, list) else [None])]
-    if not all(_is_index(c) for c in flat) or sorted(flat) != list(range(len(classes))) or not all(tasks):
+    flat = [c for task in tasks if isinstance(task, list) for c in task]
+    indices = [c for c in flat if _is_count(c)]
+    if not all(tasks) or len(indices) != len(flat) or sorted(indices) != list(range(len(classes))):
         raise _contradiction(at, "field 'tasks'", f"{tasks!r:.200}", f"each of 0 to {len(classes) - 1} in one task")
 
     fields = _field(at, manifest, "input", dict)
     shape = fields.get("shape")
-    preprocessing = Preprocessing.from_json(_field(at, fields, "preprocessing", dict))
-    side = preprocessing.size
+    described = _field(at, fields, "preprocessing", dict)
+    try:
+        side = Preprocessing.from_json(described).size
+    except (InputError, ValueError) as error:
+        expected = "size, resize, interpolation, mean, std, as Preprocessing.to_json() gives them"
+        raise _contradiction(at, "field 'preprocessing'", f"{described!r:.200}", expected) from error
     if not isinstance(shape, list) or shape[1:] != [side, side, 3] or fields.get("dtype") != "uint8":
         raise _contradiction(at, "field 'input'", f"{shape} {fields.get('dtype')}", f"[1, {side}, {side}, 3] uint8")
-    if not fields.get("dynamic_batch") and (not _is_index(shape[0]) or shape[0] < 1):
+    if not fields.get("dynamic_batch") and (not _is_count(shape[0]) or shape[0] < 1):
         raise _contradiction(at, "field 'input'", f"batch {shape[0]!r}", "a positive number, or dynamic_batch")
 
     graphs = _field(at, manifest, "graphs", dict)
     for name, file in {"student": graphs.get("student"), **graphs}.items():
-        if file not in manifest["files"]:
+        if not isinstance(file, str) or file not in manifest["files"]:
             raise _contradiction(at, f"graph {name!r}", repr(file), "one of the listed files")
+    for key in ("training", "accuracy", "parity"):  # optional; None when nothing was measured
+        if manifest.get(key) is not None:
+            _field(at, manifest, key, dict)
     _check_selection(at, manifest, outputs.get("prompt_weights"))
 
 
@@ -338,9 +346,9 @@ def _check_selection(at: Path, manifest: Mapping[str, Any], weights: object) -> 
     if kind == "none":
         return
     k, blocks = selection.get("k"), selection.get("blocks")
-    if not isinstance(weights, list) or len(weights) != 3 or not all(_is_index(n) for n in weights[1:]):
+    if not isinstance(weights, list) or len(weights) != 3 or not all(_is_count(n) for n in weights[1:]):
         raise _contradiction(at, f"selection {kind!r}", f"outputs.prompt_weights {weights}", "shape [1, L, K]")
-    if not _is_index(k) or not 1 <= k <= weights[2]:
+    if not _is_count(k) or not 1 <= k <= weights[2]:
         raise _contradiction(at, "field 'selection'", f"k {k!r}", f"1 to {weights[2]} (entries of prompt_weights)")
     if not isinstance(blocks, list) or len(blocks) != weights[1]:
         raise _contradiction(

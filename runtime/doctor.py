@@ -143,6 +143,10 @@ def _cuda() -> Check:
         absent = driver.detail.startswith("no NVIDIA driver")
         fix = "install the NVIDIA driver if there is a GPU: https://www.nvidia.com/drivers"
         return check("cuda driver", "ok" if absent else "warn", f"{driver.detail}; the CPU is used", fix)
+    if version_of("onnxruntime-gpu") is None and _on_jetson():
+        # PyPI has no aarch64 wheel for JetPack's Python (design/EDGE.md, 7).
+        fix = "install the onnxruntime-gpu wheel for your JetPack: https://elinux.org/Jetson_Zoo#ONNX_Runtime"
+        return check("cuda driver", "ok", f"{driver.detail}; onnxruntime-gpu is not installed, the CPU is used", fix)
     if version_of("onnxruntime-gpu") is None:
         return check(
             "cuda driver",

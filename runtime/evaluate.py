@@ -44,18 +44,18 @@ def evaluate(
 
     Raises: InputError for a source that is not there, lacks a class of the bundle, or has no readable image of one.
     """
+    if limit_per_class is not None and limit_per_class < 1:
+        raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     bundle = runner.bundle
     dataset = load_dataset(source)
     missing = [name for name in bundle.classes if name not in set(dataset.classes)]
     if missing:
         raise InputError(
-            f"{source}: class count mismatch: the data lack {len(missing)} of the bundle's {len(bundle.classes)} classes",
+            f"{source}: class count mismatch: {len(missing)} of the bundle's {len(bundle.classes)} classes are missing",
             got="without " + ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else ""),
             expected="every class of the bundle, by name",
             fix="evaluate on the data the bundle was trained on, or rename the class folders",
         )
-    if limit_per_class is not None and limit_per_class < 1:
-        raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     training = bundle.manifest.get("training") or {}
     seed = (training.get("config") or {}).get("seed")
     split = dataset.val.limited(limit_per_class, seed or 0) if limit_per_class else dataset.val

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..errors import InputError
 
@@ -12,21 +13,21 @@ _NODE_ATTRIBUTE, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRI
 _MODEL_FUNCTIONS, _FUNCTION_NODE = 25, 7
 
 
-def external_files(model: bytes) -> set[str]:
+def external_files(path: Path) -> set[str]:
     """The `location` of every tensor kept outside of the model, subgraphs and functions included.
 
-    Raises: InputError when the bytes are no protobuf message.
+    Raises: InputError when the file is no protobuf message.
     """
     found: set[str] = set()
     try:
-        view = memoryview(model)
+        view = memoryview(path.read_bytes())
         for graph in _messages(view, _MODEL_GRAPH):
             found |= _graph(graph)
         for function in _messages(view, _MODEL_FUNCTIONS):
             for node in _messages(function, _FUNCTION_NODE):
                 found |= _node(node)
     except (IndexError, ValueError) as error:
-        raise InputError("the graph is not an ONNX file", got=str(error), fix="export it again") from error
+        raise InputError(f"{path}: not an ONNX graph", got=str(error), fix="export the bundle again") from error
     return found
 
 

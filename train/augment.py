@@ -19,7 +19,9 @@ class Normalise:
     """uint8 (B, S, S, 3) -> float (B, 3, S, S), minus mean, over std."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (preprocessing.mean, preprocessing.std))
+        mean, std = (
+            torch.tensor(v, device=device).view(1, 3, 1, 1) * 255 for v in (preprocessing.mean, preprocessing.std)
+        )
         self._scale, self._shift = 1 / std, -mean / std
 
     def __call__(self, pixels: np.ndarray | Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Ten
 def random_resized_crop_flip(
     x: Tensor, generator: torch.Generator, scale: tuple[float, float], size: int | None = None, flip: bool = True
 ) -> Tensor:
-    """A random box (area share in `scale`, aspect 3/4 to 4/3) of each image, resampled to `size`, mirrored half the time."""
+    """A random box (area share in `scale`, aspect 3/4 to 4/3) of each, resampled to `size`, half of them mirrored."""
     n, _, side, _ = x.shape
     area = _uniform(n, *scale, generator)
     aspect = torch.exp(_uniform(n, math.log(3 / 4), math.log(4 / 3), generator))
@@ -82,7 +84,7 @@ def mix(x: Tensor, targets: Tensor, generator: torch.Generator, mixup_alpha: flo
         x[:, :, top : top + cut, left : left + cut] = x[other][:, :, top : top + cut, left : left + cut]
         share = 1 - cut * cut / (side * side)
     else:
-        # Beta(a, a) from two Gamma draws would need torch's global generator: the symmetric inverse for a <= 1 suffices.
+        # Not quite Beta(a, a), whose Gamma draws would need torch's global generator: symmetric, as peaked at 0 and 1.
         v = u ** (1 / mixup_alpha)
         share = v / (v + (1 - u) ** (1 / mixup_alpha)) if 0 < u < 1 else 0.5
         x = x * share + x[other] * (1 - share)

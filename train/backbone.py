@@ -111,7 +111,7 @@ class Backbone:
 
 
 def load_backbone(source: str) -> Backbone:
-    """Load `builtin:teacher|student`, `file:PATH.safetensors`, a full timm tag, or `random:NAME` (untrained, for benchmarks).
+    """Load `builtin:teacher|student`, `file:PATH.safetensors`, a full timm tag, or `random:NAME` (untrained).
 
     Raises: InputError for an unknown name, an unreachable hub, a file without our metadata, or a ViT with parts that
     prompts and export do not support.
@@ -212,7 +212,9 @@ def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path}: the tensors do not fit the metadata", got=str(error).splitlines()[1].strip()) from error
+        raise InputError(
+            f"{path}: the tensors do not fit the metadata", got=str(error).splitlines()[1].strip()
+        ) from error
     mean, std = (tuple(float(v) for v in metadata[k].split(",")) for k in ("mean", "std"))
     size = architecture.img_size
     resize = int(metadata.get("resize", size))
@@ -220,7 +222,11 @@ def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
 
 
 def save_backbone(
-    path: Path, architecture: Architecture, model: VisionTransformer, preprocessing: Preprocessing, notes: dict[str, str]
+    path: Path,
+    architecture: Architecture,
+    model: VisionTransformer,
+    preprocessing: Preprocessing,
+    notes: dict[str, str],
 ) -> None:
     """Write fp16 safetensors with timm key names, BatchNorm folded, sizes and preprocessing in the metadata."""
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("patch_embed.backbone.")}

@@ -1,4 +1,4 @@
-"""A task's images as what the prompted blocks start from: tokens of the frozen stems, and the query, each computed once."""
+"""A task's images as what the prompted blocks start from: tokens of the frozen stems, and the query, computed once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Images:
 
     @torch.no_grad()
     def keep(self, names: list[str], precision: Callable[[], AbstractContextManager[object]], chunk: int) -> None:
-        """Compute tokens and query of every image now: what is frozen is worth computing once when nothing is augmented."""
+        """Compute tokens and query of every image now: without augmentation once is enough."""
         size = sum(len(self) * s.model.backbone.pos_embed[0].numel() * 4 for n, s in self.sides.items() if n in names)
         if size > KEPT_BYTES:
             return

@@ -73,7 +73,9 @@ class TrainConfig:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
         for name in ("tasks", "epochs", "batch_size", "kd_blocks"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is too small", got=getattr(self, name), expected="at least 1")
+                raise InputError(
+                    f"--{name.replace('_', '-')} is too small", got=getattr(self, name), expected="at least 1"
+                )
         if self.limit_per_class is not None and self.limit_per_class < 1:
             raise InputError("--limit-per-class is too small", got=self.limit_per_class, expected="at least 1")
 
@@ -91,4 +93,3 @@ class TrainConfig:
             if required not in document:
                 raise InputError("a training option is missing", got="nothing", expected=required)
         return cls(**document)
-

@@ -1,4 +1,4 @@
-"""A small residual network: trained first, it gives the ViTs their targets (as DeiT does) and the wider one its stem."""
+"""A small residual network: trained first, it gives the ViTs their targets (as DeiT does), the wider one its stem."""
 
 from __future__ import annotations
 
@@ -45,4 +45,8 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+        return self.behind_stem(self.stem(x))
+
+    def behind_stem(self, features: Tensor) -> Tensor:
+        """Logits from what the stem gave."""
+        return self.head(self.blocks(features).mean(dim=(2, 3)))

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from .batches import Images
+from ..data import load_dataset
+from ..errors import InputError
+from .batches import Images, Side
+from .metrics import DEFINITIONS
+from .run import load_run
+from .scenario import Scenario
 
 CHUNK = 128
 
@@ -28,3 +35,43 @@ def logits_of(images: Images, name: str, classes: int | None = None) -> np.ndarr
 def accuracy(images: Images, name: str, seen: int) -> float:
     """In %, predicting among the first `seen` classes."""
     return 100.0 * float((logits_of(images, name, seen).argmax(1) == images.labels).mean())
+
+
+def evaluate_run(path: Path, source: str, limit_per_class: int | None = None) -> dict[str, Any]:
+    """Accuracy per task of a finished run's student in torch; the same document as `runtime.evaluate`.
+
+    Raises: InputError when the source lacks a class of the run.
+    """
+    run = load_run(path)
+    dataset = load_dataset(source)
+    names = run.metrics["classes"]
+    missing = sorted(set(names) - set(dataset.classes))
+    if missing:
+        raise InputError(
+            f"{source}: class count mismatch: {len(missing)} of the run's {len(names)} classes are missing",
+            got="without " + ", ".join(missing[:8]),
+            expected="every class of the run, by name",
+        )
+    val = dataset.val if limit_per_class is None else dataset.val.limited(limit_per_class, run.config.seed)
+    order = tuple(dataset.classes.index(n) for n in names)
+    scenario = Scenario(order, tuple(tuple(t) for t in run.metrics["tasks"]))
+    device = torch.device("cpu")
+    sides = {"student": Side(run.student, run.preprocessing, device)}
+    per_task, count, skipped = [], 0, []
+    for task in range(len(scenario.tasks)):
+        images = Images(scenario.split(val, task), sides, device)
+        per_task.append(accuracy(images, "student", len(names)))
+        count += len(images)
+        skipped += list(images.skipped)
+    matrix = run.metrics["student"]["matrix"]
+    drops = [matrix[i][i] - a for i, a in enumerate(per_task)]
+    return {
+        "average_accuracy": sum(per_task) / len(per_task),
+        "forgetting": sum(drops) / len(drops),
+        "per_task": per_task,
+        "images": count,
+        "backend": "torch",
+        "precision": "fp32",
+        "skipped": skipped,
+        "definitions": {k: DEFINITIONS[k] for k in ("average_accuracy", "forgetting")},
+    }

@@ -1,4 +1,4 @@
-"""Continual distillation: for each task the teacher learns, is frozen, then the student learns from it; then all is measured.
+"""Continual distillation: for each task the teacher learns and is frozen, the student learns from it, all is measured.
 
 Source: arXiv 2407.13911, section 3. A run that was stopped anywhere continues from its last epoch to the same numbers:
 everything random of an epoch is drawn from (seed, task, side, epoch).
@@ -92,7 +92,7 @@ class _Training:
         for task in range(first_task, self.config.tasks):
             train_images = Images(self.scenario.split(self.dataset.train, task), self.sides, self.device)
             self._note_skipped(train_images)
-            names = [n for n in ("teacher", "student") if n in self.models]
+            names: list[str] = [n for n in ("teacher", "student") if n in self.models]
             if task == first_task and side:
                 names = names[names.index(side) :]
             for name in names:
@@ -154,7 +154,7 @@ class _Training:
             self.position = (task, name, epoch + 1)
             if epoch + 1 < config.epochs:
                 self._checkpoint(started, optimiser)
-        # The authors' code merges APT's prompt only after the student has trained: its teacher answers with the old one.
+        # The authors' code merges APT's prompt after the student has trained: its teacher answers with the old one.
         if name == "student":
             model.learner.end_task(task)
             if config.compat and "teacher" in self.models:
@@ -168,7 +168,13 @@ class _Training:
         self._say(f"task {task + 1}/{config.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s")
 
     def _loss(
-        self, name: str, tokens: Tensor, query: Tensor | None, labels: Tensor, target: Tensor | None, span: tuple[int, int]
+        self,
+        name: str,
+        tokens: Tensor,
+        query: Tensor | None,
+        labels: Tensor,
+        target: Tensor | None,
+        span: tuple[int, int],
     ) -> Tensor:
         with self._precision():
             output = self.models[name](tokens, query, training=True)
@@ -259,7 +265,9 @@ class _Training:
         state = load_state(path)
         for name, backbone in self.backbones.items():
             if state["backbones"][name] != backbone.identity:
-                raise InputError(f"{path}: started on other {name} weights", got=backbone.identity, fix="choose another --out")
+                raise InputError(
+                    f"{path}: started on other {name} weights", got=backbone.identity, fix="choose another --out"
+                )
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
         self.matrices = {n: AccuracyMatrix(self.config.tasks, rows) for n, rows in state["matrices"].items()}
@@ -298,7 +306,10 @@ class _Training:
             "device": str(self.device),
             "precision": "bf16 autocast" if self.bf16 else "fp32",
             "threads": torch.get_num_threads(),
-            "versions": {**{p: version(p) for p in ("cdl-edge", "torch", "timm", "numpy")}, "python": platform.python_version()},
+            "versions": {
+                **{p: version(p) for p in ("cdl-edge", "torch", "timm", "numpy")},
+                "python": platform.python_version(),
+            },
         }
         write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
         (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
@@ -330,7 +341,7 @@ def _limited(dataset: Dataset, config: TrainConfig) -> Dataset:
 
 
 def _rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
-    """Half a cosine over the task; compat: one value an epoch, and epoch 1 repeats epoch 0's as in the authors' code."""
+    """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
     if config.compat:
         share = max(0, epoch - 1) / config.epochs
     else:

@@ -11,7 +11,7 @@ DEFINITIONS = {
     "prediction over all classes seen so far, no task id",
     "average_accuracy": "mean of the last row: accuracy in % over tasks after the last task",
     "incremental_accuracy": "mean over rows of the row's mean: average accuracy along the way, in %",
-    "forgetting": "(1/T) sum over all T tasks of (accuracy just after learning the task - accuracy at the end), in points "
+    "forgetting": "(1/T) sum over all T tasks of (accuracy just after learning the task - at the end), in points "
     "(definition of arXiv 2407.13911; the last task counts with 0)",
     "accuracy_after_task": "mean of each row, in %",
     "forgetting_after_task": "the forgetting as if the run ended after that task, in points",

@@ -66,7 +66,9 @@ def load_run(path: Path) -> Run:
     for name in ("config.json", "metrics.json", "student.safetensors"):
         if not (path / name).is_file():
             fix = "run `cdl-edge train ... --resume` to finish it" if (path / "config.json").is_file() else None
-            raise InputError(f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix)
+            raise InputError(
+                f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix
+            )
     try:
         config = TrainConfig.from_json(json.loads((path / "config.json").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())

@@ -49,7 +49,7 @@ HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
 class KDPrompts(nn.Module):
     """KDP's global prompts: a KD token appended last in block 0, then `length` rows a block, half keys, half values.
 
-    Source: arXiv 2407.13911 (reference setting: 12 blocks, length 6). Initial values N(0, 0.02): ours, none was published.
+    Source: arXiv 2407.13911 (reference setting: 12 blocks, length 6). Initial values N(0, 0.02): ours.
     """
 
     def __init__(self, width: int, blocks: int, length: int, generator: torch.Generator) -> None:

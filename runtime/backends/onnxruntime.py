@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -207,11 +208,11 @@ def _agrees(got: list[Any], declared: list[Any]) -> bool:
     )
 
 
-def _check_external(bundle: Bundle, path: Any) -> None:
+def _check_external(bundle: Bundle, path: Path) -> None:
     """Every file that the graph takes its constants from has to be under the manifest's hashes."""
     folder = path.parent.relative_to(bundle.path)
     listed = bundle.manifest["files"]
-    for location in external_files(path.read_bytes()):
+    for location in external_files(path):
         if (folder / location).as_posix() not in listed:
             raise InputError(
                 f"{path}: the graph reads a file that the manifest does not list",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,7 @@ def make_graph(
     input_type: int = TensorProto.UINT8,
     location: str = "prompts.bin",
 ) -> bytes:
-    """A graph with its head in external data; writes prompts.bin and backbone.bin into `folder`, returns the ONNX bytes."""
+    """The bytes of a graph with external data; writes its prompts.bin and backbone.bin into `folder`."""
     tables = {"head": head.astype(np.float32), "bias": bias.astype(np.float32), "query": QUERY}
     initializers = []
     offset = 0
@@ -172,3 +174,15 @@ def png(colour: tuple[int, int, int], side: int = SIDE) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(plain(colour, side)).save(stream, "PNG")
     return stream.getvalue()
+
+
+@pytest.fixture
+def manifest() -> Callable[..., dict[str, Any]]:
+    """`make_manifest`."""
+    return make_manifest
+
+
+@pytest.fixture
+def tiny() -> ModuleType:
+    """This module: test files cannot import it by name (pytest's importlib mode)."""
+    return sys.modules[__name__]

@@ -19,7 +19,9 @@ class Distiller:
     def __init__(self, alpha: float, tau: float) -> None:
         self.alpha, self.tau = alpha, tau
 
-    def loss(self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def loss(
+        self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """Scalar. cls_logits, kd_logits, teacher_logits: (B, c); labels: int64 (B,) in 0..c-1."""
         raise NotImplementedError
 

@@ -11,11 +11,13 @@ from .base import Distiller, divergence
 
 
 class KDP(Distiller):
-    """The class token's head learns from labels, the KD token's head from the teacher; inference mixes both by alpha."""
+    """The class token's head learns from labels, the KD token's from the teacher; inference mixes both by alpha."""
 
     kd_prompts: ClassVar[bool] = True
 
-    def loss(self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def loss(
+        self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || kd_head(KD token))."""
         assert teacher_logits is not None and kd_logits is not None
         hard = F.cross_entropy(cls_logits, labels)

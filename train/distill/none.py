@@ -15,6 +15,8 @@ class NoDistillation(Distiller):
 
     needs_teacher: ClassVar[bool] = False
 
-    def loss(self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def loss(
+        self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor
+    ) -> Tensor:
         """CE(head(CLS), y)."""
         return F.cross_entropy(cls_logits, labels)

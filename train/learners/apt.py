@@ -1,4 +1,4 @@
-"""APT, additive prompt tuning (ICCV 2025): every block adds one learnt row to the class token's key and value. No query."""
+"""APT, additive prompt tuning (ICCV 2025): every block adds one learnt row to the class token's key and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOMENTUM = 0.7
 
 
 class APT(Learner):
-    """`prompt` is what is learnt in a task; `merged` is what inference uses: c * old + (1 - c) * new, the first task's own."""
+    """`prompt` is what is learnt in a task; `merged` is what inference uses: c * old + (1 - c) * new."""
 
     needs_query: ClassVar[bool] = False
     head: ClassVar[str] = "normalised"
@@ -23,6 +23,7 @@ class APT(Learner):
         super().__init__(spec)
         generator = self.generator(0)
         self.prompt = nn.Parameter(torch.randn((spec.depth, 2, spec.width), generator=generator) * 0.02)
+        self.merged: Tensor
         self.register_buffer("merged", torch.zeros(spec.depth, 2, spec.width))
         self.momentum = MOMENTUM
 

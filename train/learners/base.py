@@ -57,6 +57,7 @@ class Learner(nn.Module):
     def __init__(self, spec: LearnerSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.tasks_learnt: Tensor
         self.register_buffer("tasks_learnt", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -85,7 +86,7 @@ class Learner(nn.Module):
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
-    """U(0, 1), the initial values of prompts and keys in the CODA-Prompt code base, from which the three pool learners come."""
+    """U(0, 1), the initial values in the CODA-Prompt code base, from which the three pool learners come."""
     return nn.Parameter(torch.rand(shape, generator=generator))
 
 

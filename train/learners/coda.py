@@ -1,4 +1,4 @@
-"""CODA-Prompt (arXiv 2211.13218): a weighted sum of components in blocks 0-4; each task adds its share and freezes the others."""
+"""CODA-Prompt (arXiv 2211.13218): a weighted sum of components in blocks 0-4; each task adds some."""
 
 from __future__ import annotations
 

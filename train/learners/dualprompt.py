@@ -13,7 +13,7 @@ EXPERT_BLOCKS, EXPERT_LENGTH = (2, 3, 4), 20
 
 
 class DualPrompt(Learner):
-    """While training, the task's own entry is used; at inference the nearest key among the tasks learnt so far, per block."""
+    """While training, the task's own entry is used; at inference that of the nearest key learnt so far, per block."""
 
     selection: ClassVar[dict[str, object]] = {"kind": "top-k", "k": 1}
 

@@ -1,4 +1,4 @@
-"""L2P (arXiv 2112.08654), the variant of the CODA-Prompt code base: prefix rows in block 0 from the five nearest of 30 entries."""
+"""L2P (arXiv 2112.08654), the variant of the CODA-Prompt code base: rows in block 0 from the five nearest of 30."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class L2P(Learner):
         generator = self.generator(0)
         self.prompt = uniform((POOL, LENGTH, spec.width), generator)
         self.key = uniform((POOL, spec.key_width), generator)
+        self.used: Tensor
         self.register_buffer("used", torch.zeros(POOL, dtype=torch.bool))
 
     def blocks(self) -> tuple[int, ...]:
@@ -34,7 +35,9 @@ class L2P(Learner):
             return None
         assert query is not None
         similarity = cosine(query, self.key)
-        allowed = similarity if training or not bool(self.used.any()) else similarity.masked_fill(~self.used, -torch.inf)
+        allowed = (
+            similarity if training or not bool(self.used.any()) else similarity.masked_fill(~self.used, -torch.inf)
+        )
         index = allowed.topk(TOP, dim=1).indices
         if training:
             self.used[index.detach().flatten()] = True
@@ -46,5 +49,3 @@ class L2P(Learner):
     def learnt_entries(self) -> Tensor:
         """int64 (K,): the entries inference may select."""
         return torch.arange(POOL) if not bool(self.used.any()) else torch.nonzero(self.used.cpu()).flatten()
-
-

@@ -1,0 +1,345 @@
+"""The command line: parses and calls. Nothing heavy is imported before the verb that needs it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from . import __version__
+from .errors import InputError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
+backend_option = click.option("--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="cdl-edge")
+def cli() -> None:
+    """From a folder of photographs to a small, fast classifier on an edge device.
+
+    \b
+    train      teacher and student, task by task            images  -> RUN
+    export     the student as a static graph, proven equal  RUN     -> BUNDLE
+    predict, evaluate, profile, report                      BUNDLE  -> answers
+
+    Start with `cdl-edge quickstart`. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
+    """
+
+
+def main() -> None:
+    """Entry point: a user's error prints one message and exits with 2, a bug keeps its trace and exits with 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # class names are the user's: never die of a terminal without UTF-8
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        cli(prog_name="cdl-edge")
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
+    """For people the text; with --json the document as the last line."""
+    click.echo(json.dumps(document, allow_nan=False) if as_json else text)
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr."""
+    click.echo(line, err=True)
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch's threads."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True, help="folder")
+@click.option("--data", default="digits", show_default=True, help="image source, see `train --help`")
+@threads_option
+@json_option
+def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None:
+    """The whole way once: train, export, evaluate, profile, report. No network, minutes on two cores."""
+    from .quickstart import quickstart as run
+
+    set_threads(threads)
+    document, text = run(data, out, say)
+    emit(document, as_json, text)
+
+
+@cli.command()
+@click.option("--data", required=True, help="image source whose classes are learnt, see `train --help`")
+@click.option("--arch", required=True, help="convnet | teacher | student | teacher-plain | student-plain")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help=".safetensors file to write")
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--learning-rate", type=float, help="peak [default: 0.2 for convnet (SGD), 0.001 for a ViT (AdamW)]")
+@click.option("--distill-from", help="a convnet made by this command, to learn from")
+@click.option("--freeze-stem", is_flag=True, help="teacher: keep the convnet's stem, computed once for both")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="continue from the checkpoint beside --out")
+@threads_option
+@json_option
+def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
+    """Make a small backbone from an image folder; a checkpoint after every epoch."""
+    from .train.pretrain import PretrainConfig
+    from .train.pretrain import pretrain as run
+
+    set_threads(threads)
+    result = run(PretrainConfig(out=str(out), **options), resume, say)
+    emit(result, as_json, f"{result['out']}: {result['val_accuracy']:.2f} % on the validation images")
+
+
+@cli.command()
+@click.option(
+    "--data",
+    help="digits | folder:PATH (PATH/train/<class>/*, PATH/val/<class>/*, or PATH/<class>/* with a "
+    "fifth held out) | cifar100[:PATH] | imagenet-r:PATH",
+)
+@click.option("--out", help="run folder to write")
+@click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
+@click.option("--student", help="likewise [default: builtin:student]")
+@click.option("--learner", help="l2p | dualprompt | coda | apt [default: coda]")
+@click.option("--distill", help="none | kd | kdp [default: kdp]")
+@click.option("--query", help="two-pass | one-pass: where pool learners get their query [default: two-pass]")
+@click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10]")
+@click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
+@click.option("--batch-size", type=int, help="[default: 64]")
+@click.option("--learning-rate", type=float, help="Adam's peak [default: 0.001]")
+@click.option("--seed", type=int, help="of class order, initial values, batches [default: 0]")
+@click.option("--limit-per-class", type=int, help="training images a class [default: all]")
+@click.option("--augment", help="auto | none | crop-flip [default: auto, none for digits]")
+@click.option("--alpha", type=float, help="share of distillation, and of the KD head [default: 0.5]")
+@click.option("--tau", type=float, help="temperature [default: 2]")
+@click.option("--kd-blocks", type=int, help="blocks with KD prompts [default: 12]")
+@click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
+@click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
+@click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
+@click.option("--devices", help="auto | cpu | cuda [default: auto]")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON file of these options; the command line wins",
+)
+@click.option("--resume", is_flag=True, help="continue a stopped run to the same numbers")
+@threads_option
+@json_option
+def train(config: Path | None, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
+    """Train teacher and student on one task after another; write a RUN folder."""
+    stored: dict[str, Any] = {}
+    if config is not None:
+        try:
+            stored = json.loads(config.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{config}: not JSON", got=str(error)) from error
+    from .display import accuracy_table
+    from .report import write_report
+    from .train.config import TrainConfig
+    from .train.loop import train as run
+
+    set_threads(threads)
+    given = {k: v for k, v in options.items() if v is not None}
+    metrics = run(TrainConfig.from_json({**stored, **given}), resume)
+    out = Path(metrics["config"]["out"])
+    report = write_report(out / "report.html", run=out)
+    keys = ("average_accuracy", "forgetting", "matrix")
+    sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
+    document = {**sides, "seconds": metrics["seconds"], "run": str(out), "report": str(report)}
+    text = f"{accuracy_table(metrics)}\n\n"
+    text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
+    emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="bundle folder to write")
+@click.option("--profile", default="ort", show_default=True, help="ort")
+@click.option("--dynamic-batch", is_flag=True, help="a graph for any batch size (slower on one image)")
+@click.option(
+    "--images", type=click.IntRange(1), default=500, show_default=True, help="real images for the parity gate"
+)
+@json_option
+def export(run: Path, out: Path, profile: str, dynamic_batch: bool, images: int, as_json: bool) -> None:
+    """Fold a run's student into a static ONNX graph, prove it equal, write a BUNDLE."""
+    from .display import parity_line
+    from .export import ParityError
+    from .export import export as export_run
+
+    try:
+        result = export_run(run, out, profile=profile, dynamic_batch=dynamic_batch, images=images)
+    except ParityError as error:
+        click.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    emit(result, as_json, f"{parity_line(result['parity'])}\nbundle: {out}\nnext: cdl-edge predict {out} IMAGE")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
+@click.option("--data", required=True, help="image source, see `train --help`")
+@click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
+@backend_option
+@threads_option
+@json_option
+def evaluate(
+    source: Path, data: str, limit_per_class: int | None, backend: str, threads: int | None, as_json: bool
+) -> None:
+    """Accuracy per task on the validation images, of a trained RUN (torch) or a BUNDLE (as deployed)."""
+    if (source / "config.json").is_file():
+        set_threads(threads)
+        from .train.evaluate import evaluate_run
+
+        result = evaluate_run(source, data, limit_per_class)
+    else:
+        from .runtime import load
+        from .runtime.evaluate import evaluate as run
+
+        with load(source, backend, threads) as runner:
+            result = run(runner, data, limit_per_class)
+    per_task = " ".join(f"{a:.1f}" for a in result["per_task"])
+    forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
+    text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images\n"
+    text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
+    emit(result, as_json, text)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--task", type=int, help="only the classes of this task compete (from 0)")
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
+@backend_option
+@threads_option
+@json_option
+def predict(
+    bundle: Path, images: tuple[Path, ...], task: int | None, top: int, backend: str, threads: int | None, as_json: bool
+) -> None:
+    """Classify images; says which prompts were selected."""
+    from .runtime import load
+    from .runtime.predict import predict as run
+
+    with load(bundle, backend, threads) as runner:
+        result = run(runner, list(images), task, top)
+    lines = []
+    for p in result["predictions"]:
+        lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")
+        lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
+    emit(result, as_json, "\n".join(lines))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--runs", type=click.IntRange(1), default=1000, show_default=True, help="timed calls")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="real image(s) to use in turn")
+@click.option("--trace", type=click.Path(path_type=Path), help="write every sample as JSON")
+@backend_option
+@threads_option
+@json_option
+def profile(
+    bundle: Path,
+    runs: int,
+    images: tuple[Path, ...],
+    trace: Path | None,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Latency of one image a call: decode and preprocess, compute, end to end."""
+    from .display import latency_table
+    from .runtime.profile import profile as run
+
+    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace)
+    context = result["context"]
+    flags = ", ".join(result["flags"]) or "none"
+    text = f"{latency_table(result)}\nbackend {result['backend']}, threads {context.get('threads')}, flags: {flags}"
+    emit(result, as_json, text)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """What a bundle holds: classes, tasks, learner, sizes, parity, accuracy."""
+    from .runtime.inspect import inspect as run
+
+    result = run(bundle)
+    shown = {k: v for k, v in result.items() if k not in ("classes", "tasks", "files")}
+    lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items() if v is not None]
+    lines += [f"task {i + 1}: {', '.join(names)}" for i, names in enumerate(result["tasks"])]
+    emit(result, as_json, "\n".join(lines))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@backend_option
+@json_option
+def validate(bundle: Path, backend: str, as_json: bool) -> None:
+    """Check every hash, load the graph, run a picture through it."""
+    from .runtime.inspect import validate as run
+
+    result = run(bundle, backend)
+    emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
+
+
+@cli.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN|BUNDLE...")
+@click.option(
+    "--profile",
+    "profile_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="the saved output of `profile --json`",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help=".html file to write")
+@json_option
+def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_json: bool) -> None:
+    """One self-contained HTML page about a run, a bundle, or both."""
+    from .report import write_report
+
+    run = bundle = None
+    for source in sources:
+        if (source / "manifest.json").is_file():
+            bundle = source
+        elif (source / "metrics.json").is_file():
+            run = source
+        else:
+            raise InputError(
+                f"{source}: neither a finished run nor a bundle", expected="metrics.json or manifest.json in it"
+            )
+    measured = None
+    if profile_file is not None:
+        try:
+            measured = json.loads(profile_file.read_text().strip().splitlines()[-1])
+        except (json.JSONDecodeError, IndexError) as error:
+            raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
+    path = write_report(out, run=run, bundle=bundle, profile=measured)
+    emit({"report": str(path)}, as_json, f"report: {path}")
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    from .runtime.doctor import doctor as run
+
+    result = run()
+    lines = []
+    for check in result["checks"]:
+        lines.append(f"{check['status']:>5}  {check['name']}: {check['detail']}")
+        if check.get("fix"):
+            lines.append(f"         do: {check['fix']}")
+    emit(result, as_json, "\n".join(lines))
+    if any(check["status"] == "fail" for check in result["checks"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

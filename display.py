@@ -1,0 +1,46 @@
+"""What the terminal shows: plain tables and the few sentences around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns aligned with spaces; the first to the left, the others to the right."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(r) for r in cells[1:])])
+
+
+def accuracy_table(metrics: dict[str, Any]) -> str:
+    """Accuracy after each task for teacher and student, from metrics.json."""
+    sides = [s for s in ("teacher", "student") if metrics.get(s)]
+    header = ["after task", *(f"{s} accuracy %" for s in sides), *(f"{s} forgetting" for s in sides)]
+    rows = []
+    for i in range(len(metrics["tasks"])):
+        accuracies = [f"{metrics[s]['accuracy_after_task'][i]:.2f}" for s in sides]
+        rows.append([i + 1, *accuracies, *(f"{metrics[s]['forgetting_after_task'][i]:.2f}" for s in sides)])
+    return table(header, rows)
+
+
+def latency_table(profile: dict[str, Any]) -> str:
+    """Percentiles of each stage in ms, from `profile --json`."""
+    rows = []
+    for stage in ("preprocess_ms", "compute_ms", "end_to_end_ms"):
+        values = profile[stage]
+        rows.append([stage[:-3].replace("_", " "), *(f"{values[k]:.3f}" for k in ("p50", "p90", "p99", "mean", "std"))])
+    return table(["stage (ms)", "p50", "p90", "p99", "mean", "std"], rows)
+
+
+def parity_line(parity: dict[str, Any]) -> str:
+    """One sentence from the manifest's parity entry."""
+    return (
+        f"parity: max |difference of logits| {parity['max_abs_error']:.2e}, mean {parity['mean_abs_error']:.2e} "
+        f"over {parity['images']} real images (tolerance {parity['tolerance']:.0e}), "
+        f"top-1 agreement {parity['top1_agreement']:.2f} %"
+    )

@@ -1,0 +1,62 @@
+"""The whole way once, on data that every installation has: what `cdl-edge quickstart` runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .display import accuracy_table, latency_table, parity_line
+from .errors import InputError
+
+
+def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Train teacher and student, export, evaluate the bundle, profile it, write the report.
+
+    Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
+    """
+    from .export import export
+    from .report import write_report
+    from .runtime import load
+    from .runtime.evaluate import evaluate
+    from .runtime.profile import profile
+    from .train.config import TrainConfig
+    from .train.loop import train
+
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: is not empty", expected="a new folder", fix="remove it, or give another --out")
+    started = time.perf_counter()
+    say("1/4 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
+    config = TrainConfig(data=data, out=str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=15)
+    metrics = train(config)
+    say("2/4 export: static ONNX graph, compared with the trained student")
+    exported = export(out / "run", out / "bundle")
+    say("3/4 evaluate and profile the bundle, without torch's help")
+    with load(out / "bundle") as runner:
+        accuracy = evaluate(runner, data)
+    latency = profile(out / "bundle", runs=500)
+    say("4/4 report")
+    report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle", profile=latency)
+    document = {
+        "student": {k: metrics["student"][k] for k in ("average_accuracy", "forgetting", "matrix")},
+        "teacher": {k: metrics["teacher"][k] for k in ("average_accuracy", "forgetting", "matrix")},
+        "parity": exported["parity"],
+        "evaluate": accuracy,
+        "profile": {k: latency[k] for k in ("end_to_end_ms", "preprocess_ms", "compute_ms", "backend", "flags")},
+        "bundle": str(out / "bundle"),
+        "report": str(report),
+        "seconds": time.perf_counter() - started,
+    }
+    text = "\n\n".join(
+        [
+            accuracy_table(metrics),
+            f"bundle on {accuracy['backend']}: average accuracy {accuracy['average_accuracy']:.2f} % "
+            f"over {accuracy['images']} images",
+            parity_line(exported["parity"]),
+            latency_table(latency),
+            f"bundle: {out / 'bundle'}   report: {report.resolve()}   ({document['seconds']:.0f} s)",
+            f"next: cdl-edge predict {out / 'bundle'} IMAGE  |  cdl-edge train --data folder:PHOTOS --out runs/mine",
+        ]
+    )
+    return document, text
