@@ -6,6 +6,7 @@ policy forbids all three. The same input gives the same bytes. numpy, the standa
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,7 +54,7 @@ FLAGS = {
     "jitter": "p99 is more than 1.5 times p50: most pictures are quick, some wait. Plan for p99, not for p50.",
     "enqueue-bound": "Handing work to the GPU takes more than 80 % of the GPU's own time: the processor is the limit, "
     "a CUDA graph would help.",
-    "throttled": "The device lowered its clock while it was measured: heat or power. Cool it or choose a lower power mode.",
+    "throttled": "The device lowered its clock while it was measured: heat or power. Cool it, or lower its power mode.",
 }
 ACRONYMS = {"cpu", "gpu", "os", "sha256", "onnx", "rss", "kd", "id", "url"}
 WORDS = {
@@ -134,7 +135,7 @@ def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Ma
     )
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
@@ -240,7 +241,7 @@ def check_profile(document: object) -> dict[str, Any]:
 
 
 def _check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
-    """A page that mixes two runs would mislead: classes and, where the bundle keeps it, the student's matrix must agree."""
+    """A page that mixes two runs would mislead: classes, tasks and the student's matrix must agree."""
     training = bundle.manifest.get("training") or {}
     student = training.get("student") if isinstance(training, dict) else None
     same = list(bundle.classes) == metrics["classes"] and [list(t) for t in bundle.tasks] == metrics["tasks"]
@@ -277,7 +278,7 @@ def _number(value: object, where: str, field: str) -> float:
     return float(value)
 
 
-# -- words and numbers --------------------------------------------------------------------------------------------------
+# -- words and numbers -------------------------------------------------------------------------------------------------
 
 
 def ink(colour: str) -> str:
@@ -372,7 +373,7 @@ def _method(learner: object, distiller: object) -> str:
     return f"{first} + {DISTILLERS.get(str(distiller), str(distiller))}" if distiller else first
 
 
-# -- sections -----------------------------------------------------------------------------------------------------------
+# -- sections ----------------------------------------------------------------------------------------------------------
 
 
 def _settings(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
@@ -420,11 +421,10 @@ def _figures(
     accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
     if metrics:
         student, teacher = metrics["student"], metrics.get("teacher")
-        gap = (
-            f"teacher {teacher['average_accuracy']:.2f} %, {student['average_accuracy'] - teacher['average_accuracy']:+.2f}"
-            if teacher
-            else "no teacher"
-        )
+        gap = "no teacher"
+        if teacher:
+            behind = student["average_accuracy"] - teacher["average_accuracy"]
+            gap = f"teacher {teacher['average_accuracy']:.2f} %, {behind:+.2f}"
         add("Final average accuracy", f"{student['average_accuracy']:.2f}", "%", gap)
         note = f"teacher {teacher['forgetting']:.2f}" if teacher else "lower is better"
         add("Forgetting", f"{student['forgetting']:.2f}", "points", note)
@@ -442,7 +442,8 @@ def _figures(
         add("Training time", duration_text(metrics["seconds"]), "", _on_device(metrics))
     if bundle:
         precision = bundle.manifest.get("precision")
-        add("Bundle size", *size_text(bundle.size_bytes).split(" "), note=str(precision) if precision else "")
+        number, unit = size_text(bundle.size_bytes).split(" ")
+        add("Bundle size", number, unit, str(precision) if precision else "")
     if profile:
         end = profile["end_to_end_ms"]
         note = str(profile.get("backend") or "") or "one picture, end to end"
@@ -451,7 +452,7 @@ def _figures(
 
 
 def _images(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> tuple[str, str, str] | None:
-    """(value, unit, note) of the images' tile: training and validation if the run counted them, else those evaluated."""
+    """(value, unit, note) of the images' tile: training and validation if the run counted them, else evaluated."""
     counts = (metrics or {}).get("images")
     if isinstance(counts, dict) and counts.get("train") is not None:
         held = counts.get("val")
@@ -559,7 +560,7 @@ def line_chart(title: str, unit: str, series: Sequence[tuple[str, Sequence[float
     def y(value: float) -> float:
         return round(height - bottom - (height - top - bottom) * (value - marks[0]) / (marks[-1] - marks[0]), 2)
 
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name, values in series:
         points = [
             {"x": x(i), "y": y(v), "title": f"{name.capitalize()}, after task {i + 1}: {v:.2f} {unit}"}
@@ -592,7 +593,7 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
     """Move labels apart until neighbours are `gap` pixels from each other, in their order here."""
     order = sorted(range(len(positions)), key=lambda i: positions[i])
     moved = list(positions)
-    for above, below in zip(order, order[1:], strict=False):
+    for above, below in itertools.pairwise(order):
         missing = gap - (moved[below] - moved[above])
         if missing > 0:
             moved[above] -= missing / 2
@@ -818,17 +819,14 @@ def _limitations(
     if metrics:
         config = metrics["config"]
         seed = f" ({config['seed']})" if "seed" in config else ""
+        lines.append(f"One run with one seed{seed} and one class order: differences below about a point are noise.")
         lines.append(
-            f"One run with one seed{seed} and one class order: differences below about one point between two runs are noise."
-        )
-        lines.append(
-            "Accuracy was measured on held-out pictures of the same source. Other cameras, light or viewpoints will lower "
-            "it."
+            "Accuracy was measured on held-out pictures of the same source. Other cameras, light or viewpoints lower it."
         )
         if metrics["student"]["forgetting"] > 0:
             lines.append(
-                f"Earlier tasks lost {metrics['student']['forgetting']:.2f} points on average while later ones were learnt: "
-                "expect the first tasks' classes to be the weaker ones."
+                f"Earlier tasks lost {metrics['student']['forgetting']:.2f} points on average while later ones were "
+                "learnt: expect the first tasks' classes to be the weaker ones."
             )
         if config.get("limit_per_class"):
             lines.append(f"Training saw at most {config['limit_per_class']:,} images a class.")

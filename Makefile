@@ -1,0 +1,32 @@
+# Every habit is one command, the same for contributors and for CI. The first target makes the environment it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test check bench clean
+
+quickstart: $(READY)   ## environment, install, then the whole way once on bundled data
+	rm -rf quickstart
+	$(BIN)/cdl-edge quickstart --out quickstart
+
+test: $(READY)         ## no network, no GPU
+	$(BIN)/python -m pytest
+
+check: $(READY)        ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)        ## the machine should have nothing else to do
+	$(BIN)/python benchmarks/export.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || (echo "Python 3.10 or newer is needed; try: make PYTHON=python3.11" && false)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $(READY)
+
+clean:                 ## everything that make made
+	rm -rf $(VENV) quickstart build *.egg-info .mypy_cache .ruff_cache .pytest_cache
