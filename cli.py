@@ -139,9 +139,11 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     stored: dict[str, Any] = {}
     if config is not None:
         try:
-            stored = json.loads(config.read_text())
-        except json.JSONDecodeError as error:
+            stored = json.loads(config.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{config}: not JSON", got=str(error)) from error
+        if not isinstance(stored, dict):
+            raise InputError(f"{config}: not a JSON object", got=type(stored).__name__, expected='{"data": ...}')
     from .display import accuracy_table
     from .report import write_report
     from .train.config import TrainConfig

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError, choose
-from .images import EXTENSIONS, Preprocessing, UnreadableImage
+from .images import EXTENSIONS, Preprocessing, UnreadableImage, open_rgb
 
 VAL_SHARE = 0.2
 "share of images held out, by a hash of the file name, when a folder has no train/ and val/ of its own"
@@ -58,6 +58,29 @@ class Split:
         keep = [rng.permutation(np.flatnonzero(self.labels == c))[:per_class] for c in np.unique(self.labels)]
         return self.take(np.sort(np.concatenate(keep)))
 
+    def check_readable(self, classes: Sequence[str]) -> None:
+        """Look for one readable image of each class, before hours of work are spent on the classes in front of it.
+
+        classes: names, for the message. Raises: InputError for a class with nothing but unreadable files.
+        """
+        if isinstance(self.items, np.ndarray):
+            return
+        for label in np.unique(self.labels).tolist():
+            first = None
+            for index in np.flatnonzero(self.labels == label):
+                try:
+                    open_rgb(self.items[int(index)])
+                    break
+                except UnreadableImage as error:
+                    first = first or " ".join(str(error).split())
+            else:
+                raise InputError(
+                    f"class {classes[label]!r} has no readable image",
+                    got=first,
+                    expected="at least one readable image a class",
+                    fix="replace the files or remove the class folder",
+                )
+
     def decode(self, preprocessing: Preprocessing) -> Decoded:
         """Read every image; an unreadable one is named and left out.
 
@@ -79,8 +102,9 @@ class Split:
         lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))
         if lost:
             raise InputError(
-                f"no readable image is left of {len(lost)} class(es), first: class {lost[0]}",
-                got=skipped[0],
+                f"no readable image is left of {len(lost)} class(es)",
+                # The first file of a lost class: its path says which class it is.
+                got=next(str(r) for r, label in zip(results, self.labels, strict=True) if label == lost[0]),
                 expected="at least one readable image a class",
                 fix="replace the files or remove the class folder",
             )
@@ -110,7 +134,10 @@ def load_dataset(source: str) -> Dataset:
 
 
 def _held_out(names: Sequence[str]) -> np.ndarray:
-    """bool (N,): about VAL_SHARE of the names, by hash: adding images moves no other one; never none, never all."""
+    """bool (N,): about VAL_SHARE of the names, by hash; never none, never all.
+
+    Adding images moves no other one, except where the hash alone would have held out none or all of so few.
+    """
     rank = np.array([int.from_bytes(hashlib.sha256(n.encode()).digest()[:6], "big") for n in names], dtype=np.float64)
     rank /= float(1 << 48)
     held = rank < VAL_SHARE
@@ -263,4 +290,18 @@ def _cifar100_binary(source: str, folder: Path) -> Dataset:
 
     names_file = folder / "fine_label_names.txt"
     names = names_file.read_text().split() if names_file.is_file() else [f"class{i:02d}" for i in range(100)]
-    return Dataset(source, tuple(names), read("train.bin"), read("test.bin"))
+    train, val = read("train.bin"), read("test.bin")
+    for name, split in (("train.bin", train), ("test.bin", val)):
+        if int(split.labels.max()) >= len(names):
+            raise InputError(
+                f"{folder / name}: a label without a class name",
+                got=f"label {int(split.labels.max())}",
+                expected=f"0 to {len(names) - 1}",
+                fix="download it again",
+            )
+        absent = len(names) - len(np.unique(split.labels))
+        if absent:
+            raise InputError(
+                f"{folder / name}: {absent} of {len(names)} classes have no image", fix="download it again"
+            )
+    return Dataset(source, tuple(names), train, val)

@@ -24,10 +24,16 @@ class InputError(Exception):
 
 
 def choose(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Return `name` if it is one of `choices`; otherwise raise InputError with the list and the closest match."""
+    """Return `name` if it is one of `choices`; otherwise raise InputError with the list and the closest match.
+
+    Of a long list (timm knows 430 ViTs) only the length and the nearest names are shown.
+    """
     names = sorted(choices)
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name, names, n=3)
     fix = f"did you mean {close[0]!r}?" if close else None
-    raise InputError(f"unknown {kind}", got=repr(name), expected="one of " + ", ".join(names), fix=fix)
+    expected = "one of " + ", ".join(names)
+    if len(names) > 30:
+        expected = f"one of {len(names)} names" + (", the nearest: " + ", ".join(close) if close else "")
+    raise InputError(f"unknown {kind}", got=repr(name), expected=expected, fix=fix)

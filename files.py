@@ -47,7 +47,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, aside / path.name)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(aside / path.name, path)
+                aside.rmdir()
+                raise
             shutil.rmtree(aside)
         else:
             os.replace(temporary, path)

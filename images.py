@@ -6,6 +6,7 @@ numpy and Pillow only, so that a board needs nothing else and sees the pixels th
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ def open_rgb(source: Path | str | bytes) -> Image.Image:
             )
         image.seek(0)
         image.load()
+        image = ImageOps.exif_transpose(image) or image  # first: what follows makes a new image without metadata
         # Like ToTensor conventions elsewhere: only 16-bit greyscale needs a scale of its own, PIL clips it otherwise.
         if image.mode.startswith("I;16") or image.mode == "I":
             wide = np.asarray(image, dtype=np.float64)
             image = Image.fromarray(np.clip(wide / 257.0 + 0.5, 0, 255).astype(np.uint8))
-        image = ImageOps.exif_transpose(image) or image
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -67,7 +68,10 @@ def open_rgb(source: Path | str | bytes) -> Image.Image:
         EOFError,
         SyntaxError,
         ValueError,
-        IndexError,
+        TypeError,
+        LookupError,
+        OverflowError,
+        struct.error,
     ) as error:
         # Pillow reports broken files with all of these, depending on the decoder.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -102,6 +106,12 @@ class Preprocessing:
                 got=f"size {self.size}, resize {self.resize}",
                 expected="1 <= size <= resize",
             )
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(
+                "mean and std do not fit",
+                got=f"mean {self.mean}, std {self.std}",
+                expected="three numbers each, std above 0",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -113,7 +123,7 @@ class Preprocessing:
         try:
             mean, std = (tuple(float(v) for v in fields[k]) for k in ("mean", "std"))
             return cls(**{**fields, "mean": mean, "std": std})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 "preprocessing is not understood", got=repr(fields), expected="size, resize, interpolation, mean, std"
             ) from error

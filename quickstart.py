@@ -24,7 +24,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     from .train.config import TrainConfig
     from .train.loop import train
 
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not empty", expected="a new folder", fix="remove it, or give another --out")
     started = time.perf_counter()
     say("1/4 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")

@@ -27,7 +27,7 @@ TEMPLATE = "report.html.j2"
 
 # Sequential, one hue, darker (on a light page) or lighter (on a dark page) is more: readable with every kind of colour
 # vision and in grey print. The text on each step is chosen by contrast in `ink`.
-HEAT_LIGHT = ("#f1f6fb", "#deeaf6", "#c8dcf0", "#abcbe6", "#86b4da", "#5e9acb", "#3c7fb8", "#22629c", "#134678")
+HEAT_LIGHT = ("#f1f6fb", "#deeaf6", "#c8dcf0", "#abcbe6", "#86b4da", "#5e9acb", "#2f75b0", "#1f5f99", "#134678")
 HEAT_DARK = ("#17212c", "#1a2d3f", "#1d3a55", "#21496d", "#285a88", "#3670a5", "#568fc2", "#86b2da", "#bdd8ef")
 INKS = ("#ffffff", "#0b1620")
 
@@ -57,8 +57,9 @@ FLAGS = {
     "throttled": "The device lowered its clock while it was measured: heat or power. Cool it, or lower its power mode.",
 }
 ACRONYMS = {"cpu", "gpu", "os", "sha256", "onnx", "rss", "kd", "id", "url"}
+OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length")
+"options that mean nothing in a run without a teacher"
 WORDS = {
-    "fp32": "float32",
     "cpu_count": "Processor cores",
     "peak_rss_bytes": "Peak memory of the process",
     "first_inference_ms": "First inference",
@@ -71,6 +72,8 @@ WORDS = {
     "out": "Run folder",
     "distill": "Distiller",
     "batch": "Images in one call",
+    "compat": "Authors' behaviour (compat)",
+    "augment": "Augmentation",
     "tau": "Temperature (tau)",
     "alpha": "Distillation share (alpha)",
 }
@@ -88,7 +91,7 @@ def write_report(
         profile: what `profile --json` prints, with an optional "trace_ms": end-to-end milliseconds of each call.
 
     Raises: InputError when there is neither run nor bundle, when something is missing, damaged, malformed or newer than
-        this code, and when run and bundle do not belong together.
+        this code, and when run, bundle and profile do not belong together.
     """
     out = Path(out)
     if out.is_dir():
@@ -98,12 +101,16 @@ def write_report(
     metrics = read_metrics(run) if run is not None else None
     opened = open_bundle(bundle) if bundle is not None else None
     if opened is not None:
+        _check_recorded(opened)
         training = opened.manifest.get("training")
         if metrics is None and training:
             metrics = check_metrics(training, f"{opened.path}: manifest.json, training")
         elif metrics is not None:
             _check_pair(metrics, opened)
-    html = render(metrics, opened, check_profile(profile) if profile is not None else None)
+    checked = check_profile(profile) if profile is not None else None
+    if opened is not None and checked is not None:
+        _check_measured(checked, opened)
+    html = render(metrics, opened, checked)
     # A file name that is no UTF-8 reaches JSON as a lone surrogate, which no UTF-8 file can hold.
     write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
     return out
@@ -192,8 +199,9 @@ def check_metrics(document: object, where: str) -> dict[str, Any]:
 
 
 def _check_side(side: Mapping[str, Any], where: str, name: str, tasks: int) -> None:
-    for key in ("average_accuracy", "forgetting"):
-        _number(side.get(key), where, f"{name}.{key}")
+    for key in ("average_accuracy", "forgetting", "incremental_accuracy"):
+        if key != "incremental_accuracy" or side.get(key) is not None:
+            _number(side.get(key), where, f"{name}.{key}")
     matrix = _list(side.get("matrix"), where, f"{name}.matrix")
     if len(matrix) != tasks:
         raise _malformed(where, f"{name}.matrix", f"{len(matrix)} rows", f"{tasks} rows, one a task")
@@ -211,7 +219,8 @@ def _check_side(side: Mapping[str, Any], where: str, name: str, tasks: int) -> N
         if len(_list(values, where, f"{name}.{key}")) != tasks:
             raise _malformed(where, f"{name}.{key}", f"{len(values)} values", f"{tasks}, one a task")
         for value in values:
-            _number(value, where, f"{name}.{key}")
+            if abs(_number(value, where, f"{name}.{key}")) > 100 and key != "seconds":
+                raise _malformed(where, f"{name}.{key}", value, "at most 100")
 
 
 def check_profile(document: object) -> dict[str, Any]:
@@ -240,6 +249,20 @@ def check_profile(document: object) -> dict[str, Any]:
     return fields
 
 
+def _check_recorded(bundle: Bundle) -> None:
+    """Of the manifest, the numbers that `open_bundle` has no use for and the page shows."""
+    where = str(bundle.path / "manifest.json")
+    parity = _object(bundle.manifest.get("parity") or {}, where, "parity")
+    for key in parity.keys() & PARITY.keys():
+        _number(parity[key], where, f"parity.{key}")
+    accuracy = _object(bundle.manifest.get("accuracy") or {}, where, "accuracy")
+    for key in ("average_accuracy", "forgetting", "images"):
+        if accuracy.get(key) is not None:
+            _number(accuracy[key], where, f"accuracy.{key}")
+    for value in _list(accuracy.get("per_task") or [], where, "accuracy.per_task"):
+        _number(value, where, "accuracy.per_task")
+
+
 def _check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
     """A page that mixes two runs would mislead: classes, tasks and the student's matrix must agree."""
     training = bundle.manifest.get("training") or {}
@@ -253,6 +276,19 @@ def _check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
             got="other classes, other tasks or another accuracy matrix",
             expected="the run that the bundle was exported from",
             fix="leave the run out: the bundle keeps its own training record",
+        )
+
+
+def _check_measured(profile: Mapping[str, Any], bundle: Bundle) -> None:
+    """Latency of another graph must not stand under this one's name."""
+    digest = (profile.get("context") or {}).get("graph_sha256")
+    known = {entry["sha256"] for entry in bundle.manifest["files"].values()}
+    if digest is not None and digest not in known:
+        raise InputError(
+            f"{bundle.path}: the profile was measured on another graph",
+            got=f"sha256 {digest!s:.64}",
+            expected="the hash of a graph of this bundle",
+            fix=f"measure this one: cdl-edge profile {bundle.path} --json",
         )
 
 
@@ -273,7 +309,8 @@ def _list(value: object, where: str, field: str) -> list[Any]:
 
 
 def _number(value: object, where: str, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    # The bound also keeps out integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
         raise _malformed(where, field, value, "a finite number")
     return float(value)
 
@@ -324,6 +361,21 @@ def ms_text(value: float) -> str:
     if value and abs(value) < 0.01:
         return f"{value:.2g}"
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _power_text(value: float) -> str:
+    """A very small number: "3.1 × 10⁻⁶"."""
+    if not value or 1e-3 <= abs(value) < 1e4:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits} × 10{str(int(exponent)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def _source_name(source: str) -> str:
+    """A data source as a title: the folder's name, or the data set's."""
+    kind, _, path = source.partition(":")
+    names = {"digits": "Digits", "cifar100": "CIFAR-100", "imagenet-r": "ImageNet-R"}
+    return (Path(path).name or path) if kind == "folder" and path else names.get(kind, source)
 
 
 def _label(key: str) -> str:
@@ -398,14 +450,14 @@ def _settings(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[
 def _header(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
     settings = _settings(metrics, bundle)
     name = bundle.name if bundle else None
-    title = str(settings["data"] or name or "Report")
+    title = _source_name(str(settings["data"])) if settings["data"] else name or "Report"
     return {
         "title": title,
         "method": _method(settings["learner"], settings["distill"]) if settings["learner"] else None,
         "teacher": settings["teacher"],
         "student": settings["student"],
         "bundle": name if name != title else None,
-        "created": bundle.manifest.get("created") if bundle else None,
+        "created": str(bundle.manifest.get("created") or "") if bundle else "",
     }
 
 
@@ -424,10 +476,13 @@ def _figures(
         gap = "no teacher"
         if teacher:
             behind = student["average_accuracy"] - teacher["average_accuracy"]
-            gap = f"teacher {teacher['average_accuracy']:.2f} %, {behind:+.2f}"
+            sign = "+" if behind >= 0 else "−"
+            gap = f"teacher {teacher['average_accuracy']:.2f} %, student {sign}{abs(behind):.2f}"
         add("Final average accuracy", f"{student['average_accuracy']:.2f}", "%", gap)
         note = f"teacher {teacher['forgetting']:.2f}" if teacher else "lower is better"
         add("Forgetting", f"{student['forgetting']:.2f}", "points", note)
+        if student.get("incremental_accuracy") is not None:
+            add("Incremental accuracy", f"{student['incremental_accuracy']:.2f}", "%", "mean over all stages")
     elif accuracy.get("average_accuracy") is not None:
         add("Final average accuracy", f"{accuracy['average_accuracy']:.2f}", "%", "of the exported student")
         if accuracy.get("forgetting") is not None:
@@ -467,15 +522,13 @@ def _images(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> tuple[s
 
 def _on_device(metrics: Mapping[str, Any]) -> str:
     device = metrics.get("device")
-    return f"on {str(device).upper() if device == 'cpu' else device}" if device else ""
+    return f"on {str(device).upper()}" if device else ""
 
 
 def _accuracy(metrics: Mapping[str, Any]) -> dict[str, Any]:
     sides = [(name, metrics[name]) for name in ("student", "teacher") if metrics.get(name) is not None]
     values = [v for _, side in sides for row in side["matrix"] for v in row if v is not None]
     low, high = heat_domain(values)
-    steps = len(HEAT_LIGHT)
-    edges = [low + (high - low) * i / steps for i in range(steps + 1)]
     heats = []
     for name, side in sides:
         rows = [[_heat_cell(value, low, high) for value in row] for row in side["matrix"]]
@@ -504,7 +557,8 @@ def _accuracy(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heats": heats,
         "wide": len(metrics["tasks"]) > 11,
-        "legend": [f"{e:.0f}" if (high - low) % steps == 0 else f"{e:.1f}" for e in edges],
+        "low": f"{low:.0f}",
+        "high": f"{high:.0f}",
         "reading": definitions.get("matrix"),
         "charts": charts,
         "columns": columns,
@@ -530,7 +584,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     span = max(high - low, 1e-9)
     step = next(
         m * 10.0**e
-        for e in range(math.floor(math.log10(span / most)), 12)
+        for e in itertools.count(math.floor(math.log10(span / most)))
         for m in (1, 2, 5)
         if span / (m * 10.0**e) <= most - 1
     )
@@ -544,7 +598,7 @@ def line_chart(title: str, unit: str, series: Sequence[tuple[str, Sequence[float
         series: (name, values (T,)); all of one length.
         zero: the axis must include 0.
     """
-    width, height, left, right, top, bottom = 480, 264, 44, 88, 18, 44
+    width, height, left, right, top, bottom = 480, 268, 44, 88, 24, 44
     flat = [v for _, values in series for v in values]
     low, high = min([*flat, 0.0]) if zero else min(flat), max(flat)
     # Nearly constant values must not look like a landslide.
@@ -693,7 +747,8 @@ def _latency(profile: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     flags = [
-        {"name": f, "text": next((t for k, t in FLAGS.items() if f.startswith(k)), None)} for f in profile["flags"]
+        {"name": f, "text": next((t for k, t in FLAGS.items() if f.startswith(k)), None)}
+        for f in profile.get("flags", [])
     ]
     top = {k: v for k, v in profile.items() if k not in ("context", "definitions", "flags", "trace_ms")}
     top = {k: v for k, v in top.items() if not (k.endswith("_ms") and isinstance(v, dict))}
@@ -713,32 +768,16 @@ def _latency(profile: Mapping[str, Any]) -> dict[str, Any]:
 
 def _export(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
-    parity = manifest.get("parity")
-    tiles, passed = [], None
-    if isinstance(parity, dict) and parity:
-        known = {k: _number(parity[k], str(bundle.path), f"parity.{k}") for k in parity if k in PARITY}
-        if "max_abs_error" in known and "tolerance" in known:
-            passed = known["max_abs_error"] <= known["tolerance"]
-        tiles = [{"label": label, "value": text(known[key])} for key, (label, text) in PARITY.items() if key in known]
+    known: Mapping[str, float] = manifest.get("parity") or {}
+    tiles = [{"label": label, "value": text(known[key])} for key, (label, text) in PARITY.items() if key in known]
+    passed = None
+    if "max_abs_error" in known and "tolerance" in known:
+        passed = known["max_abs_error"] <= known["tolerance"]
     accuracy = manifest.get("accuracy") or {}
     per_task = accuracy.get("per_task") or []
-    described = [
-        "name",
-        "created",
-        "learner",
-        "distiller",
-        "query",
-        "alpha",
-        "selection",
-        "backbone",
-        "profile",
-        "opset",
-        "precision",
-        "quantisation",
-    ]
-    facts = _rows({key: manifest.get(key) for key in described})
+    facts = _rows({key: _without_identity(manifest.get(key)) for key in (*GRAPH_FACTS, "quantisation")})
     inputs = manifest["input"]
-    facts += [("Input", _value("shape", inputs["shape"]) + f" {inputs['dtype']}, {inputs.get('layout', 'NHWC')}")]  # type: ignore[operator]
+    facts.append(("Input", f"{_value('shape', inputs['shape'])} {inputs['dtype']}, {inputs.get('layout', 'NHWC')}"))
     facts += _rows({k: inputs.get(k) for k in ("dynamic_batch", "normalisation", "preprocessing")})
     facts += [(f"Output {name}", _value("shape", shape) or "") for name, shape in manifest["outputs"].items() if shape]
     facts += _rows({"graphs": manifest["graphs"]})
@@ -759,10 +798,16 @@ def _export(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def _without_identity(value: object) -> object:
+    """A backbone's hash has its place in the model card."""
+    return {k: v for k, v in value.items() if k != "identity"} if isinstance(value, dict) else value
+
+
+GRAPH_FACTS = ("learner", "distiller", "query", "alpha", "selection", "backbone", "profile", "opset", "precision")
 PARITY = {
-    "max_abs_error": ("Largest error of a logit", lambda v: f"{v:.2e}"),
-    "tolerance": ("Tolerance", lambda v: f"{v:.2e}"),
-    "mean_abs_error": ("Mean error", lambda v: f"{v:.2e}"),
+    "max_abs_error": ("Largest error of a logit", _power_text),
+    "tolerance": ("Tolerance", _power_text),
+    "mean_abs_error": ("Mean error", _power_text),
     # Written as a fraction; a percentage is shown right as well.
     "top1_agreement": ("Same first class", lambda v: f"{100 * v if v <= 1 else v:.2f} %"),
     "images": ("Images compared", lambda v: f"{v:,.0f}"),
@@ -798,14 +843,20 @@ def _card(
             {"name": side.capitalize(), "cells": [_value(k, b.get(k)) or "" for k in keys]}
             for side, b in backbones.items()
         ],
-        "training": _rows(metrics["config"]) + _rows({k: metrics.get(k) for k in ("device", "precision", "threads")})
-        if metrics
-        else [],
+        "frozen": settings["learner"] != "finetune",
+        "training": _training(metrics) if metrics else [],
         "definitions": [(_label(k), str(v)) for k, v in definitions.items()],
         "limitations": _limitations(metrics, bundle, profile, len(classes)),
         "version_columns": list(columns),
         "versions": [(p, [_value("", v.get(p)) or "" for v in columns.values()]) for p in packages],
     }
+
+
+def _training(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options, with what "auto" came to in place of the word."""
+    resolved = {k: metrics[k] for k in ("device", "precision", "threads") if metrics.get(k) is not None}
+    left_out = () if metrics.get("teacher") else OF_DISTILLATION
+    return _rows({**metrics["config"], **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
 
 
 def _limitations(
@@ -821,12 +872,14 @@ def _limitations(
         seed = f" ({config['seed']})" if "seed" in config else ""
         lines.append(f"One run with one seed{seed} and one class order: differences below about a point are noise.")
         lines.append(
-            "Accuracy was measured on held-out pictures of the same source. Other cameras, light or viewpoints lower it."
+            "Accuracy was measured on held-out images of the same source: other cameras, light or viewpoints lower it."
         )
-        if metrics["student"]["forgetting"] > 0:
+        last = metrics["student"]["matrix"][-1]
+        if len(last) > 1:
+            weakest = min(range(len(last)), key=last.__getitem__)
             lines.append(
-                f"Earlier tasks lost {metrics['student']['forgetting']:.2f} points on average while later ones were "
-                "learnt: expect the first tasks' classes to be the weaker ones."
+                f"The average hides differences: the weakest task at the end is task {weakest + 1} with "
+                f"{last[weakest]:.1f} %."
             )
         if config.get("limit_per_class"):
             lines.append(f"Training saw at most {config['limit_per_class']:,} images a class.")

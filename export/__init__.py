@@ -1,0 +1,9 @@
+"""From a RUN to a BUNDLE: the student as a static graph, proven equal before it gets its name."""
+
+from __future__ import annotations
+
+from .bundle import export
+from .parity import ParityError
+from .profiles import PROFILES
+
+__all__ = ["PROFILES", "ParityError", "export"]

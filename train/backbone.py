@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import HybridEmbed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from ..errors import InputError, choose
@@ -128,7 +128,9 @@ def load_backbone(source: str) -> Backbone:
         model, preprocessing = load_file(path)
         identity = "sha256:" + sha256(path)
     else:
-        model, preprocessing = _load_timm(rest if kind == "random" else source, pretrained=kind != "random")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # "untrained" must be the same weights again when the run is exported
+            model, preprocessing = _load_timm(rest if kind == "random" else source, pretrained=kind != "random")
         identity = source
     _check_supported(source, model)
     model.eval().requires_grad_(False)
@@ -177,6 +179,8 @@ def _check_supported(source: str, model: nn.Module) -> None:
         found = "a ViT whose class token has no position"
     elif not isinstance(model.norm, nn.LayerNorm):
         found = "a ViT that normalises after pooling"
+    elif not all(isinstance(block, Block) for block in model.blocks):
+        found = f"a ViT of {type(model.blocks[0]).__name__}"
     elif not isinstance(getattr(model.blocks[0].attn, "q_norm", None), nn.Identity):
         found = "a ViT with normalised queries"
     elif not isinstance(getattr(model.blocks[0].mlp, "act", None), nn.GELU):
@@ -206,8 +210,13 @@ def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
             expected="a file made by `cdl-edge pretrain`",
             fix="add the sizes to the file's metadata as strings",
         )
-    stem = tuple(tuple(int(v) for v in layer) for layer in json.loads(metadata.get("stem", "[]")))
-    architecture = Architecture(**{k: int(metadata[k]) for k in sizes}, stem=stem)  # type: ignore[arg-type]
+    try:
+        stem = tuple(tuple(int(v) for v in layer) for layer in json.loads(metadata.get("stem", "[]")))
+        architecture = Architecture(**{k: int(metadata[k]) for k in sizes}, stem=stem)  # type: ignore[arg-type]
+        mean, std = (tuple(float(v) for v in metadata[k].split(",")) for k in ("mean", "std"))
+        resize = int(metadata.get("resize", architecture.img_size))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: metadata is damaged", got=str(error), expected="numbers as strings") from error
     model = architecture.build()
     try:
         model.load_state_dict(state)
@@ -215,10 +224,7 @@ def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
         raise InputError(
             f"{path}: the tensors do not fit the metadata", got=str(error).splitlines()[1].strip()
         ) from error
-    mean, std = (tuple(float(v) for v in metadata[k].split(",")) for k in ("mean", "std"))
-    size = architecture.img_size
-    resize = int(metadata.get("resize", size))
-    return model, Preprocessing(size, resize, metadata.get("interpolation", "bicubic"), mean, std)  # type: ignore[arg-type]
+    return model, Preprocessing(architecture.img_size, resize, metadata.get("interpolation", "bicubic"), mean, std)  # type: ignore[arg-type]
 
 
 def save_backbone(

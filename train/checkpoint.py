@@ -22,6 +22,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
     def flatten(value: Any, key: str) -> Any:
         if isinstance(value, torch.Tensor):
+            key = f"{len(tensors)}.{key}"  # numbered: {"a.b": x} and {"a": {"b": y}} have one path
             tensors[key] = value.detach().cpu().contiguous().clone()
             return {_TENSOR: key}
         if isinstance(value, dict):

@@ -63,6 +63,8 @@ class TrainConfig:
     "auto: CUDA if there is one, otherwise CPU; or cpu | cuda"
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # a JSON file may hold anything
+            self._check_type(field.name, str(field.type))
         choose("learner", self.learner, LEARNERS)
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
@@ -78,6 +80,25 @@ class TrainConfig:
                 )
         if self.limit_per_class is not None and self.limit_per_class < 1:
             raise InputError("--limit-per-class is too small", got=self.limit_per_class, expected="at least 1")
+
+        for name, holds, expected in (
+            ("alpha", 0 <= self.alpha <= 1, "0 to 1"),
+            ("tau", 0 < self.tau < float("inf"), "a number above 0"),
+            ("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not holds:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is out of range", got=getattr(self, name), expected=expected)
+
+    def _check_type(self, name: str, annotation: str) -> None:
+        """annotation: the text of the field's type, such as "int | None"."""
+        allowed = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "None": (type(None),)}
+        types = [t for part in annotation.split(" | ") for t in allowed[part]]
+        value = getattr(self, name)
+        # True is an int for Python, not for a user.
+        if not isinstance(value, tuple(types)) or (isinstance(value, bool) and bool not in types):
+            raise InputError(f"training option {name!r} has the wrong type", got=repr(value), expected=annotation)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

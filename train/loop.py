@@ -51,14 +51,16 @@ class _Training:
         self.out = Path(config.out)
         self.device = _device(config.devices)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16(self.device))
-        dataset = load_dataset(config.data)
+        dataset = _limited(load_dataset(config.data), config)
         self.scenario = make_scenario(dataset.classes, config.tasks, config.seed, shuffle=not config.compat)
         self.distiller = DISTILLERS[config.distill](config.alpha, config.tau)
         self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
         if self.distiller.needs_teacher:
             self.backbones["teacher"] = load_backbone(config.teacher)
+        for split in (dataset.train, dataset.val):
+            split.check_readable(dataset.classes)
         self._claim(resume)  # nothing is written before this line
-        self.dataset = _limited(dataset, config)
+        self.dataset = dataset
         augment = config.augment
         self.augmented = augment == "crop-flip" or (augment == "auto" and dataset.source != "digits")
         self.models: dict[str, PromptedViT] = {}

@@ -87,6 +87,11 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
     size = sum(p.numel() for p in model.parameters())
     say(f"{config.arch}: {size:,} parameters; decoding {len(dataset.train):,} images")
     train, val = dataset.train.decode(preprocessing), dataset.val.decode(preprocessing)
+    skipped = [*train.skipped, *val.skipped]
+    for line in skipped:
+        say(f"skipped: {line}")
+    if skipped:
+        say(f"{len(skipped)} unreadable image(s) skipped")
 
     epoch, curve, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
@@ -169,9 +174,15 @@ def _models(config: PretrainConfig, num_classes: int, device: torch.device) -> t
         if not path.is_file():
             raise InputError(f"{path}: no such file", expected="a convnet made by `pretrain --arch convnet`")
         teacher = _convnet(num_classes)
-        teacher.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_state(path)["model"].items()}
-        )
+        state = load_state(path).get("model", {})
+        try:
+            teacher.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: not a convnet for these {num_classes} classes",
+                got=str(error).splitlines()[1].strip(),
+                expected="a convnet made by `pretrain --arch convnet` on the same classes",
+            ) from error
         teacher.eval().requires_grad_(False)
         teacher.to(device).to(memory_format=torch.channels_last)
     if config.arch == "convnet":

@@ -26,7 +26,8 @@ class Scenario:
 
     def split(self, split: Split, task: int) -> Split:
         """The images of a task, labelled with learned positions."""
-        position = np.empty(len(self.order), dtype=np.int64)
+        # The source may have classes that were never learnt: they are in no task.
+        position = np.full(max(self.order) + 1, -1, dtype=np.int64)
         position[list(self.order)] = np.arange(len(self.order))
         part = split.of_classes([self.order[p] for p in self.tasks[task]])
         return Split(part.items, position[part.labels])

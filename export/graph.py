@@ -1,0 +1,392 @@
+"""The student's graph, written by hand: what its eval mode computes, with all that is constant folded.
+
+Exactness-preserving rewrites: image normalisation in the first convolution, attention scale in Q, layer scale in the
+projections; stem, LayerNorm and QKV of block 0 shared by the query pass and the prompted pass; the last block only for
+the rows that are read; keys normalised; pools and heads cut to what has been learnt; CODA's cosines as two matrix
+products for all blocks; both heads and alpha in one matrix.
+
+Tokens travel as (B * N, D), so that every linear layer is one Gemm with its bias; attention is ONNX `Attention`
+(opset 23) on (B, N, D), extra key and value rows are concatenated in front of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..images import Preprocessing
+from ..train.learners.apt import APT
+from ..train.learners.coda import CODAPrompt
+from ..train.learners.dualprompt import GENERAL_BLOCKS, DualPrompt
+from ..train.learners.l2p import L2P, TOP
+from ..train.student import PromptedViT
+
+OPSET = 23
+FROZEN, LEARNT = "backbone.bin", "prompts.bin"
+
+
+@dataclass
+class Graph:
+    """Nodes and constants as they are added."""
+
+    batch: int | None
+    "images a call; None: any number"
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    "constant -> FROZEN, LEARNT, or empty for what is structure and stays in the graph"
+    count: int = 0
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output; returns the output's name."""
+        return self.ops(kind, 1, *inputs, **attributes)[0]
+
+    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+        """Add a node with several outputs."""
+        self.count += 1
+        names = [f"{kind.lower()}_{self.count}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{self.count}", **attributes))
+        return names
+
+    def constant(self, name: str, value: Tensor | np.ndarray, place: str) -> str:
+        """Add a float32 constant once; a second call with the name returns it."""
+        if name not in self.constants:
+            array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
+            self.constants[name] = np.ascontiguousarray(array, dtype=np.float32)
+            self.places[name] = place
+        return name
+
+    def shape(self, *sizes: int) -> str:
+        """An int64 vector for Reshape and Split."""
+        name = "shape_" + "_".join(str(s).replace("-", "m") for s in sizes)
+        self.constants[name] = np.asarray(sizes, dtype=np.int64)
+        self.places[name] = ""
+        return name
+
+    def reshape(self, x: str, *sizes: int) -> str:
+        """Reshape to sizes, at most one -1."""
+        return self.op("Reshape", x, self.shape(*sizes))
+
+    def rows(self, name: str, value: Tensor, like: str) -> str:
+        """A learnt constant (1, n, D) for every image of the batch; `like`: any value whose first axis is the batch."""
+        if self.batch is not None:
+            return self.constant(name, value.expand(self.batch, -1, -1), LEARNT)
+        size = self.op("Shape", like, start=0, end=1)
+        full = self.op("Concat", size, self.shape(*value.shape[1:]), axis=0)
+        return self.op("Expand", self.constant(name, value, LEARNT), full)
+
+    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None, place: str = FROZEN) -> str:
+        """(M, in) -> (M, out); weight as torch has it, (out, in)."""
+        inputs = [x, self.constant(f"{name}.weight", weight.detach().t(), place)]
+        if bias is not None:
+            inputs.append(self.constant(f"{name}.bias", bias, place))
+        return self.op("Gemm", *inputs)
+
+    def norm(self, name: str, x: str, layer: nn.LayerNorm, place: str = FROZEN) -> str:
+        """LayerNorm over the last axis."""
+        scale, shift = (self.constant(f"{name}.{k}", getattr(layer, k), place) for k in ("weight", "bias"))
+        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=layer.eps)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Extra rows of one block's attention."""
+
+    keys: list[str]
+    values: list[str]
+    cls_key: str | None = None
+    cls_value: str | None = None
+
+
+class StudentGraph:
+    """Builds one graph from one student."""
+
+    def __init__(self, student: PromptedViT, preprocessing: Preprocessing, classes: int, batch: int | None) -> None:
+        self.student, self.preprocessing, self.classes = student, preprocessing, classes
+        self.vit = student.backbone
+        self.g = Graph(batch)
+        self.width = int(self.vit.embed_dim)
+        self.tokens = int(self.vit.pos_embed.shape[1])
+        self.weights: list[str] = []
+        "prompt weights (B, K) of each query-dependent block"
+        self.entries = 0
+        "K, learnt entries a block"
+
+    # -- parts of the backbone ----------------------------------------------------------------------------------------
+
+    def stem(self) -> str:
+        """uint8 (B, S, S, 3) -> (B, N, D) tokens with positions."""
+        g, vit = self.g, self.vit
+        x = g.op("Transpose", g.op("Cast", "images", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
+        embed = vit.patch_embed
+        layers = [*embed.backbone, embed.proj] if hasattr(embed, "backbone") else [embed.proj]
+        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
+        scale, shift = (1 / (255 * std)), -mean / std
+        first = layers[0]
+        if any(first.padding):
+            # Padding is zero behind the normalisation: it cannot move into this convolution.
+            scale_name = g.constant("input.scale", scale.view(1, 3, 1, 1), FROZEN)
+            shift_name = g.constant("input.shift", shift.view(1, 3, 1, 1), FROZEN)
+            x = g.op("Add", g.op("Mul", x, scale_name), shift_name)
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.ReLU):
+                x = g.op("Relu", x)
+                continue
+            if not isinstance(layer, nn.Conv2d):
+                raise InputError("the stem cannot be exported", got=type(layer).__name__, expected="Conv2d and ReLU")
+            weight = layer.weight.detach().double()
+            bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros(len(weight)).double()
+            if i == 0 and not any(layer.padding):
+                bias = bias + torch.einsum("ocij,c->o", weight, shift)
+                weight = weight * scale.view(1, 3, 1, 1)
+            x = g.op(
+                "Conv",
+                x,
+                g.constant(f"stem.{i}.weight", weight, FROZEN),
+                g.constant(f"stem.{i}.bias", bias, FROZEN),
+                kernel_shape=list(layer.kernel_size),
+                strides=list(layer.stride),
+                pads=[*layer.padding, *layer.padding],
+            )
+        x = g.op("Transpose", g.reshape(x, -1, self.width, self.tokens - 1), perm=[0, 2, 1])
+        x = g.op("Add", x, g.constant("pos_embed", vit.pos_embed[:, 1:], FROZEN))
+        cls = vit.cls_token + vit.pos_embed[:, :1]
+        if g.batch is not None:
+            first_row = g.constant("cls_token", cls.expand(g.batch, -1, -1), FROZEN)
+        else:
+            size = g.op("Concat", g.op("Shape", x, start=0, end=1), g.shape(1, self.width), axis=0)
+            first_row = g.op("Expand", g.constant("cls_token", cls, FROZEN), size)
+        return g.op("Concat", first_row, x, axis=1)
+
+    def qkv_weights(self, index: int) -> tuple[Tensor, Tensor]:
+        """(3D, D) and (3D,) with the attention scale in Q."""
+        attention = self.vit.blocks[index].attn
+        factor = torch.ones(3 * self.width, 1)
+        factor[: self.width] = attention.scale
+        bias = attention.qkv.bias if attention.qkv.bias is not None else torch.zeros(3 * self.width)
+        return attention.qkv.weight * factor, bias * factor[:, 0]
+
+    def block(self, index: int, x: str, count: int, rows: Rows | None, keep: list[int] | None, qkv: str | None) -> str:
+        """One block. x: (B, count, D) -> (B, count, D), or the rows in `keep`. qkv: (B, count, 3D) if shared."""
+        g, block, width = self.g, self.vit.blocks[index], self.width
+        name = f"blocks.{index}"
+        weight, bias = self.qkv_weights(index)
+        last = index == len(self.vit.blocks) - 1
+        if last:
+            h = g.norm(f"{name}.norm1", g.reshape(x, -1, width), block.norm1)
+            kv = g.linear(f"{name}.kv", h, weight[width:], bias[width:])
+            k, v = g.ops("Split", 2, g.reshape(kv, -1, count, 2 * width), axis=2, num_outputs=2)
+            assert keep is not None
+            x = self.pick(x, keep)
+            h = self.pick(g.reshape(h, -1, count, width), keep)
+            q = g.linear(f"{name}.q", g.reshape(h, -1, width), weight[:width], bias[:width])
+            q = g.reshape(q, -1, len(keep), width)
+            count = len(keep)
+        else:
+            q, k, v = g.ops("Split", 3, qkv or self.qkv(index, x, count), axis=2, num_outputs=3)
+        if rows is not None:
+            if rows.cls_key is not None and rows.cls_value is not None:
+                k, v = g.op("Add", k, rows.cls_key), g.op("Add", v, rows.cls_value)
+            if rows.keys:
+                k, v = g.op("Concat", k, *rows.keys, axis=1), g.op("Concat", v, *rows.values, axis=1)
+        heads = block.attn.num_heads
+        mixed = g.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
+        proj, fc2 = self.scaled(block.attn.proj, block.ls1), self.scaled(block.mlp.fc2, block.ls2)
+        flat = g.op("Add", g.reshape(x, -1, width), g.linear(f"{name}.proj", g.reshape(mixed, -1, width), *proj))
+        h = g.norm(f"{name}.norm2", flat, block.norm2)
+        h = g.op("Gelu", g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias))
+        return g.reshape(g.op("Add", flat, g.linear(f"{name}.fc2", h, *fc2)), -1, count, width)
+
+    def qkv(self, index: int, x: str, count: int) -> str:
+        """LayerNorm and QKV. (B, count, D) -> (B, count, 3D)."""
+        g, name = self.g, f"blocks.{index}"
+        h = g.norm(f"{name}.norm1", g.reshape(x, -1, self.width), self.vit.blocks[index].norm1)
+        return g.reshape(g.linear(f"{name}.qkv", h, *self.qkv_weights(index)), -1, count, 3 * self.width)
+
+    @staticmethod
+    def scaled(layer: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
+        """Weight and bias with the layer scale behind them, where there is one."""
+        gamma = getattr(scale, "gamma", None)
+        if gamma is None:
+            return layer.weight, layer.bias
+        return layer.weight * gamma[:, None], layer.bias * gamma
+
+    def pick(self, x: str, rows: list[int]) -> str:
+        """(B, N, D) -> (B, len(rows), D)."""
+        g = self.g
+        parts = [g.op("Slice", x, g.shape(r), g.shape(r + 1), g.shape(1)) for r in rows]
+        return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+
+    def block_rows(self, index: int, count: int, query: str | None, like: str) -> Rows | None:
+        """What the learner and KDP add to a block."""
+        g, student = self.g, self.student
+        learner = student.learner
+        keys: list[str] = []
+        values: list[str] = []
+        fixed: list[tuple[Tensor, Tensor]] = []
+        cls_key = cls_value = None
+        if isinstance(learner, APT):
+            # Mask times row: the engine folds it into (N, D) when it loads, the file of what was learnt keeps one row.
+            mask = g.constant(f"cls_mask.{count}", np.eye(count, 1), "")
+            added = learner.merged[index].detach()
+            cls_key = g.op("Mul", mask, g.constant(f"apt.{index}.key", added[:1], LEARNT))
+            cls_value = g.op("Mul", mask, g.constant(f"apt.{index}.value", added[1:], LEARNT))
+        elif isinstance(learner, DualPrompt) and index in GENERAL_BLOCKS:
+            general = learner.general[str(index)]
+            fixed.append((general[None, : len(general) // 2], general[None, len(general) // 2 :]))
+        elif index in learner.blocks():
+            assert query is not None
+            k, v = self.selected(index, query)
+            keys.append(k)
+            values.append(v)
+        kd = student.kd.at_block(index) if student.kd is not None else None
+        if kd is not None and kd[0].shape[1]:
+            fixed.append(kd)
+        if fixed:
+            keys.append(g.rows(f"rows.{index}.keys", torch.cat([f[0] for f in fixed], 1), like))
+            values.append(g.rows(f"rows.{index}.values", torch.cat([f[1] for f in fixed], 1), like))
+        if not keys and cls_key is None:
+            return None
+        return Rows(keys, values, cls_key, cls_value)
+
+    def selected(self, index: int, query: str) -> tuple[str, str]:
+        """Rows that depend on the query (B, Q): (B, n, D) keys and values."""
+        g, learner = self.g, self.student.learner
+        if isinstance(learner, CODAPrompt):
+            weights = self.coda_weights(index, query)
+            prompt = learner.prompt[str(index)][: learner.components()].detach()
+            mixed = g.op("MatMul", weights, g.constant(f"coda.{index}.prompt", prompt.flatten(1), LEARNT))
+            k, v = g.ops("Split", 2, g.reshape(mixed, -1, prompt.shape[1], self.width), axis=1, num_outputs=2)
+            return k, v
+        if isinstance(learner, L2P):
+            used = learner.learnt_entries()
+            table, key = learner.prompt.detach().cpu()[used], learner.key.detach().cpu()[used]
+            cosine = self.cosine(f"l2p.{index}", query, key)
+            chosen = g.ops("TopK", 2, cosine, g.shape(TOP), axis=1)[1]
+        elif isinstance(learner, DualPrompt):
+            count = max(1, learner.learnt)
+            table, key = learner.expert[str(index)].detach()[:count], learner.key[str(index)].detach()[:count]
+            cosine = self.cosine(f"dualprompt.{index}", query, key)
+            chosen = g.op("ArgMax", cosine, axis=1, keepdims=1)
+        else:
+            raise InputError("the learner cannot be exported", got=type(learner).__name__, expected="a known learner")
+        half = table.shape[1] // 2
+        parts = []
+        for what, rows in (("keys", table[:, :half]), ("values", table[:, half:])):
+            gathered = g.op("Gather", g.constant(f"entries.{index}.{what}", rows.flatten(1), LEARNT), chosen, axis=0)
+            parts.append(g.reshape(gathered, -1, (TOP if isinstance(learner, L2P) else 1) * half, self.width))
+        return parts[0], parts[1]
+
+    def cosine(self, name: str, query: str, key: Tensor) -> str:
+        """(B, Q) with the keys' rows: (B, K); also noted as the block's prompt weights."""
+        g = self.g
+        unit = torch.nn.functional.normalize(key.double(), dim=1)
+        length = g.op("Sqrt", g.op("ReduceSumSquare", query, g.shape(1), keepdims=1))
+        length = g.op("Max", length, g.constant("tiny", np.array(1e-12), LEARNT))
+        product = g.op("MatMul", query, g.constant(f"{name}.key", unit.t(), LEARNT))
+        self.weights.append(g.op("Div", product, length))
+        self.entries = len(key)
+        return self.weights[-1]
+
+    def coda_weights(self, index: int, query: str) -> str:
+        """cos(q * A_k, K_k) = (q . (A_k * n(K_k))) / sqrt(q^2 . A_k^2): (B, K) of one block.
+
+        With one query for all blocks both products are done once for all of them.
+        """
+        g, learner = self.g, self.student.learner
+        assert isinstance(learner, CODAPrompt)
+        used, blocks = learner.components(), learner.blocks()
+        self.entries = used
+        together = blocks if not self.student.one_pass else (index,)
+        if not self.weights or self.student.one_pass:
+            attention = torch.cat([learner.attention[str(b)][:used] for b in together]).detach().double()
+            key = torch.cat([learner.key[str(b)][:used] for b in together]).detach().double()
+            unit = key / key.norm(dim=1, keepdim=True).clamp_min(1e-8)
+            name = "coda" if len(together) > 1 else f"coda.{index}"
+            product = g.op("MatMul", query, g.constant(f"{name}.key", (attention * unit).t(), LEARNT))
+            square = g.op("MatMul", g.op("Mul", query, query), g.constant(f"{name}.square", (attention**2).t(), LEARNT))
+            length = g.op("Max", g.op("Sqrt", square), g.constant("tiny", np.array(1e-8), LEARNT))
+            weights = g.op("Div", product, length)
+            if len(together) > 1:
+                self.weights += g.ops("Split", len(together), weights, axis=1, num_outputs=len(together))
+            else:
+                self.weights.append(weights)
+        return self.weights[blocks.index(index)]
+
+    # -- the whole ----------------------------------------------------------------------------------------------------
+
+    def build(self) -> Graph:
+        """Nodes from `images` to `logits` (and `prompt_weights`)."""
+        g, student, count = self.g, self.student, self.tokens
+        depth = len(self.vit.blocks)
+        tokens = self.stem()
+        shared = self.qkv(0, tokens, count) if depth > 1 else None
+        query = None
+        if student.two_pass:
+            x = tokens
+            for i in range(depth):
+                x = self.block(i, x, count, None, [0] if i == depth - 1 else None, shared if i == 0 else None)
+            query = g.norm("norm", g.reshape(x, -1, self.width), self.vit.norm)
+        x, qkv = tokens, shared
+        if student.kd is not None:
+            token = student.kd.token.detach().cpu()
+            x = g.op("Concat", x, g.rows("kd.token", token, tokens), axis=1)
+            if shared is not None:
+                weight, bias = self.qkv_weights(0)
+                row = torch.nn.functional.linear(self.vit.blocks[0].norm1(token), weight, bias)
+                qkv = g.op("Concat", shared, g.rows("kd.token.qkv", row, tokens), axis=1)
+            count += 1
+        read = [0] if student.kd is None else [0, count - 1]
+        for i in range(depth):
+            if student.one_pass and i in student.learner.blocks():
+                query = g.reshape(self.pick(x, [0]), -1, self.width)
+            rows = self.block_rows(i, count, query, tokens)
+            x = self.block(i, x, count, rows, read if i == depth - 1 else None, qkv if i == 0 else None)
+        self.heads(g.norm("norm", x, self.vit.norm), len(read))
+        if self.weights:
+            stacked = [g.op("Unsqueeze", w, g.shape(1)) for w in self.weights]
+            joined = stacked[0] if len(stacked) == 1 else g.op("Concat", *stacked, axis=1)
+            g.nodes.append(helper.make_node("Identity", [joined], ["prompt_weights"], name="prompt_weights"))
+        return g
+
+    def heads(self, x: str, rows: int) -> None:
+        """(B, rows, D) -> `logits` (B, C)."""
+        g, student, classes = self.g, self.student, self.classes
+        sides = [(student.head, 1.0)]
+        if student.kd_head is not None:
+            sides = [(student.head, 1 - student.alpha), (student.kd_head, student.alpha)]
+        parts, weights, bias = [], [], torch.zeros(classes)
+        for i, (head, share) in enumerate(sides):
+            weight, b, norm = head.folded()
+            weights.append(share * weight[:classes].detach())
+            bias = bias + share * b[:classes].detach().cpu()
+            if norm is not None:
+                part = self.pick(x, [i])
+                scale, shift = (
+                    g.constant(f"head.{i}.norm.{k}", t, LEARNT) for k, t in zip(("w", "b"), norm[:2], strict=True)
+                )
+                parts.append(g.op("LayerNormalization", part, scale, shift, axis=-1, epsilon=norm[2]))
+        if parts:
+            x = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
+        flat = g.reshape(x, -1, rows * self.width)
+        g.nodes.append(
+            helper.make_node(
+                "Gemm",
+                [
+                    flat,
+                    g.constant("head.weight", torch.cat(weights, dim=1).t(), LEARNT),
+                    g.constant("head.bias", bias, LEARNT),
+                ],
+                ["logits"],
+                name="logits",
+            )
+        )

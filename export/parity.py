@@ -1,0 +1,73 @@
+"""The gate: a bundle gets its name only when it computes what the trained student computes, on real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import Split
+from ..runtime.runner import Runner
+from ..train.augment import Normalise
+from ..train.run import Run
+
+TOLERANCE = 1e-4
+"largest allowed |difference of logits|, fp32 against fp32"
+CHUNK = 32
+
+
+class ParityError(RuntimeError):
+    """The graph does not compute what the student computes."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was compared and how far apart it was."""
+
+    max_abs_error: float
+    mean_abs_error: float
+    top1_agreement: float
+    "in %"
+    images: int
+    tolerance: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the manifest."""
+        return dict(vars(self))
+
+
+@torch.no_grad()
+def student_logits(run: Run, pixels: np.ndarray, classes: int) -> np.ndarray:
+    """The torch student in fp32: uint8 (B, S, S, 3) -> float32 (B, classes)."""
+    student = run.student
+    normalise = Normalise(run.preprocessing, torch.device("cpu"))
+    parts = []
+    for start in range(0, len(pixels), CHUNK):
+        tokens = student.embed(normalise(pixels[start : start + CHUNK]))
+        parts.append(student.combine(student(tokens))[:, :classes].numpy())
+    return np.concatenate(parts)
+
+
+def sample(split: Split, count: int) -> Split:
+    """`count` images spread evenly over a split (all, if there are fewer)."""
+    if len(split) <= count:
+        return split
+    return split.take(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
+
+
+def check(run: Run, runner: Runner, pixels: np.ndarray, tolerance: float = TOLERANCE) -> Parity:
+    """Compare both on the same pixels, uint8 (B, S, S, 3). Raises: ParityError beyond the tolerance, or for NaN."""
+    expected = student_logits(run, pixels, len(runner.bundle.classes))
+    got = np.concatenate([runner.infer(pixels[i : i + CHUNK]) for i in range(0, len(pixels), CHUNK)])
+    difference = np.abs(got.astype(np.float64) - expected)
+    agreement = 100.0 * float((got.argmax(1) == expected.argmax(1)).mean())
+    parity = Parity(float(difference.max()), float(difference.mean()), agreement, len(pixels), tolerance)
+    if not parity.max_abs_error <= tolerance:  # also true for NaN
+        raise ParityError(
+            f"the graph does not equal the trained student: |difference of logits| max {parity.max_abs_error:.3e}, "
+            f"mean {parity.mean_abs_error:.3e} over {parity.images} real images, allowed {tolerance:.0e}; "
+            f"top-1 agreement {agreement:.2f} %; nothing was written"
+        )
+    return parity

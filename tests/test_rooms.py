@@ -1,0 +1,194 @@
+"""Who may import whom, and what no file may do: ARCHITECTURE.md as a test."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cdl_edge
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("calibrate", "export", "runtime", "train")
+SOURCES = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
+)
+BASE = ("errors.py", "images.py", "files.py", "data.py")
+"what every room stands on"
+HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
+
+MAY_IMPORT = {
+    "train": {"train"},
+    "runtime": {"runtime"},
+    "calibrate": {"calibrate", "runtime"},
+    "export": {"export", "train", "runtime"},
+}
+"room -> rooms it may import; everybody may import the root's modules but those that call rooms"
+CALLERS = {"cli", "quickstart", "report"}
+"root modules that call rooms: for no room to import"
+
+
+def imports(source):
+    """(level 0: top-level package, or module path below cdl_edge) of every import in a file, also inside functions."""
+    outside, inside = set(), set()
+    parts = source.split("/")[:-1]
+    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            outside.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = parts[: len(parts) - (node.level - 1)]
+            assert len(parts) >= node.level - 1, f"{source}: imports from above the package"
+            path = base + ((node.module or "").split(".") if node.module else [])
+            if path:
+                inside.add("/".join(path))
+            else:  # from . import x
+                inside |= {alias.name for alias in node.names}
+    return outside, inside
+
+
+def room_of(module):
+    return module.split("/")[0] if module.split("/")[0] in ROOMS else None
+
+
+def test_the_sources_were_found():
+    assert {*BASE, "cli.py", "train/loop.py", "train/learners/coda.py", "runtime/backends/onnxruntime.py"} <= {*SOURCES}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_inside_the_package_imports_are_relative(source):
+    # `import runtime` works from the root under a wrong name, and makes every class twice.
+    outside, _ = imports(source)
+    siblings = {p.stem for p in ROOT.glob("*.py")} | set(ROOMS) | {"cdl_edge", "tests", "benchmarks"}
+    assert outside & siblings == set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_the_rooms_it_may(room):
+    for source in SOURCES:
+        if source.startswith(f"{room}/"):
+            _, inside = imports(source)
+            rooms = {r for r in map(room_of, inside) if r}
+            assert rooms <= MAY_IMPORT[room], f"{source} imports {rooms - MAY_IMPORT[room]}"
+            roots = {m.split("/")[0] for m in inside if room_of(m) is None}
+            assert not roots & CALLERS, f"{source} imports {roots & CALLERS}"
+
+
+@pytest.mark.parametrize("source", [*BASE, "display.py", "__init__.py"])
+def test_the_ground_floor_imports_no_room(source):
+    outside, inside = imports(source)
+    assert {m.split("/")[0] for m in inside} <= {"errors", "images", "files", "data", "display"}
+    allowed = {"sklearn"} if source == "data.py" else set()  # digits, inside the function that needs them
+    assert outside & HEAVY <= allowed
+
+
+def test_the_runtime_needs_numpy_pillow_and_onnxruntime_only():
+    for source in SOURCES:
+        if source.startswith("runtime/"):
+            outside, _ = imports(source)
+            foreign = {n for n in outside if n not in sys.stdlib_module_names}
+            assert foreign <= {"numpy", "PIL", "onnxruntime"}, f"{source} imports {foreign}"
+
+
+def test_onnxruntime_is_imported_only_where_a_session_is_made():
+    for source in SOURCES:
+        tree = ast.parse((ROOT / source).read_text())
+        for node in tree.body:  # module level
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {n.split(".")[0] for n in names} & {"onnxruntime", "sklearn"}, source
+
+
+def test_nothing_is_pickled():
+    for source in SOURCES:
+        text = (ROOT / source).read_text()
+        outside, _ = imports(source)
+        assert not outside & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}, source
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                name = f"{node.value.id}.{node.attr}"
+                assert name not in ("torch.load", "torch.save", "np.load", "numpy.load"), f"{source}: {name}"
+            assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), source
+
+
+def test_no_error_is_swallowed():
+    for source in SOURCES:
+        for node in ast.walk(ast.parse((ROOT / source).read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                names = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                broad = {n.id for n in names if isinstance(n, ast.Name)} & {"Exception", "BaseException"}
+                assert node.type is not None, f"{source}:{node.lineno}: bare except"
+                raises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+                assert not broad or raises, f"{source}:{node.lineno}: except {broad}"
+
+
+def test_every_room_and_module_says_what_it_is():
+    for source in SOURCES:
+        text = (ROOT / source).read_text()
+        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{source}: no docstring"
+
+
+def test_no_file_is_a_drawer():
+    for source in SOURCES:
+        stem = Path(source).stem
+        assert stem not in ("utils", "util", "helpers", "misc", "common"), source
+        lines = len((ROOT / source).read_text().splitlines())
+        # report.py draws six charts and a page; it stays one noun, but it must not grow.
+        limit = 1000 if source == "report.py" else 500
+        assert lines <= limit, f"{source}: {lines} lines"
+
+
+def project_file():
+    """The tables of pyproject.toml that matter here (Python 3.10 has no tomllib)."""
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = text.split("packages = [", 1)[1].split("]", 1)[0]
+    return text, [line.strip().strip('",') for line in packages.splitlines() if line.strip()]
+
+
+def test_every_package_is_listed():
+    # An editable install hides a missing one; the wheel would lack it.
+    _, listed = project_file()
+    there = ["cdl_edge"] + [
+        "cdl_edge." + ".".join(p.parent.relative_to(ROOT).parts)
+        for room in ROOMS
+        for p in (ROOT / room).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(there)
+    for room in ROOMS:
+        for folder in {p.parent for p in (ROOT / room).rglob("*.py")}:
+            assert (folder / "__init__.py").is_file(), folder
+
+
+def test_what_is_not_python_travels_too():
+    text, _ = project_file()
+    for path in ("py.typed", "report.html.j2"):
+        assert (ROOT / path).is_file() and f'"{path}"' in text
+    for name in ("teacher", "student"):
+        assert (ROOT / "train" / "weights" / f"{name}.safetensors").is_file()
+    assert '"weights/*.safetensors"' in text
+
+
+def test_the_pair_that_is_shipped_is_small():
+    size = sum(p.stat().st_size for p in (ROOT / "train" / "weights").iterdir())
+    assert size < 16_000_000
+
+
+def test_one_version():
+    text, _ = project_file()
+    assert f'version = "{cdl_edge.__version__}"' in text
+
+
+def test_tests_are_no_package():
+    # Every root .py is packed; with tests/__init__.py the tests would shadow the rooms they mirror.
+    assert not (ROOT / "conftest.py").exists()
+    assert list((ROOT / "tests").rglob("__init__.py")) == []
+
+
+def test_rooms_are_not_importable_under_a_second_name():
+    wrong = "[m for m in sys.modules if m in ('runtime', 'errors', 'cli')]"
+    code = f"import cdl_edge.cli, cdl_edge.runtime, sys; print({wrong})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
