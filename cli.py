@@ -318,10 +318,13 @@ def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_j
             )
     measured = None
     if profile_file is not None:
+        text = profile_file.read_text(encoding="utf-8", errors="replace").strip()
         try:
-            measured = json.loads(profile_file.read_text().strip().splitlines()[-1])
-        except (json.JSONDecodeError, IndexError) as error:
+            measured = json.loads(text if text.startswith("{") else (text.splitlines() or [""])[-1])
+        except json.JSONDecodeError as error:
             raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
+        if not isinstance(measured, dict):
+            raise InputError(f"{profile_file}: not the output of `profile --json`", got=type(measured).__name__)
     path = write_report(out, run=run, bundle=bundle, profile=measured)
     emit({"report": str(path)}, as_json, f"report: {path}")
 

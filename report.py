@@ -808,8 +808,7 @@ PARITY = {
     "max_abs_error": ("Largest error of a logit", _power_text),
     "tolerance": ("Tolerance", _power_text),
     "mean_abs_error": ("Mean error", _power_text),
-    # Written as a fraction; a percentage is shown right as well.
-    "top1_agreement": ("Same first class", lambda v: f"{100 * v if v <= 1 else v:.2f} %"),
+    "top1_agreement": ("Same first class", lambda v: f"{v:.2f} %"),
     "images": ("Images compared", lambda v: f"{v:,.0f}"),
 }
 

@@ -58,7 +58,7 @@ def profile(
         trace: where to write every sample as JSON {"end_to_end_ms": [...], "preprocess_ms": ..., "compute_ms": ...}.
 
     Returns: {"end_to_end_ms", "preprocess_ms", "compute_ms" (see `statistics`), "load_ms", "first_inference_ms",
-        "backend", "flags", "context", "definitions"}.
+        "backend", "flags", "context", "definitions", "trace_ms": every end-to-end time in order}.
 
     Raises: InputError for runs < 1, warmup < 0, no image, an unreadable one, and what `load` raises.
     """
@@ -125,6 +125,7 @@ def profile(
             "graph_sha256": opened.manifest["files"][graph]["sha256"],
         },
         "definitions": DEFINITIONS,
+        "trace_ms": [round(float(v), 4) for v in stages["end_to_end_ms"]],
     }
 
 

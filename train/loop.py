@@ -80,6 +80,7 @@ class _Training:
         self.position: tuple[int, str, int] = (0, "", 0)
         "task, side and epochs done of the phase the last checkpoint stands in"
         self.optimiser_state: dict[str, Any] | None = None
+        self.image_counts = {"train": len(self.dataset.train), "val": len(self.dataset.val)}
         self.val: list[Images] = []
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -299,6 +300,7 @@ class _Training:
             }
         metrics |= {
             "seconds": seconds,
+            "images": self.image_counts,
             "skipped": self.skipped,
             "definitions": DEFINITIONS,
             "backbones": {

@@ -1,67 +1,193 @@
-"""Prompted students as training would leave them, on tiny random backbones."""
+"""Tiny students in the state they have after several tasks, and their graphs in ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
+from cdl_edge.export.graph import StudentGraph
+from cdl_edge.export.model import Artefact, assemble
 from cdl_edge.images import Preprocessing
-from cdl_edge.train.backbone import Architecture, fold_batch_norm
+from cdl_edge.train.augment import Normalise
+from cdl_edge.train.backbone import Architecture
+from cdl_edge.train.learners.apt import APT
 from cdl_edge.train.learners.l2p import L2P
 from cdl_edge.train.student import PromptedViT
 
-CLASSES, TASKS = 9, 3
+SIDE, CLASSES, TASKS, LEARNT = 32, 7, 4, 3
+PREPROCESSING = Preprocessing(SIDE, SIDE, "bilinear", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+STEMS = {
+    "plain": (),
+    "stem": ((8, 2, 2, 0), (12, 3, 2, 1), (16, 3, 1, 1)),
+    "padded stem": ((8, 3, 2, 1), (12, 3, 2, 1)),
+}
 
 
-@pytest.fixture
-def preprocessing() -> Preprocessing:
-    """Of the tiny backbones."""
-    return Preprocessing(32, 32, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that every one of them matters (timm starts with zero biases and tiny positions)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        noise = torch.randn(value.shape, generator=generator)
+        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            value.copy_(1 + 0.3 * noise)
+        elif name.endswith(("bias", "pos_embed", "cls_token")):
+            value.copy_(0.3 * noise)
+        else:
+            value.copy_(noise / max(1, value[0].numel()) ** 0.5)
 
 
-def backbone(kind: str) -> VisionTransformer:
-    """plain: patch embedding and layer scale; stem: convolutions; padded: a first convolution that pads."""
-    torch.manual_seed(0)
-    if kind == "plain":
-        model = VisionTransformer(
-            img_size=32, patch_size=8, embed_dim=32, depth=6, num_heads=2, num_classes=0, init_values=0.3
-        )
+def make_backbone(
+    stem: str = "plain", depth: int = 6, layer_scale: bool = False, qkv_bias: bool = True, seed: int = 0
+) -> VisionTransformer:
+    """32 pixels, patches of 8 (stems: stride 4), width 32, 2 heads."""
+    if STEMS[stem]:
+        model = Architecture(SIDE, 4, 32, depth, 2, 0, STEMS[stem]).build()
     else:
-        pad = int(kind == "padded")
-        stem = ((8, 4, 2, pad), (16, 3, 2, 1), (24, 3, 2, 1))
-        model = Architecture(32, 8, 32, 6, 2, 0, stem).build(batch_norm=True)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.2)
-                module.running_var.uniform_(0.5, 2)
-        model.patch_embed.backbone = fold_batch_norm(model.eval().patch_embed.backbone)
-    for parameter in model.parameters():  # biases and norms away from 0 and 1, so that losing one shows
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        model = VisionTransformer(
+            img_size=SIDE,
+            patch_size=8,
+            embed_dim=32,
+            depth=depth,
+            num_heads=2,
+            num_classes=0,
+            init_values=0.5 if layer_scale else None,
+            qkv_bias=qkv_bias,
+        )
+    randomise(model, seed)
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture
-def make_student() -> Callable[..., PromptedViT]:
-    """make_student(learner, kd=True, one_pass=False, learnt=2, kind="plain")."""
+@torch.no_grad()
+def make_student(
+    learner: str = "coda",
+    kd: tuple[int, int] | None = (12, 6),
+    one_pass: bool = False,
+    *,
+    backbone: VisionTransformer | None = None,
+    learnt: int = LEARNT,
+    seed: int = 1,
+    **options: Any,
+) -> PromptedViT:
+    """A student that has learnt `learnt` of TASKS tasks, with random prompts, keys and heads."""
+    student = PromptedViT(
+        backbone or make_backbone(**options), learner, CLASSES, TASKS, seed, kd=kd, one_pass=one_pass, alpha=0.3
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for task in range(learnt):
+        student.learner.begin_task(task)
+        for parameter in student.trainable():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+        student.learner.end_task(task)
+    if isinstance(student.learner, L2P):
+        student.learner.used[torch.randperm(30, generator=generator)[:11]] = True
+    if isinstance(student.learner, APT):
+        assert student.learner.merged.abs().sum() > 0
+    return student.eval().requires_grad_(False)
 
-    def make(
-        learner: str, kd: bool = True, one_pass: bool = False, learnt: int = 2, kind: str = "plain"
-    ) -> PromptedViT:
-        torch.manual_seed(1)
-        student = PromptedViT(
-            backbone(kind), learner, CLASSES, TASKS, seed=3, kd=(6, 6) if kd else None, alpha=0.3, one_pass=one_pass
+
+@dataclass(frozen=True)
+class Exported:
+    """A graph on disk with its session."""
+
+    artefact: Artefact
+    proto: onnx.ModelProto
+    "without the external constants"
+    outputs: dict[str, list[int]]
+    session: onnxruntime.InferenceSession
+
+    def run(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """All images in one call."""
+        names = [o.name for o in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {"images": pixels}), strict=True))
+
+    def each(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """One image a call, joined."""
+        parts = [self.run(pixels[i : i + 1]) for i in range(len(pixels))]
+        return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What the tests of this folder use."""
+
+    folder: Path
+    numbers: itertools.count
+    side: int = SIDE
+    classes: int = CLASSES
+    learnt: int = LEARNT
+    preprocessing: Preprocessing = PREPROCESSING
+
+    def backbone(self, *arguments: Any, **options: Any) -> VisionTransformer:
+        """`make_backbone`."""
+        return make_backbone(*arguments, **options)
+
+    def student(self, *arguments: Any, **options: Any) -> PromptedViT:
+        """`make_student`."""
+        return make_student(*arguments, **options)
+
+    def artefact(
+        self,
+        student: PromptedViT,
+        classes: int = CLASSES,
+        batch: int | None = 1,
+        preprocessing: Preprocessing = PREPROCESSING,
+    ) -> tuple[Artefact, dict[str, list[int]]]:
+        """student.onnx and its constants in memory, and the outputs' shapes behind the batch."""
+        builder = StudentGraph(student, preprocessing, classes, batch)
+        graph = builder.build()
+        outputs = {"logits": [classes]}
+        if builder.weights:
+            outputs["prompt_weights"] = [len(builder.weights), builder.entries]
+        return assemble(graph, SIDE, outputs, {"classes": ["a"]}), outputs
+
+    def export(self, student: PromptedViT, **options: Any) -> Exported:
+        """Build, write, check, load."""
+        artefact, outputs = self.artefact(student, **options)
+        folder = self.folder / str(next(self.numbers))
+        folder.mkdir()
+        (folder / "student.onnx").write_bytes(artefact.model)
+        for name, content in artefact.constants.items():
+            (folder / name).write_bytes(content)
+        onnx.checker.check_model(str(folder / "student.onnx"), full_check=True)
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            str(folder / "student.onnx"), settings, providers=["CPUExecutionProvider"]
         )
-        for task in range(learnt):
-            student.learner.begin_task(task)
-            for parameter in student.parameters():
-                parameter.data.add_(torch.randn_like(parameter) * 0.3)
-            student.learner.end_task(task)
-        if isinstance(student.learner, L2P):
-            student.learner.used[torch.randperm(30)[:11]] = True
-        return student.eval().requires_grad_(False)
+        return Exported(artefact, onnx.load_from_string(artefact.model), outputs, session)
 
-    return make
+    @torch.no_grad()
+    def truth(
+        self, student: PromptedViT, pixels: np.ndarray, preprocessing: Preprocessing = PREPROCESSING
+    ) -> dict[str, np.ndarray]:
+        """What torch computes; weights of entries that inference may not select are left out."""
+        output = student(student.embed(Normalise(preprocessing, torch.device("cpu"))(pixels)))
+        found = {"logits": student.combine(output).numpy()}
+        if output.prompt_weights is not None:
+            weights = output.prompt_weights
+            if isinstance(student.learner, L2P):
+                weights = weights[:, :, student.learner.learnt_entries()]
+            found["prompt_weights"] = weights.numpy()
+        return found
+
+    def pixels(self, count: int = 5, seed: int = 0) -> np.ndarray:
+        """Random images with extremes among them: uint8 (count, S, S, 3)."""
+        images = np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
+        images[0] = 0
+        images[-1] //= 3
+        return images
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Makes students, exports them, tells the truth."""
+    return Lab(tmp_path_factory.mktemp("graphs"), itertools.count())

@@ -1,100 +1,212 @@
+"""RUN -> BUNDLE: whole or not at all, and what the device finds in it."""
+
 from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-import cdl_edge.export.bundle as bundle_module
+import cdl_edge.export.bundle as module
+from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.export import ParityError, export
-from cdl_edge.export.parity import Parity, sample, student_logits
-from cdl_edge.images import Preprocessing
+from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
+from cdl_edge.runtime.evaluate import evaluate
 from cdl_edge.train.config import TrainConfig
+from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "run"
-    train(TrainConfig("digits", str(out), learner="dualprompt", tasks=5, epochs=1, limit_per_class=12), quiet=True)
-    return out
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory, tiny_vit):
+    """make(learner=..., distill=...) -> a finished run on digits with tiny backbones, made once."""
+    made: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("run")
+            settings = {"teacher": tiny_vit("teacher", 24), "student": tiny_vit("student", 16), "tasks": 5}
+            config = TrainConfig("digits", str(out), epochs=1, limit_per_class=8, **{**settings, **options})
+            train(config, quiet=True)
+            made[key] = out
+        return made[key]
+
+    return make
 
 
-def test_a_run_becomes_a_bundle_that_predicts_what_the_student_predicts(run, tmp_path):
-    result = export(run, tmp_path / "b", images=40)
-    bundle = open_bundle(tmp_path / "b")
-    opened = load_run(run)
-    assert list(bundle.classes) == opened.metrics["classes"]
-    assert result["parity"]["images"] == 40
+@pytest.fixture(scope="session")
+def bundle(make_run, tmp_path_factory):
+    """A CODA + KDP bundle and what export returned."""
+    out = tmp_path_factory.mktemp("bundles") / "coda"
+    return out, export(make_run(learner="coda", distill="kdp"), out, images=100)
+
+
+@pytest.mark.parametrize(
+    ("learner", "distill", "query"),
+    [
+        ("l2p", "none", "two-pass"),
+        ("dualprompt", "kdp", "one-pass"),
+        ("coda", "kd", "one-pass"),
+        ("apt", "kdp", "two-pass"),
+    ],
+)
+def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, distill, query):
+    run = make_run(learner=learner, distill=distill, query=query)
+    result = export(run, tmp_path / "bundle", images=64)
     assert result["parity"]["max_abs_error"] <= 1e-4
-    assert bundle.manifest["parity"] == result["parity"]
-    # One number, measured twice: by torch at the end of training and by the graph.
-    trained = opened.metrics["student"]
-    assert result["accuracy"]["average_accuracy"] == pytest.approx(trained["average_accuracy"], abs=1e-6)
-    assert result["accuracy"]["forgetting"] == pytest.approx(trained["forgetting"], abs=1e-6)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
-    with load(bundle) as runner:
-        assert np.abs(runner.infer(pixels) - student_logits(opened, pixels, 10)).max() <= 1e-4
+    assert result["accuracy"]["average_accuracy"] == pytest.approx(
+        evaluate_run(run, "digits")["average_accuracy"], abs=0.3
+    )
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert (manifest["learner"], manifest["distiller"]) == (learner, distill)
+    assert manifest["query"] == ("none" if learner == "apt" else query)
+    if learner == "apt":
+        assert manifest["selection"]["kind"] == "none"
+        assert "prompt_weights" not in manifest["outputs"]
+    else:
+        assert len(manifest["selection"]["blocks"]) == manifest["outputs"]["prompt_weights"][1]
 
 
-def test_the_gate_fails_when_one_constant_is_perturbed(run, tmp_path, monkeypatch):
-    real = bundle_module.assemble
+def test_with_the_backbones_that_are_shipped(tmp_path):
+    run = tmp_path / "run"
+    train(TrainConfig("digits", str(run), learner="coda", tasks=5, epochs=1, limit_per_class=20), quiet=True)
+    result = export(run, tmp_path / "bundle", images=64)
+    assert result["parity"]["max_abs_error"] <= 1e-4
+    with load(tmp_path / "bundle", threads=1) as runner:
+        size = runner.bundle.preprocessing.size
+        assert runner.infer(np.zeros((2, size, size, 3), np.uint8)).shape == (2, 10)
 
-    def perturbed(graph, *rest):
-        graph.constants["blocks.5.fc1.bias"] = graph.constants["blocks.5.fc1.bias"] + np.float32(0.05)
-        return real(graph, *rest)
 
-    monkeypatch.setattr(bundle_module, "assemble", perturbed)
+def test_result_and_manifest(bundle, make_run):
+    out, result = bundle
+    run = load_run(make_run(learner="coda", distill="kdp"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert Path(result["bundle"]) == out
+    assert result["bytes"] == {f: (out / f).stat().st_size for f in ("student.onnx", "backbone.bin", "prompts.bin")}
+    assert result["manifest_sha256"] == manifest["manifest_sha256"]
+    assert manifest["classes"] == run.metrics["classes"]
+    assert manifest["tasks"] == run.metrics["tasks"]
+    assert manifest["input"] == {
+        "name": "images",
+        "shape": [1, 16, 16, 3],
+        "layout": "NHWC",
+        "dtype": "uint8",
+        "dynamic_batch": False,
+        "preprocessing": run.preprocessing.to_json(),
+        "normalisation": "in graph",
+    }
+    assert manifest["outputs"] == {"logits": [1, 10], "prompt_weights": [1, 5, 100]}
+    assert manifest["selection"] == {"kind": "weighted", "k": 5, "blocks": [0, 1, 2, 3, 4]}
+    assert manifest["parity"] == result["parity"]
+    assert manifest["parity"]["images"] == 100
+    assert manifest["accuracy"] == result["accuracy"]
+    assert manifest["accuracy"]["source"] == "digits"
+    assert len(manifest["accuracy"]["per_task"]) == 5
+    assert manifest["profile"] == "ort" and manifest["precision"] == "fp32" and manifest["opset"] == 23
+    assert manifest["training"]["student"]["matrix"] == run.metrics["student"]["matrix"]
+    assert "loss" not in manifest["training"]["student"] and "loss" not in manifest["training"]["teacher"]
+    assert manifest["backbone"]["identity"] == run.backbone.identity
+    assert {"cdl-edge", "torch", "timm", "onnx", "onnxruntime"} <= manifest["versions"].keys()
+
+
+def test_the_device_answers_as_the_run_did(bundle):
+    out, result = bundle
+    with load(out, threads=1) as runner:
+        measured = evaluate(runner, "digits")
+        assert measured["per_task"] == result["accuracy"]["per_task"]
+        pixels = load_dataset("digits").val.take(np.arange(3)).decode(runner.bundle.preprocessing).pixels
+        outputs = runner.run(pixels)
+        assert outputs.logits.shape == (3, 10)
+        assert outputs.prompt_weights is not None and outputs.prompt_weights.shape == (3, 5, 100)
+
+
+def test_the_same_backbone_gives_the_same_file(bundle, make_run, tmp_path):
+    export(make_run(learner="apt", distill="kdp"), tmp_path / "apt", images=20)
+    assert sha256(tmp_path / "apt" / "backbone.bin") == sha256(bundle[0] / "backbone.bin")
+
+
+def test_dynamic_batch(make_run, bundle, tmp_path):
+    export(make_run(learner="coda", distill="kdp"), tmp_path / "dynamic", dynamic_batch=True, images=40)
+    for file in ("backbone.bin", "prompts.bin"):
+        assert sha256(tmp_path / "dynamic" / file) == sha256(bundle[0] / file)
+    with load(tmp_path / "dynamic", threads=1) as many, load(bundle[0], threads=1) as one:
+        assert many.bundle.batch is None and one.bundle.batch == 1
+        pixels = load_dataset("digits").val.take(np.arange(7)).decode(one.bundle.preprocessing).pixels
+        np.testing.assert_allclose(many.infer(pixels), one.infer(pixels), atol=1e-4)
+
+
+def test_parity_takes_training_images_when_the_validation_images_are_few(make_run, image_folder, tmp_path):
+    data = image_folder(tmp_path / "data", train={"a": 9, "b": 9}, val={"a": 2, "b": 3})
+    run = tmp_path / "run"
+    source = load_run(make_run(learner="apt", distill="kdp")).config
+    train(TrainConfig(f"folder:{data}", str(run), source.teacher, source.student, "apt", tasks=2, epochs=1), quiet=True)
+    assert export(run, tmp_path / "bundle")["parity"]["images"] == 18 + 5
+    assert export(run, tmp_path / "bundle", images=4)["parity"]["images"] == 4
+    # The images have moved away: nothing can be proven on them.
+    shutil.move(str(data), tmp_path / "elsewhere")
+    before = sha256(tmp_path / "bundle" / "manifest.json")
+    with pytest.raises(InputError, match="data"):
+        export(run, tmp_path / "bundle")
+    assert sha256(tmp_path / "bundle" / "manifest.json") == before
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
+    """From now on one constant of what is built is wrong."""
+    assemble = module.assemble
+
+    def wrong(*arguments: Any) -> Any:
+        artefact = assemble(*arguments)
+        values = np.frombuffer(artefact.constants[file], np.float32).copy()
+        values[int(len(values) * where)] += 1.0
+        artefact.constants[file] = values.tobytes()
+        return artefact
+
+    monkeypatch.setattr(module, "assemble", wrong)
+
+
+@pytest.mark.parametrize(("file", "where"), [("backbone.bin", 0.3), ("backbone.bin", 0.7), ("prompts.bin", 0.5)])
+def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeypatch, file, where):
+    spoiled(monkeypatch, file, where)
     with pytest.raises(ParityError, match=r"max .*mean "):
-        export(run, tmp_path / "b", images=20)
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+        export(make_run(learner="coda", distill="kdp"), tmp_path / "new" / "bundle", images=16)
+    assert [p for p in tmp_path.rglob("*") if p.name != "new"] == []
 
 
-def test_a_failed_export_leaves_the_old_bundle(run, tmp_path, monkeypatch):
-    export(run, tmp_path / "b", images=10)
-    before = open_bundle(tmp_path / "b").manifest["manifest_sha256"]
-
-    def refuse(*_):
-        raise ParityError("no")
-
-    monkeypatch.setattr(bundle_module, "check", refuse)
+def test_a_failed_export_keeps_the_bundle_that_was_there(make_run, tmp_path, monkeypatch):
+    run, out = make_run(learner="apt", distill="kdp"), tmp_path / "bundle"
+    first = export(run, out, images=16)
+    assert export(run, out, images=16)["bytes"] == first["bytes"]  # a bundle is replaced
+    before = sha256(out / "manifest.json")
+    spoiled(monkeypatch, "backbone.bin", 0.5)
     with pytest.raises(ParityError):
-        export(run, tmp_path / "b", images=10)
-    assert open_bundle(tmp_path / "b").manifest["manifest_sha256"] == before
-    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+        export(run, out, images=16)
+    assert sha256(out / "manifest.json") == before
+    open_bundle(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_nan_does_not_pass_the_gate():
-    assert not Parity(float("nan"), 0.0, 100.0, 1, 1e-4).max_abs_error <= 1e-4
+def test_what_is_no_bundle_is_not_replaced(make_run, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="bundle"):
+        export(make_run(learner="apt", distill="kdp"), tmp_path / "precious")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="bundle"):
+        export(make_run(learner="apt", distill="kdp"), tmp_path / "file")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
-def test_refusals(run, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="not a bundle"):
-        export(run, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(InputError, match="unknown export profile"):
-        export(run, tmp_path / "b", profile="otr")
+def test_wrong_input(make_run, tmp_path):
+    run = make_run(learner="apt", distill="kdp")
+    with pytest.raises(InputError, match="did you mean 'ort'"):
+        export(run, tmp_path / "bundle", profile="otr")
     with pytest.raises(InputError, match="not a finished run"):
-        export(tmp_path / "nowhere", tmp_path / "b")
-
-
-def test_dynamic_batch(run, tmp_path):
-    export(run, tmp_path / "b", images=10, dynamic_batch=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    with load(tmp_path / "b") as runner:
-        together = runner.infer(pixels)
-        alone = np.concatenate([runner.infer(p[None]) for p in pixels])
-    assert np.abs(together - alone).max() <= 1e-5
-
-
-def test_sample_spreads_over_the_split():
-    from cdl_edge.data import Split
-
-    labels = np.repeat(np.arange(10), 7)
-    split = Split(np.zeros((70, 4, 4, 3), np.uint8), labels)
-    assert set(sample(split, 20).labels.tolist()) == set(range(10))
-    assert len(sample(split, 100)) == 70
-    assert sample(split, 20).decode(Preprocessing(4, 4)).pixels.shape == (20, 4, 4, 3)
+        export(tmp_path / "nowhere", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

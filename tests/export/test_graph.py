@@ -1,116 +1,191 @@
+"""The hand-written graph computes what the student computes, for everything that a run can end in."""
+
 from __future__ import annotations
 
-from pathlib import Path
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 
-from cdl_edge.export.graph import FROZEN, LEARNT, StudentGraph
-from cdl_edge.export.model import Artefact, assemble
-from cdl_edge.train.augment import Normalise
+from cdl_edge.errors import InputError
 
+TOLERANCE = 1e-4
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
+POOLS = ("l2p", "dualprompt", "coda")
+KD = (12, 6)
 
 
-def artefact_of(student, preprocessing, classes, batch=1) -> Artefact:
-    builder = StudentGraph(student, preprocessing, classes, batch)
-    graph = builder.build()
-    outputs = {"logits": [classes]}
-    if builder.weights:
-        outputs["prompt_weights"] = [len(builder.weights), builder.entries]
-    return assemble(graph, preprocessing.size, outputs, {"classes": []})
+def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Same outputs, same shapes, no difference above the gate's tolerance."""
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name].dtype == np.float32
+        assert got[name].shape == value.shape, name
+        difference = np.abs(got[name] - value)
+        assert difference.max() <= TOLERANCE, f"{name}: max {difference.max():.2e}, mean {difference.mean():.2e}"
 
 
-def session_of(artefact: Artefact, folder: Path) -> ort.InferenceSession:
-    for name, content in {"student.onnx": artefact.model, **artefact.constants}.items():
-        (folder / name).write_bytes(content)
-    onnx.checker.check_model(str(folder / "student.onnx"), full_check=True)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(folder / "student.onnx"), options, providers=["CPUExecutionProvider"])
-
-
-def pixels_of(count: int) -> np.ndarray:
-    return np.random.default_rng(5).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-
-
-@torch.no_grad()
-def expected(student, preprocessing, pixels, classes):
-    output = student(student.embed(Normalise(preprocessing, torch.device("cpu"))(pixels)))
-    return student.combine(output)[:, :classes].numpy(), output.prompt_weights
-
-
-@pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("kd", [False, True])
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
+@pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_graph_equals_student(make_student, preprocessing, tmp_path, learner, kd, one_pass):
-    student = make_student(learner, kd, one_pass)
-    session = session_of(artefact_of(student, preprocessing, 9), tmp_path)
-    pixels = pixels_of(6)
-    logits, weights = expected(student, preprocessing, pixels, 9)
-    got = [session.run(None, {"images": p[None]}) for p in pixels]
-    assert np.abs(np.concatenate([g[0] for g in got]) - logits).max() <= 1e-4
-    if weights is None:
-        assert len(got[0]) == 1
-    else:
-        kept = weights.numpy()
-        kept = kept[..., np.isfinite(kept[0, 0])]  # L2P: entries that were never used are cut off
-        assert np.abs(np.concatenate([g[1] for g in got]) - kept).max() <= 1e-4
-
-
-@pytest.mark.parametrize("kind", ["stem", "padded"])
-def test_convolutional_stem(make_student, preprocessing, tmp_path, kind):
-    student = make_student("coda", kind=kind)
-    session = session_of(artefact_of(student, preprocessing, 9), tmp_path)
-    pixels = pixels_of(4)
-    logits, _ = expected(student, preprocessing, pixels, 9)
-    got = np.concatenate([session.run(["logits"], {"images": p[None]})[0] for p in pixels])
-    assert np.abs(got - logits).max() <= 1e-4
-
-
-@pytest.mark.parametrize("batch", [4, None])
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_batches_and_their_independence(make_student, preprocessing, tmp_path, learner, batch):
-    student = make_student(learner)
-    session = session_of(artefact_of(student, preprocessing, 9, batch), tmp_path)
-    pixels = pixels_of(4)
-    logits, _ = expected(student, preprocessing, pixels, 9)
-    got = session.run(["logits"], {"images": pixels})[0]
-    assert np.abs(got - logits).max() <= 1e-4
-    mates = pixels.copy()
-    mates[1:] = 255 - mates[1:]
-    assert np.abs(session.run(["logits"], {"images": mates})[0][0] - got[0]).max() <= 1e-5
-
-
-def test_heads_are_cut_to_what_is_learnt(make_student, preprocessing, tmp_path):
-    student = make_student("dualprompt", learnt=2)
-    artefact = artefact_of(student, preprocessing, 6)
-    session = session_of(artefact, tmp_path)
-    assert session.get_outputs()[0].shape == [1, 6]
-    assert session.get_outputs()[1].shape == [1, 3, 2], "three expert blocks, two tasks learnt of three"
+def test_every_learner(lab, learner, kd, one_pass):
+    student = lab.student(learner, kd, one_pass)
+    graph, pixels = lab.export(student), lab.pixels()
+    expected = lab.truth(student, pixels)
+    assert expected["logits"].std() > 0.05, "nothing would be proven"
+    assert np.ptp(expected["logits"], axis=0).max() > 0.05, "the logits must depend on the image"
+    assert_equal(graph.each(pixels), expected)
+    assert ("prompt_weights" in graph.outputs) == (learner != "apt")
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_frozen_constants_do_not_depend_on_what_was_learnt(make_student, preprocessing, learner):
-    one = artefact_of(make_student(learner), preprocessing, 9)
-    other_student = make_student(learner)
-    for parameter in other_student.parameters():
-        parameter.data.mul_(1.5)
-    for buffer in other_student.buffers():
-        if buffer.is_floating_point():
-            buffer.mul_(1.5)
-    other = artefact_of(other_student, preprocessing, 9)
-    assert one.constants[FROZEN] == other.constants[FROZEN]
-    assert one.constants[LEARNT] != other.constants[LEARNT]
-    assert one.model == other.model, "a new task's values alone must not change the graph"
-    assert one.constants[FROZEN] == artefact_of(make_student("apt"), preprocessing, 9).constants[FROZEN]
+def test_depth_twelve(lab, learner):
+    student = lab.student(learner, KD, depth=12)
+    assert_equal(lab.export(student).each(lab.pixels(2)), lab.truth(student, lab.pixels(2)))
 
 
-def test_nothing_learnt_hides_in_the_graph(make_student, preprocessing):
-    model = onnx.load_from_string(artefact_of(make_student("coda"), preprocessing, 9).model)
-    inline = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-    assert inline
-    assert all(t.data_type == onnx.TensorProto.INT64 for t in inline)
+@pytest.mark.parametrize("stem", ["stem", "padded stem"])
+@pytest.mark.parametrize("learner", ["coda", "apt"])
+def test_convolutional_stem(lab, learner, stem):
+    student = lab.student(learner, stem=stem)
+    assert_equal(lab.export(student).each(lab.pixels()), lab.truth(student, lab.pixels()))
+
+
+@pytest.mark.parametrize("stem", ["plain", "stem", "padded stem"])
+def test_raw_pixels_as_the_authors_feed_them(lab, stem):
+    raw = replace(lab.preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    student, pixels = lab.student("dualprompt", stem=stem), lab.pixels()
+    assert_equal(lab.export(student, preprocessing=raw).each(pixels), lab.truth(student, pixels, raw))
+
+
+@pytest.mark.parametrize("options", [{"layer_scale": True}, {"qkv_bias": False}], ids=["layer-scale", "no-qkv-bias"])
+@pytest.mark.parametrize("learner", ["coda", "apt"])
+def test_other_backbones(lab, learner, options):
+    student = lab.student(learner, **options)
+    assert_equal(lab.export(student).each(lab.pixels()), lab.truth(student, lab.pixels()))
+
+
+@pytest.mark.parametrize("kd", [(1, 6), (3, 2), (12, 0)], ids=["token-only", "three-blocks", "no-rows"])
+def test_other_kd_prompts(lab, kd):
+    for learner in ("dualprompt", "apt"):
+        student = lab.student(learner, kd)
+        assert_equal(lab.export(student).each(lab.pixels(3)), lab.truth(student, lab.pixels(3)))
+
+
+@pytest.mark.parametrize("learnt", [1, 4])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_other_numbers_of_tasks(lab, learner, learnt):
+    student = lab.student(learner, learnt=learnt)
+    graph = lab.export(student)
+    assert_equal(graph.each(lab.pixels(3)), lab.truth(student, lab.pixels(3)))
+    if learner == "dualprompt":
+        assert graph.outputs["prompt_weights"] == [3, learnt]
+    if learner == "coda":
+        assert graph.outputs["prompt_weights"] == [5, 25 * learnt]
+
+
+def test_pool_of_which_nothing_was_selected_yet(lab):
+    student = lab.student("l2p")
+    student.learner.used[:] = False
+    assert lab.export(student).outputs["prompt_weights"] == [1, 30]
+
+
+def test_coda_with_a_component_that_is_zero(lab):
+    """F.cosine_similarity clamps the length: 0, not NaN."""
+    student = lab.student("coda")
+    with torch.no_grad():
+        student.learner.attention["0"][3] = 0
+        student.learner.key["1"][4] = 0
+    assert_equal(lab.export(student).each(lab.pixels(2)), lab.truth(student, lab.pixels(2)))
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
+@pytest.mark.parametrize("batch", [None, 3], ids=["dynamic", "static"])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_batches(lab, learner, batch, one_pass):
+    student, pixels = lab.student(learner, one_pass=one_pass), lab.pixels(3)
+    graph = lab.export(student, batch=batch)
+    dimension = graph.proto.graph.input[0].type.tensor_type.shape.dim[0]
+    assert (dimension.dim_param, dimension.dim_value) == (("batch", 0) if batch is None else ("", 3))
+    assert_equal(graph.run(pixels), lab.truth(student, pixels))
+    if batch is None:
+        assert_equal(graph.each(pixels), lab.truth(student, pixels))
+
+
+@pytest.mark.parametrize("learner", POOLS)
+def test_an_answer_does_not_depend_on_its_batch_mates(lab, learner):
+    graph = lab.export(lab.student(learner), batch=None)
+    pixels = lab.pixels(6)
+    alone, together = graph.each(pixels), graph.run(pixels)
+    shuffled = graph.run(np.ascontiguousarray(pixels[::-1]))
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name], value, atol=2e-5)
+        np.testing.assert_allclose(shuffled[name][::-1], value, atol=2e-5)
+
+
+@pytest.mark.parametrize("learner", ["coda", "apt"])
+def test_heads_are_cut_to_the_classes_seen(lab, learner):
+    student, pixels = lab.student(learner), lab.pixels(3)
+    got, expected = lab.export(student, classes=4).each(pixels), lab.truth(student, pixels)
+    assert got["logits"].shape == (3, 4)
+    np.testing.assert_allclose(got["logits"], expected["logits"][:, :4], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("learner", POOLS)
+def test_what_is_not_learnt_yet_is_not_in_the_files(lab, learner):
+    def exported(noise: float):
+        student = lab.student(learner, learnt=2)
+        with torch.no_grad():
+            for name, value in student.learner.named_parameters():
+                if learner == "l2p":
+                    value[~student.learner.used] += noise
+                elif not name.startswith("general"):
+                    value[2 * value.shape[0] // 4 :] += noise  # two of four tasks
+            for head in (student.head, student.kd_head):
+                head.weight[5:] += noise
+                head.bias[5:] += noise
+        return lab.artefact(student, classes=5)[0]
+
+    assert exported(0.0) == exported(9.0)
+
+
+def kinds(proto: onnx.ModelProto) -> Counter:
+    return Counter(node.op_type for node in proto.graph.node)
+
+
+def test_the_expensive_operators_are_there_once(lab):
+    """Two passes share what is in front of block 0's attention; the graph uses fused operators only."""
+    depth = 6
+    two, one, apt = (
+        kinds(lab.export(s).proto)
+        for s in (lab.student("coda"), lab.student("coda", one_pass=True), lab.student("apt", None))
+    )
+    assert (two["Attention"], one["Attention"], apt["Attention"]) == (2 * depth, depth, depth)
+    assert (two["Gelu"], one["Gelu"], apt["Gelu"]) == (2 * depth, depth, depth)
+    # norm1 of block 0 once for both passes, one final norm a pass; APT's head has its own.
+    assert two["LayerNormalization"] == 4 * depth - 1 + 2
+    assert one["LayerNormalization"] == 2 * depth + 1
+    assert apt["LayerNormalization"] == 2 * depth + 2
+    for found in (two, one, apt):
+        assert found["Softmax"] == found["Erf"] == found["Einsum"] == 0
+
+
+def test_the_last_block_computes_only_rows_that_are_read(lab):
+    graph = lab.export(lab.student("coda", KD)).proto
+    shapes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in onnx.shape_inference.infer_shapes(graph, data_prop=True).graph.value_info
+    }
+    rows = [shapes[node.output[0]][0] for node in graph.graph.node if node.op_type == "Gelu"]
+    tokens = 1 + 16
+    assert rows == [tokens] * 5 + [1] + [tokens + 1] * 5 + [2]
+
+
+def test_a_stem_that_is_no_convolution_is_refused(lab):
+    backbone = lab.backbone("stem")
+    backbone.patch_embed.backbone.append(torch.nn.MaxPool2d(1))
+    with pytest.raises(InputError, match="stem"):
+        lab.artefact(lab.student("apt", backbone=backbone))

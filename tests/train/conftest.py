@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cdl_edge.train.backbone import Backbone, load_backbone
+from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.student import PromptedViT
 
 torch.set_num_threads(1)
@@ -39,12 +41,32 @@ def make_model(backbone: Backbone) -> Callable[..., PromptedViT]:
             if learner == "apt":
                 model.learner.prompt.data.normal_(generator=generator)
             if learner in ("l2p", "dualprompt"):
-                for name, p in model.learner.named_parameters():
+                for p in model.learner.parameters():
                     p.data.normal_(generator=generator)
             model.learner.end_task(task)
         if learner == "l2p" and learnt:
             model.learner.used[torch.randperm(30, generator=generator)[:12]] = True
         return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_config(tiny_vit: Callable[..., str]) -> Callable[..., TrainConfig]:
+    """make(out, **changes): a run of about a second that learns something."""
+
+    def make(out: Path, **changes: Any) -> TrainConfig:
+        options = {
+            "data": "digits",
+            "teacher": tiny_vit("teacher", 24),
+            "student": tiny_vit("student", 16),
+            "tasks": 2,
+            "epochs": 2,
+            "limit_per_class": 8,
+            "batch_size": 16,
+            "learning_rate": 0.02,
+        }
+        return TrainConfig(out=str(out), **{**options, **changes})
 
     return make
 

@@ -32,13 +32,18 @@ def test_logits_equal_the_plain_formulas(make_model, backbone, naive, pixels, le
 def test_every_part_matters(make_model, tokens, learner):
     # Otherwise the comparison above proves little.
     model = make_model(learner)
+    names = [n for n, _ in model.named_parameters() if not (learner == "apt" and n == "learner.prompt")]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         before = model.combine(model(tokens))
-        parts = [p for n, p in model.named_parameters() if not (learner == "apt" and n == "learner.prompt")]
-        for part in (*parts, *(b for n, b in model.named_buffers() if n == "learner.merged")):
-            kept = part.clone()
-            part.add_(torch.randn(part.shape, generator=torch.Generator().manual_seed(0)))
-            assert (model.combine(model(tokens)) - before).abs().max() > 1e-4
+        for name in (*names, *(["learner.merged"] if learner == "apt" else [])):
+            part, kept = tensors[name], tensors[name].clone()
+            # A key that moves a little may select the same entries; the opposite one does not.
+            change = (
+                -2 * kept if ".key" in name else torch.randn(part.shape, generator=torch.Generator().manual_seed(0))
+            )
+            part.add_(change)
+            assert (model.combine(model(tokens)) - before).abs().max() > 1e-4, name
             part.copy_(kept)
 
 
@@ -65,7 +70,7 @@ def test_the_rows_kept_are_those_of_the_whole_block(make_model, backbone, tokens
         prompt = model.learner.at_block(3, model.query(tokens), training=False)
         rows = model.kd.at_block(3)
         whole = run_block(block, tokens, prompt, rows)
-        assert (run_block(block, tokens, prompt, rows, keep) - whole[:, keep]).abs().max() <= 1e-6
+        assert (run_block(block, tokens, prompt, rows, keep) - whole[:, keep]).abs().max() <= 1e-5
         assert (run_block(block, tokens) - block(tokens)).abs().max() <= 1e-5
 
 
@@ -211,9 +216,10 @@ def test_the_key_loss_is_a_mean(make_model, tokens):
     # Trap 3: a loss that is summed over parts grows with the number of devices or with the batch.
     for learner in ("l2p", "dualprompt"):
         model = make_model(learner)
-        whole = model(tokens[:4], training=True).key_loss
-        parts = [model(tokens[i : i + 1], training=True).key_loss for i in range(4)]
-        assert whole.ndim == 0 and float(whole) == pytest.approx(float(sum(parts)) / 4, rel=1e-5)
+        with torch.no_grad():
+            whole = model(tokens[:4], training=True).key_loss
+            parts = [model(tokens[i : i + 1], training=True).key_loss for i in range(4)]
+        assert whole.ndim == 0 and whole.item() == pytest.approx(sum(p.item() for p in parts) / 4, rel=1e-5)
         assert model(tokens).key_loss is None
     for learner in ("coda", "apt"):
         assert make_model(learner)(tokens, training=True).key_loss is None

@@ -1,0 +1,75 @@
+"""The gate lets pass what is equal and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from cdl_edge.data import Split
+from cdl_edge.export.parity import TOLERANCE, ParityError, check, sample, student_logits
+
+
+@dataclass
+class FakeBundle:
+    classes: tuple[str, ...] = tuple("abcdefg")
+
+
+class FakeRunner:
+    """Answers with what torch says, plus an error in one logit of one image."""
+
+    bundle = FakeBundle()
+
+    def __init__(self, run, error: float) -> None:
+        self.run_, self.error, self.calls = run, error, 0
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        logits = student_logits(self.run_, images, 7)
+        if self.calls == 0:
+            logits[1, 2] += self.error
+        self.calls += 1
+        return logits
+
+
+@dataclass
+class FakeRun:
+    student: object
+    preprocessing: object
+
+
+@pytest.fixture
+def run(lab):
+    return FakeRun(lab.student("coda"), lab.preprocessing)
+
+
+def test_the_tolerance_is_the_promised_one():
+    assert TOLERANCE == 1e-4
+
+
+def test_equal_passes_and_says_what_was_compared(lab, run):
+    parity = check(run, FakeRunner(run, 5e-5), lab.pixels(40))
+    assert parity.to_json().keys() == {
+        "max_abs_error", "mean_abs_error", "top1_agreement", "images", "tolerance",
+    }  # fmt: skip
+    assert 4e-5 < parity.max_abs_error < 1e-4
+    assert 0 < parity.mean_abs_error < 1e-5
+    assert (parity.images, parity.top1_agreement) == (40, 100.0)
+
+
+@pytest.mark.parametrize("error", [3e-4, 100.0, float("nan"), float("inf")])
+def test_one_wrong_logit_is_enough(lab, run, error):
+    with pytest.raises(ParityError, match=r"max .*mean .*40 real images.*1e-04"):
+        check(run, FakeRunner(run, error), lab.pixels(40))
+
+
+def test_parity_error_is_a_failure_not_wrong_usage():
+    assert issubclass(ParityError, RuntimeError)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(10, 10), (97, 97), (100, 100), (500, 100)])
+def test_sample_takes_different_images_from_the_whole_split(count, expected):
+    items = np.zeros((100, 2, 2, 3), np.uint8)
+    taken = sample(Split(items, np.arange(100)), count).labels
+    assert len(set(taken.tolist())) == len(taken) == expected
+    assert (taken.min(), taken.max()) == (0, 99)

@@ -1,0 +1,118 @@
+"""Options: an unknown one is an error, a wrong one is refused before anything is written."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from cdl_edge.errors import InputError
+from cdl_edge.train.config import AUGMENTATIONS, PRECISIONS, QUERIES, TrainConfig
+
+BASE = {"data": "digits", "out": "x"}
+
+
+def refused(*words, **change):
+    with pytest.raises(InputError) as info:
+        TrainConfig.from_json({**BASE, **change})
+    text = str(info.value)
+    for word in words:
+        assert word in text, text
+
+
+def test_round_trip_through_json():
+    config = TrainConfig("digits", "x", learner="apt", limit_per_class=5, compat=True, alpha=0.3)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig.from_json(BASE) == TrainConfig("digits", "x")
+
+
+def test_an_unknown_key_names_the_closest():
+    # Trap 11: unknown keys silently accepted.
+    refused("unknown training option", "'batchsize'", "did you mean 'batch_size'?", batchsize=3)
+    refused("'learning-rate'", "did you mean 'learning_rate'?", **{"learning-rate": 1})
+
+
+@pytest.mark.parametrize("key", ["data", "out"])
+def test_a_required_option_is_missing(key):
+    with pytest.raises(InputError) as info:
+        TrainConfig.from_json({k: v for k, v in BASE.items() if k != key})
+    assert key in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "close"),
+    [
+        ("learner", "l2", "l2p"),
+        ("learner", "dual-prompt", "dualprompt"),
+        ("distill", "kdpp", "kdp"),
+        ("query", "two-passes", "two-pass"),
+        ("precision", "bf32", "fp32"),
+        ("augment", "crop_flip", "crop-flip"),
+        ("devices", "cuda0", "cuda"),
+    ],
+)
+def test_a_word_that_is_none_of_the_choices(key, value, close):
+    refused(repr(value), f"did you mean {close!r}?", **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tasks", 0),
+        ("epochs", 0),
+        ("batch_size", -1),
+        ("kd_blocks", 0),
+        ("kd_length", 5),
+        ("kd_length", -2),
+        ("limit_per_class", 0),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", math.nan),
+        ("tau", 0.0),
+        ("tau", math.nan),
+        ("learning_rate", 0.0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.inf),
+        ("seed", -1),
+    ],
+)
+def test_ranges(key, value):
+    refused(str(value), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tasks", "five"),
+        ("tasks", 2.5),
+        ("tasks", True),
+        ("tasks", None),
+        ("compat", "no"),
+        ("compat", 0),
+        ("alpha", "0.5"),
+        ("data", 3),
+        ("out", None),
+        ("limit_per_class", "all"),
+        ("learner", ["coda"]),
+    ],
+)
+def test_wrong_types_in_a_file(key, value):
+    # bool("0") is True: a JSON file must say false, not "no".
+    refused(key, "wrong type", repr(value), **{key: value})
+
+
+def test_good_edges():
+    for change in ({"alpha": 0}, {"alpha": 1.0}, {"kd_length": 0}, {"limit_per_class": None}, {"learning_rate": 1}):
+        TrainConfig.from_json({**BASE, **change})
+    assert (QUERIES, PRECISIONS[0], AUGMENTATIONS[0]) == (("two-pass", "one-pass"), "auto", "auto")
+
+
+def test_every_option_has_its_line():
+    # STYLE: a string under each field, which is what --help and the docs are written from.
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
+    for node, after in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign):
+            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), node.target.id

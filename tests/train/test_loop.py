@@ -1,0 +1,366 @@
+"""A run from start to end: what it writes, what it refuses, what reaches the loss."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cdl_edge.errors import InputError
+from cdl_edge.train import batches, loop
+from cdl_edge.train.loop import _rate, _Training, train
+from cdl_edge.train.metrics import DEFINITIONS
+from cdl_edge.train.run import preprocessing_of
+
+LEARNERS = ("l2p", "dualprompt", "coda", "apt")
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def refused(config, *words, resume=False):
+    with pytest.raises(InputError) as info:
+        train(config, resume, quiet=True)
+    for word in words:
+        assert word in str(info.value), str(info.value)
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_its_folder(tmp_path, make_config):
+    out = tmp_path / "deep" / "run"
+    config = make_config(out)
+    returned = train(config, quiet=True)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "metrics.json",
+        "student.safetensors",
+        "student_matrix.csv",
+        "teacher.safetensors",
+        "teacher_matrix.csv",
+    ]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == returned
+    assert json.loads((out / "config.json").read_text()) == config.to_json() == metrics["config"]
+    assert metrics["schema"] == 1 and metrics["definitions"] == DEFINITIONS and metrics["skipped"] == []
+    assert sorted(metrics["classes"]) == list("0123456789") and metrics["classes"] != list("0123456789")
+    assert metrics["tasks"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    for side, width in (("teacher", 24), ("student", 16)):
+        got = metrics[side]
+        assert [[a is None for a in row] for row in got["matrix"]] == [[False, True], [False, False]]
+        assert all(0 <= a <= 100 for row in got["matrix"] for a in row if a is not None)
+        assert got["average_accuracy"] == pytest.approx(sum(got["matrix"][1]) / 2)
+        assert got["forgetting"] == pytest.approx((got["matrix"][0][0] - got["matrix"][1][0]) / 2)
+        assert len(got["accuracy_after_task"]) == len(got["forgetting_after_task"]) == len(got["seconds"]) == 2
+        assert [len(epochs) for epochs in got["loss"]] == [2, 2]
+        assert got["images_per_second"]["train"] > 0 and "incremental_accuracy" in got
+        assert metrics["backbones"][side]["width"] == width and metrics["backbones"][side]["depth"] == 6
+        assert metrics["backbones"][side]["identity"].startswith("sha256:")
+        lines = (out / f"{side}_matrix.csv").read_text().splitlines()
+        assert lines[1] == f"task1,{got['matrix'][0][0]:.4f},"
+    assert set(metrics["versions"]) == {"cdl-edge", "torch", "timm", "numpy", "python"}
+    assert metrics["device"] in ("cpu", "cuda") and metrics["seconds"] > 0
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learner):
+    metrics = train(make_config(tmp_path / "run", learner=learner, distill="none", teacher="builtin:none"), quiet=True)
+    assert metrics["teacher"] is None and set(metrics["backbones"]) == {"student"}
+    assert not list((tmp_path / "run").glob("teacher*"))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_it_learns(tmp_path, make_config, learner):
+    metrics = train(make_config(tmp_path / "run", learner=learner, epochs=6, limit_per_class=12), quiet=True)
+    for side in ("teacher", "student"):
+        for losses in metrics[side]["loss"]:
+            assert losses[-1] < 0.8 * losses[0]
+    assert metrics["student"]["matrix"][0][0] > 40  # of five classes, by a ViT of random weights
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path, make_config):
+    runs = [train(make_config(tmp_path / str(i), seed=s), quiet=True) for i, s in enumerate((3, 3, 4))]
+    assert runs[0]["student"]["loss"] == runs[1]["student"]["loss"] != runs[2]["student"]["loss"]
+    assert runs[0]["classes"] == runs[1]["classes"] != runs[2]["classes"]
+
+
+def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
+    # Phase one is done and frozen before phase two looks at it.
+    for name in ("kd", "kdp"):
+        train(make_config(tmp_path / name, distill=name), quiet=True)
+    one, two = (load_file(tmp_path / name / "teacher.safetensors") for name in ("kd", "kdp"))
+    assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
+
+
+def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
+    train(make_config(tmp_path / "run"))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "task 1/2 teacher: loss" in err and "task 2/2 student: average accuracy" in err and "images/s" in err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_recorded_and_evaluation_is_fp32(tmp_path, make_config, precision, monkeypatch):
+    seen = []
+    real = loop.accuracy
+
+    def watch(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "accuracy", watch)
+    metrics = train(make_config(tmp_path / "run", precision=precision), quiet=True)
+    assert metrics["precision"] == {"fp32": "fp32", "bf16": "bf16 autocast"}[precision]
+    assert seen and not any(seen)
+
+
+def test_what_is_kept_in_memory_changes_no_number(tmp_path, make_config, monkeypatch):
+    kept = train(make_config(tmp_path / "kept", precision="fp32"), quiet=True)
+    monkeypatch.setattr(batches, "KEPT_BYTES", 0)
+    computed = train(make_config(tmp_path / "computed", precision="fp32"), quiet=True)
+    for side in ("teacher", "student"):
+        assert np.allclose(kept[side]["loss"], computed[side]["loss"], rtol=1e-3)
+
+
+def test_limit_per_class_is_of_training_images_only(tmp_path, make_config):
+    made = _Training(make_config(tmp_path / "run", limit_per_class=3), False, True)
+    assert np.bincount(made.dataset.train.labels).tolist() == [3] * 10
+    assert len(made.dataset.val) > 300
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_run_is_left_untouched(tmp_path, make_config):
+    out = tmp_path / "run"
+    config = make_config(out)
+    metrics = train(config, quiet=True)
+    before = contents(out)
+    refused(config, "a run is there already", "--resume")
+    refused(make_config(out, epochs=9, seed=1), "a run is there already")
+    refused(make_config(out, epochs=9, learner="apt"), "other options", "epochs=9", "learner='apt'", resume=True)
+    refused(make_config(out, compat=True), "compat=True", "compat=False", resume=True)
+    assert contents(out) == before
+    assert train(config, resume=True, quiet=True) == metrics  # finished: nothing to do
+    assert contents(out) == before
+
+
+def test_an_unfinished_run_is_left_untouched(tmp_path, make_config, monkeypatch):
+    out = tmp_path / "run"
+    real = loop.save_state
+
+    def stop(path, state):
+        real(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(out), quiet=True)
+    before = contents(out)
+    assert set(before) == {"config.json", "checkpoint.safetensors"}
+    refused(make_config(out), "a run is there already")
+    refused(make_config(out, tasks=5), "tasks=5", resume=True)
+    assert contents(out) == before
+
+
+def test_another_backbone_under_the_same_name_is_refused_on_resume(tmp_path, make_config, tiny_vit, monkeypatch):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(Path(tiny_vit().removeprefix("file:")).read_bytes())
+    config = make_config(tmp_path / "run", student=f"file:{weights}")
+    real = loop.save_state
+
+    def stop(path, state):
+        real(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.setattr(loop, "save_state", real)
+    weights.write_bytes(Path(tiny_vit(seed=1).removeprefix("file:")).read_bytes())
+    refused(config, "other student weights", resume=True)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path, make_config):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.jpg").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("photos", "file"):
+        for resume in (False, True):
+            refused(make_config(tmp_path / name), "exists and is not a run", resume=resume)
+    assert contents(tmp_path / "photos") == {"me.jpg": b"x"}
+    (tmp_path / "empty").mkdir()
+    train(make_config(tmp_path / "empty"), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"data": "folder:/nowhere"}, "no such folder"),
+        ({"data": "didgits"}, "did you mean 'digits'?"),
+        ({"tasks": 11}, "10 classes, 11 tasks"),
+        ({"student": "builtin:studnet"}, "did you mean 'student'?"),
+        ({"teacher": "file:/nowhere"}, "no such file"),
+    ],
+)
+def test_bad_input_writes_nothing(tmp_path, make_config, change, word):
+    refused(make_config(tmp_path / "run", **change), word)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_said_not_replaced(tmp_path, make_config):
+    refused(make_config(tmp_path / "run", devices="cuda"), "no CUDA device", "--devices cpu")
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def test_corrupt_images_are_skipped_named_and_counted(tmp_path, make_config, image_folder, capfd):
+    root = image_folder(tmp_path / "p", train=dict.fromkeys("abcd", 5), val=dict.fromkeys("abcd", 3))
+    (root / "train" / "b" / "002.png").write_bytes(b"no image")
+    (root / "val" / "d" / "001.png").write_bytes(b"")
+    (root / "val" / "d" / "000.png").rename(root / "val" / "d" / "000.jpg")  # a wrong ending is no fault
+    metrics = train(make_config(tmp_path / "run", data=f"folder:{root}"))
+    assert len(metrics["skipped"]) == 2
+    assert "b/002.png" in " ".join(metrics["skipped"]) and "d/001.png" in " ".join(metrics["skipped"])
+    err = capfd.readouterr().err
+    assert err.count("skipped: ") == 2 and "b/002.png" in err and "1 unreadable image(s) skipped" in err
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_of_corrupt_images_is_refused_before_the_hours_of_work(tmp_path, make_config, image_folder, part):
+    root = image_folder(tmp_path / "p", train=dict.fromkeys("abcd", 3), val=dict.fromkeys("abcd", 2))
+    for path in (root / part / "c").iterdir():
+        path.write_bytes(b"no image")
+    refused(make_config(tmp_path / "run", data=f"folder:{root}"), "class 'c' has no readable image", "c/000.png")
+    assert not (tmp_path / "run").exists()
+
+
+def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, image_folder):
+    root = image_folder(tmp_path / "p", train=dict.fromkeys("ab", 3), val=dict.fromkeys("ab", 2))
+    digits = _Training(make_config(tmp_path / "a"), False, True)
+    photos = _Training(make_config(tmp_path / "b", data=f"folder:{root}"), False, True)
+    none = _Training(make_config(tmp_path / "c", data=f"folder:{root}", augment="none"), False, True)
+    assert (digits.augmented, photos.augmented, none.augmented) == (False, True, False)
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def setup(out, make_config, **changes):
+    """A training at the start of task 2, its tokens and labels, all ready for `_loss`."""
+    made = _Training(make_config(out, precision="fp32", **changes), False, True)
+    for model in made.models.values():
+        for task in (0, 1):
+            model.learner.begin_task(task)
+            if task == 0:
+                model.learner.end_task(task)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(6, 5, 16, generator=generator)
+    target = torch.randn(6, 5, generator=generator)
+    return made, tokens, torch.arange(6) % 5, target
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_the_loss_knows_the_current_classes_only(tmp_path, make_config, learner):
+    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
+    model = made.models["student"]
+    loss = made._loss("student", tokens, None, labels, target, (5, 10))
+    loss.backward()
+    for head in (model.head, model.kd_head):
+        assert head.weight.grad[:5].abs().max() == 0 and head.weight.grad[5:].abs().min() >= 0
+        assert head.weight.grad[5:].abs().max() > 0
+        head.weight.data[:5] += 100
+    assert made._loss("student", tokens, None, labels, target, (5, 10)).item() == pytest.approx(loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut(tmp_path, make_config, learner):
+    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
+    with torch.no_grad():
+        whole = made._loss("student", tokens, None, labels, target, (5, 10)).item()
+        parts = [
+            made._loss("student", tokens[i : i + 2], None, labels[i : i + 2], target[i : i + 2], (5, 10)).item()
+            for i in (0, 2, 4)
+        ]
+    assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
+
+
+def test_the_teachers_loss_is_cross_entropy_and_key_loss(tmp_path, make_config):
+    made, _, labels, _ = setup(tmp_path / "run", make_config, learner="dualprompt")
+    generator = torch.Generator().manual_seed(0)
+    tokens, query = torch.randn(6, 5, 24, generator=generator), torch.randn(6, 16, generator=generator)
+    with torch.no_grad():
+        output = made.models["teacher"](tokens, query, training=True)
+        expected = torch.nn.functional.cross_entropy(output.cls_logits[:, 5:], labels) + output.key_loss
+        got = made._loss("teacher", tokens, query, labels, None, (5, 10))
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_rate():
+    from cdl_edge.train.config import TrainConfig
+
+    config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5)
+    rates = [_rate(config, e, s, 10) for e in range(4) for s in range(10)]
+    assert rates[0] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[-1] < 0.01
+    assert all(a > b for a, b in itertools.pairwise(rates))
+
+
+# -- compat -----------------------------------------------------------------------------------------------------------
+
+
+def test_compat_is_the_authors_behaviour(tmp_path, make_config, backbone):
+    metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
+    assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
+    raw = preprocessing_of(backbone, compat=True)
+    assert (raw.mean, raw.std) == ((0, 0, 0), (1, 1, 1))  # trap 10
+    assert (raw.size, raw.resize) == (backbone.preprocessing.size, backbone.preprocessing.resize)
+    assert preprocessing_of(backbone, compat=False) == backbone.preprocessing
+
+
+def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
+    made = _Training(make_config(tmp_path / "run", compat=True), False, True)
+    assert all(side.preprocessing.mean == (0, 0, 0) for side in made.sides.values())
+
+
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt"])
+def test_compat_counts_the_key_loss_twice(tmp_path, make_config, learner):
+    # Trap 3: two GPUs, summed replica means.
+    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
+    twice, *_ = setup(tmp_path / "compat", make_config, learner=learner, compat=True)
+    twice.models["student"].load_state_dict(made.models["student"].state_dict())
+    with torch.no_grad():
+        key = made.models["student"](tokens, None, training=True).key_loss.item()
+        one = made._loss("student", tokens, None, labels, target, (5, 10)).item()
+        two = twice._loss("student", tokens, None, labels, target, (5, 10)).item()
+    assert key > 0.01 and two - one == pytest.approx(key, rel=1e-4)
+
+
+def test_compat_repeats_the_rate_of_the_first_epoch():
+    from cdl_edge.train.config import TrainConfig
+
+    config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5, compat=True)
+    rates = [_rate(config, e, 3, 10) for e in range(4)]
+    assert rates[0] == rates[1] == 0.5 and rates[2] == pytest.approx(0.25 * (1 + math.cos(math.pi / 4)))
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat, monkeypatch):
+    # Trap 2: in the authors' code the teacher distils from the previous merged prompt, zeros in task 1.
+    seen = []
+    real = loop._Training._teacher_logits
+
+    def watch(self, images, low, high):
+        seen.append(self.models["teacher"].learner.merged.abs().sum().item())
+        return real(self, images, low, high)
+
+    monkeypatch.setattr(loop._Training, "_teacher_logits", watch)
+    train(make_config(tmp_path / "run", learner="apt", compat=compat), quiet=True)
+    assert len(seen) == 2 and (seen[0] == 0) == compat and seen[1] > 0
