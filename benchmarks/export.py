@@ -10,8 +10,8 @@ does hits all of them alike:
 A student is in the state it has after all tasks, with random prompts: the weights do not change the cost. Every graph
 is compared with torch first. The floor of a two-pass learner is 2 passes less what both share, of a one-pass learner 1.
 
-With one thread the clock is the CPU time of the calling thread, which does the whole work then: being preempted by another
-process does not count. With more threads it is wall time, and the machine has to be idle.
+With one thread the clock is the CPU time of the calling thread, which does the whole work then: being preempted by
+another process does not count. With more threads it is wall time, and the machine has to be idle.
 
 Prints a table; the last line of stdout is JSON, null where a graph could not be made.
 """

@@ -116,7 +116,7 @@ class Answer:
         """Exit 2, one message on stderr with these words, no trace, nothing on stdout."""
         assert self.code == 2, (self.code, self.err)
         assert "Traceback" not in self.err
-        assert self.err.count("error:") + self.err.count("Error:") == 1, self.err
+        assert sum(line.lower().startswith("error:") for line in self.err.splitlines()) == 1, self.err
         for word in words:
             assert word in self.err, self.err
         assert self.out == ""

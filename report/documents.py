@@ -1,0 +1,185 @@
+"""What the page is made from: metrics, manifest and profile, read and refused where they are malformed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..runtime.bundle import Bundle
+from .words import PARITY
+
+SCHEMA = 1
+"version of metrics.json that this code reads"
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """RUN/metrics.json, checked. Raises: InputError."""
+    run = Path(run)
+    path = run / "metrics.json"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: missing",
+            got="no such folder" if not run.is_dir() else "a folder without it",
+            expected="the folder of a finished run",
+            fix="check the path; an unfinished run is continued with: cdl-edge train ... --resume",
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read", got=error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged", got=str(error), expected="JSON written by train") from error
+    return check_metrics(document, str(path))
+
+
+def check_metrics(document: object, where: str) -> dict[str, Any]:
+    """Refuse what the page could only show wrongly; returns the document. Raises: InputError."""
+    fields = _object(document, where, "the document")
+    schema = fields.get("schema", SCHEMA)
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise InputError(
+            f"{where}: written by a newer cdl-edge", got=schema, expected=SCHEMA, fix="upgrade cdl-edge, then repeat"
+        )
+    _object(fields.get("config"), where, "config")
+    classes = _list(fields.get("classes"), where, "classes")
+    if not classes or not all(isinstance(c, str) for c in classes):
+        raise _malformed(where, "classes", classes, "names")
+    tasks = _list(fields.get("tasks"), where, "tasks")
+    flat = [c for task in tasks for c in _list(task, where, "tasks")]
+    if not all(type(c) is int for c in flat) or sorted(flat) != list(range(len(classes))):
+        raise _malformed(where, "tasks", tasks, f"each of 0 to {len(classes) - 1} in one task")
+    _check_side(_object(fields.get("student"), where, "student"), where, "student", len(tasks))
+    if fields.get("teacher") is not None:
+        _check_side(_object(fields["teacher"], where, "teacher"), where, "teacher", len(tasks))
+    if fields.get("seconds") is not None:
+        _number(fields["seconds"], where, "seconds")
+    for key in ("versions", "definitions", "backbones"):
+        _object(fields.get(key) or {}, where, key)
+    for side, backbone in (fields.get("backbones") or {}).items():
+        _object(backbone, where, f"backbones.{side}")
+    _list(fields.get("skipped") or [], where, "skipped")
+    images = fields.get("images")
+    for key, count in (images if isinstance(images, dict) else {"": images}).items():
+        if count is not None:
+            _number(count, where, f"images.{key}".rstrip("."))
+    return fields
+
+
+def _check_side(side: Mapping[str, Any], where: str, name: str, tasks: int) -> None:
+    for key in ("average_accuracy", "forgetting", "incremental_accuracy"):
+        if key != "incremental_accuracy" or side.get(key) is not None:
+            _number(side.get(key), where, f"{name}.{key}")
+    matrix = _list(side.get("matrix"), where, f"{name}.matrix")
+    if len(matrix) != tasks:
+        raise _malformed(where, f"{name}.matrix", f"{len(matrix)} rows", f"{tasks} rows, one a task")
+    for i, row in enumerate(matrix):
+        at = f"{name}.matrix[{i}]"
+        if len(_list(row, where, at)) != tasks or any(value is not None for value in row[i + 1 :]):
+            raise _malformed(where, at, row, f"{i + 1} accuracies, then null up to {tasks} columns")
+        for value in row[: i + 1]:
+            if not 0 <= _number(value, where, at) <= 100:
+                raise _malformed(where, at, value, "an accuracy from 0 to 100 %")
+    for key in ("accuracy_after_task", "forgetting_after_task", "seconds"):
+        values = side.get(key)
+        if values is None:
+            continue
+        if len(_list(values, where, f"{name}.{key}")) != tasks:
+            raise _malformed(where, f"{name}.{key}", f"{len(values)} values", f"{tasks}, one a task")
+        for value in values:
+            if abs(_number(value, where, f"{name}.{key}")) > 100 and key != "seconds":
+                raise _malformed(where, f"{name}.{key}", value, "at most 100")
+
+
+def check_profile(document: object) -> dict[str, Any]:
+    """Refuse what is no `profile --json` document; returns it. Raises: InputError."""
+    where = "profile"
+    fields = _object(document, where, "the document")
+    end = _object(fields.get("end_to_end_ms"), where, "end_to_end_ms")
+    for key in ("p50", "p99"):
+        _number(end.get(key), where, f"end_to_end_ms.{key}")
+    for key, value in fields.items():
+        if key.endswith("_ms") and isinstance(value, dict):
+            for name, number in value.items():
+                _number(number, where, f"{key}.{name}")
+    for flag in _list(fields.get("flags", []), where, "flags"):
+        if not isinstance(flag, str):
+            raise _malformed(where, "flags", flag, "strings")
+    for key in ("context", "definitions"):
+        _object(fields.get(key) or {}, where, key)
+    if fields.get("trace_ms") is not None:
+        trace = _list(fields["trace_ms"], where, "trace_ms")
+        for value in trace:
+            if _number(value, where, "trace_ms") < 0:
+                raise _malformed(where, "trace_ms", value, "milliseconds, not negative")
+        if not trace:
+            raise _malformed(where, "trace_ms", trace, "at least one value, or no such key")
+    return fields
+
+
+def check_recorded(bundle: Bundle) -> None:
+    """Of the manifest, the numbers that `open_bundle` has no use for and the page shows."""
+    where = str(bundle.path / "manifest.json")
+    parity = _object(bundle.manifest.get("parity") or {}, where, "parity")
+    for key in parity.keys() & PARITY.keys():
+        _number(parity[key], where, f"parity.{key}")
+    accuracy = _object(bundle.manifest.get("accuracy") or {}, where, "accuracy")
+    for key in ("average_accuracy", "forgetting", "images"):
+        if accuracy.get(key) is not None:
+            _number(accuracy[key], where, f"accuracy.{key}")
+    for value in _list(accuracy.get("per_task") or [], where, "accuracy.per_task"):
+        _number(value, where, "accuracy.per_task")
+
+
+def check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
+    """A page that mixes two runs would mislead: classes, tasks and the student's matrix must agree."""
+    training = bundle.manifest.get("training") or {}
+    student = training.get("student") if isinstance(training, dict) else None
+    same = list(bundle.classes) == metrics["classes"] and [list(t) for t in bundle.tasks] == metrics["tasks"]
+    if same and isinstance(student, dict) and "matrix" in student:
+        same = student["matrix"] == metrics["student"]["matrix"]
+    if not same:
+        raise InputError(
+            f"{bundle.path}: was not exported from this run",
+            got="other classes, other tasks or another accuracy matrix",
+            expected="the run that the bundle was exported from",
+            fix="leave the run out: the bundle keeps its own training record",
+        )
+
+
+def check_measured(profile: Mapping[str, Any], bundle: Bundle) -> None:
+    """Latency of another graph must not stand under this one's name."""
+    digest = (profile.get("context") or {}).get("graph_sha256")
+    known = {entry["sha256"] for entry in bundle.manifest["files"].values()}
+    if digest is not None and digest not in known:
+        raise InputError(
+            f"{bundle.path}: the profile was measured on another graph",
+            got=f"sha256 {digest!s:.64}",
+            expected="the hash of a graph of this bundle",
+            fix=f"measure this one: cdl-edge profile {bundle.path} --json",
+        )
+
+
+def _malformed(where: str, field: str, got: object, expected: str) -> InputError:
+    return InputError(f"{where}: malformed field {field}", got=f"{got!r:.160}", expected=expected, fix="write it again")
+
+
+def _object(value: object, where: str, field: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _malformed(where, field, value, "an object")
+    return value
+
+
+def _list(value: object, where: str, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _malformed(where, field, value, "a list")
+    return value
+
+
+def _number(value: object, where: str, field: str) -> float:
+    # The bound also keeps out integers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+        raise _malformed(where, field, value, "a finite number")
+    return float(value)

@@ -1,0 +1,82 @@
+"""The page itself: documents in, one HTML file out, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .. import __version__
+from ..errors import InputError
+from ..files import write_text
+from ..runtime.bundle import Bundle, open_bundle
+from .charts import HEAT_DARK, HEAT_LIGHT, ink
+from .documents import check_measured, check_metrics, check_pair, check_profile, check_recorded, read_metrics
+from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
+
+TEMPLATE = "page.html.j2"
+
+
+def write_report(
+    out: Path, run: Path | None = None, bundle: Path | None = None, profile: Mapping[str, Any] | None = None
+) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        out: HTML file to write, whole or not at all.
+        run: folder written by train (metrics.json). None: what the bundle keeps of it, if any.
+        bundle: folder written by export or calibrate; every file of it is hashed.
+        profile: what `profile --json` prints, with an optional "trace_ms": end-to-end milliseconds of each call.
+
+    Raises: InputError when there is neither run nor bundle, when something is missing, damaged, malformed or newer than
+        this code, and when run, bundle and profile do not belong together.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder", expected="an HTML file", fix=f"name {out / 'report.html'}")
+    if run is None and bundle is None:
+        raise InputError("nothing to report on", expected="a run folder, a bundle folder or both")
+    metrics = read_metrics(run) if run is not None else None
+    opened = open_bundle(bundle) if bundle is not None else None
+    if opened is not None:
+        check_recorded(opened)
+        training = opened.manifest.get("training")
+        if metrics is None and training:
+            metrics = check_metrics(training, f"{opened.path}: manifest.json, training")
+        elif metrics is not None:
+            check_pair(metrics, opened)
+    checked = check_profile(profile) if profile is not None else None
+    if opened is not None and checked is not None:
+        check_measured(checked, opened)
+    html = render(metrics, opened, checked)
+    # A file name that is no UTF-8 reaches JSON as a lone surrogate, which no UTF-8 file can hold.
+    write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
+    return out
+
+
+def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None) -> str:
+    """The page as text, from documents that have been checked."""
+    # Autoescape: class names and paths are the user's, and end up in a page that is opened with a double click.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = {
+        "accuracy": accuracy_section(metrics) if metrics else None,
+        "latency": latency_section(profile) if profile else None,
+        "export": export_section(bundle) if bundle else None,
+        "card": card_section(metrics, bundle, profile),
+    }
+    return environment.get_template(TEMPLATE).render(
+        header=header(metrics, bundle),
+        figures=figures(metrics, bundle, profile),
+        heat_light=[(c, ink(c)) for c in HEAT_LIGHT],
+        heat_dark=[(c, ink(c)) for c in HEAT_DARK],
+        version=__version__,
+        **sections,
+    )

@@ -1,0 +1,334 @@
+"""What each section of the page shows, from checked documents: only texts and geometry are left to lay out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..runtime.bundle import Bundle
+from .charts import heat_cell, heat_domain, histogram_chart, line_chart
+from .words import (
+    PARITY,
+    duration_text,
+    flag_text,
+    label_text,
+    labelled,
+    method_text,
+    ms_text,
+    size_text,
+    source_text,
+    value_text,
+)
+
+# Of the graph's path through one picture, in time order; unknown stages follow, end to end is always last.
+STAGES = ("decode", "preprocess", "h2d", "enqueue", "gpu", "compute", "d2h", "post", "postprocess", "end_to_end")
+STAGE_NAMES = {"h2d": "Host to device", "d2h": "Device to host", "gpu": "GPU", "end_to_end": "End to end"}
+STATISTICS = ("n", "min", "mean", "std", "p50", "p90", "p95", "p99", "max")
+OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length")
+"options that mean nothing in a run without a teacher"
+GRAPH_FACTS = ("learner", "distiller", "query", "alpha", "selection", "backbone", "profile", "opset", "precision")
+
+
+def _settings(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
+    """learner, distill, query, data, teacher, student: of the run, else of the bundle; None where nobody knows."""
+    manifest: Mapping[str, Any] = bundle.manifest if bundle else {}
+    backbone = manifest.get("backbone")
+    fallback = {
+        "learner": manifest.get("learner"),
+        "distill": manifest.get("distiller"),
+        "query": manifest.get("query"),
+        "data": (manifest.get("accuracy") or {}).get("source"),
+        "student": backbone.get("source") if isinstance(backbone, dict) else backbone,
+        "teacher": None,
+    }
+    config = metrics["config"] if metrics else {}
+    found = {key: config.get(key) or value for key, value in fallback.items()}
+    if metrics and metrics.get("teacher") is None:
+        found["teacher"] = None  # a run without distillation trains none, whatever the option's default says
+    return found
+
+
+def header(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
+    """Title, method and names at the very top; None for what nobody recorded."""
+    settings = _settings(metrics, bundle)
+    name = bundle.name if bundle else None
+    title = source_text(str(settings["data"])) if settings["data"] else name or "Report"
+    return {
+        "title": title,
+        "method": method_text(settings["learner"], settings["distill"]) if settings["learner"] else None,
+        "teacher": settings["teacher"],
+        "student": settings["student"],
+        "bundle": name if name != title else None,
+        "created": str(bundle.manifest.get("created") or "") if bundle else "",
+    }
+
+
+def figures(
+    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None
+) -> list[dict[str, str]]:
+    """The tiles at the top: {"label", "value", "unit", "note"}."""
+    tiles: list[dict[str, str]] = []
+
+    def add(label: str, value: str, unit: str = "", note: str = "") -> None:
+        tiles.append({"label": label, "value": value, "unit": unit, "note": note})
+
+    accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
+    if metrics:
+        student, teacher = metrics["student"], metrics.get("teacher")
+        gap = "no teacher"
+        if teacher:
+            behind = student["average_accuracy"] - teacher["average_accuracy"]
+            sign = "+" if behind >= 0 else "−"
+            gap = f"teacher {teacher['average_accuracy']:.2f} %, student {sign}{abs(behind):.2f}"
+        add("Final average accuracy", f"{student['average_accuracy']:.2f}", "%", gap)
+        note = f"teacher {teacher['forgetting']:.2f}" if teacher else "lower is better"
+        add("Forgetting", f"{student['forgetting']:.2f}", "points", note)
+        if student.get("incremental_accuracy") is not None:
+            add("Incremental accuracy", f"{student['incremental_accuracy']:.2f}", "%", "mean over all stages")
+    elif accuracy.get("average_accuracy") is not None:
+        add("Final average accuracy", f"{accuracy['average_accuracy']:.2f}", "%", "of the exported student")
+        if accuracy.get("forgetting") is not None:
+            add("Forgetting", f"{accuracy['forgetting']:.2f}", "points", "lower is better")
+    classes = metrics["classes"] if metrics else bundle.classes if bundle else []
+    tasks = metrics["tasks"] if metrics else bundle.tasks if bundle else []
+    add("Classes", f"{len(classes):,}", "", f"learnt in {len(tasks)} task{'s' * (len(tasks) != 1)}")
+    images = _images(metrics, bundle)
+    if images:
+        add("Images", *images)
+    if metrics and metrics.get("seconds") is not None:
+        add("Training time", duration_text(metrics["seconds"]), "", _on_device(metrics))
+    if bundle:
+        precision = bundle.manifest.get("precision")
+        number, unit = size_text(bundle.size_bytes).split(" ")
+        add("Bundle size", number, unit, str(precision) if precision else "")
+    if profile:
+        end = profile["end_to_end_ms"]
+        note = str(profile.get("backend") or "") or "one picture, end to end"
+        add("Latency p50 / p99", f"{ms_text(end['p50'])} / {ms_text(end['p99'])}", "ms", note)
+    return tiles
+
+
+def _images(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> tuple[str, str, str] | None:
+    """(value, unit, note) of the images' tile: training and validation if the run counted them, else evaluated."""
+    counts = (metrics or {}).get("images")
+    if isinstance(counts, dict) and counts.get("train") is not None:
+        held = counts.get("val")
+        return f"{counts['train']:,}", "", "for training" + (f", {held:,} held out" if held is not None else "")
+    if isinstance(counts, int):
+        return f"{counts:,}", "", "in the data source"
+    accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
+    if isinstance(accuracy.get("images"), int):
+        return f"{accuracy['images']:,}", "", "evaluated"
+    return None
+
+
+def _on_device(metrics: Mapping[str, Any]) -> str:
+    device = metrics.get("device")
+    return f"on {str(device).upper()}" if device else ""
+
+
+def accuracy_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Heat maps on one scale, curves over tasks, and the same numbers as a table."""
+    sides = [(name, metrics[name]) for name in ("student", "teacher") if metrics.get(name) is not None]
+    values = [v for _, side in sides for row in side["matrix"] for v in row if v is not None]
+    low, high = heat_domain(values)
+    heats = []
+    for name, side in sides:
+        rows = [[heat_cell(value, low, high) for value in row] for row in side["matrix"]]
+        heats.append({"name": name.capitalize(), "rows": rows, "average": f"{side['average_accuracy']:.2f}"})
+
+    charts = []
+    for key, title, unit, zero in (
+        ("accuracy_after_task", "Average accuracy", "%", False),
+        ("forgetting_after_task", "Forgetting", "points", True),
+    ):
+        series = [(name, side[key]) for name, side in sides if side.get(key)]
+        if series and len(metrics["tasks"]) > 1:  # one point is no line
+            charts.append(line_chart(title, unit, series, zero))
+    columns = [
+        (f"{name.capitalize()} {what}", [f"{v:.2f}" for v in side[key]])
+        for name, side in sides
+        for key, what in (("accuracy_after_task", "accuracy, %"), ("forgetting_after_task", "forgetting, points"))
+        if side.get(key)
+    ]
+    columns += [
+        (f"{name.capitalize()} training, s", [f"{v:,.1f}" for v in side["seconds"]])
+        for name, side in sides
+        if side.get("seconds")
+    ]
+    definitions = metrics.get("definitions") or {}
+    return {
+        "heats": heats,
+        "wide": len(metrics["tasks"]) > 11,
+        "low": f"{low:.0f}",
+        "high": f"{high:.0f}",
+        "reading": definitions.get("matrix"),
+        "charts": charts,
+        "columns": columns,
+        "tasks": len(metrics["tasks"]),
+    }
+
+
+def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
+    """Distribution, flags, stages in time order and the conditions of the measurement."""
+    stages = {key.removesuffix("_ms"): v for key, v in profile.items() if key.endswith("_ms") and isinstance(v, dict)}
+    position = {name: i for i, name in enumerate(STAGES)}
+    names = sorted(stages, key=lambda s: (s == "end_to_end", position.get(s, len(STAGES))))
+    columns = [c for c in STATISTICS if any(c in stages[name] for name in names)]
+    end = profile["end_to_end_ms"]
+    definitions = profile.get("definitions") or {}
+    table = []
+    for name in names:
+        stage = stages[name]
+        mean, std = stage.get("mean"), stage.get("std")
+        table.append(
+            {
+                "name": STAGE_NAMES.get(name, label_text(name)),
+                "total": name == "end_to_end",
+                "definition": definitions.get(f"{name}_ms"),
+                "cells": [
+                    "" if c not in stage else f"{stage[c]:,.0f}" if c == "n" else ms_text(stage[c]) for c in columns
+                ],
+                "spread": f"{100 * std / mean:.1f} %" if mean and std is not None else "",
+                "share": round(100 * mean / end["mean"]) if mean is not None and end.get("mean") else None,
+            }
+        )
+    flags = [{"name": f, "text": flag_text(f)} for f in profile.get("flags", [])]
+    top = {k: v for k, v in profile.items() if k not in ("context", "definitions", "flags", "trace_ms")}
+    top = {k: v for k, v in top.items() if not (k.endswith("_ms") and isinstance(v, dict))}
+    return {
+        "chart": histogram_chart(profile["trace_ms"], end) if profile.get("trace_ms") else None,
+        "columns": columns,
+        "has_spread": any(row["spread"] for row in table),
+        "has_share": sum(row["share"] is not None for row in table) > 1,
+        "table": table,
+        "flags": flags,
+        "rate": f"{1000 / end['mean']:,.3g}" if end.get("mean") else None,
+        "p50": ms_text(end["p50"]),
+        "p99": ms_text(end["p99"]),
+        "context": labelled({**top, **(profile.get("context") or {})}, ("bundle", "files_bytes")),
+    }
+
+
+def export_section(bundle: Bundle) -> dict[str, Any]:
+    """Parity, recorded accuracy, files with their hashes, and what the graph is."""
+    manifest = bundle.manifest
+    known: Mapping[str, float] = manifest.get("parity") or {}
+    tiles = [{"label": label, "value": text(known[key])} for key, (label, text) in PARITY.items() if key in known]
+    passed = None
+    if "max_abs_error" in known and "tolerance" in known:
+        passed = known["max_abs_error"] <= known["tolerance"]
+    accuracy = manifest.get("accuracy") or {}
+    per_task = accuracy.get("per_task") or []
+    facts = labelled({key: _without_identity(manifest.get(key)) for key in (*GRAPH_FACTS, "quantisation")})
+    inputs = manifest["input"]
+    shape = value_text("shape", inputs["shape"])
+    facts.append(("Input", f"{shape} {inputs['dtype']}, {inputs.get('layout', 'NHWC')}"))
+    facts += labelled({k: inputs.get(k) for k in ("dynamic_batch", "normalisation", "preprocessing")})
+    facts += [
+        (f"Output {name}", value_text("shape", shape) or "") for name, shape in manifest["outputs"].items() if shape
+    ]
+    facts += labelled({"graphs": manifest["graphs"]})
+    return {
+        "parity": tiles,
+        "passed": passed,
+        "per_task": [f"{v:.1f}" for v in per_task],
+        "accuracy": f"{accuracy['average_accuracy']:.2f}" if accuracy.get("average_accuracy") is not None else None,
+        "accuracy_images": f"{accuracy['images']:,}" if isinstance(accuracy.get("images"), int) else None,
+        "accuracy_source": accuracy.get("source"),
+        "files": [
+            {"name": name, "size": size_text(entry["bytes"]), "bytes": f"{entry['bytes']:,}", "sha256": entry["sha256"]}
+            for name, entry in manifest["files"].items()
+        ],
+        "total": size_text(bundle.size_bytes),
+        "manifest_sha256": manifest["manifest_sha256"],
+        "facts": facts,
+    }
+
+
+def _without_identity(value: object) -> object:
+    """A backbone's hash has its place in the model card."""
+    return {k: v for k, v in value.items() if k != "identity"} if isinstance(value, dict) else value
+
+
+def card_section(
+    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The model card: use, limits, data, backbones, settings, definitions and versions."""
+    settings = _settings(metrics, bundle)
+    classes: Sequence[str] = metrics["classes"] if metrics else bundle.classes if bundle else ()
+    tasks: Sequence[Sequence[int]] = metrics["tasks"] if metrics else bundle.tasks if bundle else ()
+    backbones = dict((metrics or {}).get("backbones") or {})
+    if not backbones and bundle and isinstance(bundle.manifest.get("backbone"), dict):
+        backbones = {"student": bundle.manifest["backbone"]}
+    keys = [k for k in ("source", "identity", "width", "depth", "heads") if any(b.get(k) for b in backbones.values())]
+    versions = {
+        "Training": (metrics or {}).get("versions"),
+        "Export": (bundle.manifest if bundle else {}).get("versions"),
+    }
+    columns = {name: v for name, v in versions.items() if isinstance(v, dict) and v}
+    packages = sorted({p for v in columns.values() for p in v}, key=lambda p: (p != "cdl-edge", p))
+    definitions = (metrics or {}).get("definitions") or {}
+    skipped = [str(line) for line in (metrics or {}).get("skipped") or []]
+    return {
+        "data": settings["data"],
+        "class_count": len(classes),
+        "tasks": [{"count": len(task), "names": [classes[c] for c in task]} for task in tasks],
+        "skipped": skipped[:20],
+        "skipped_count": len(skipped),
+        "backbone_columns": [label_text(k) for k in keys],
+        "backbones": [
+            {"name": side.capitalize(), "cells": [value_text(k, b.get(k)) or "" for k in keys]}
+            for side, b in backbones.items()
+        ],
+        "frozen": settings["learner"] != "finetune",
+        "training": _training(metrics) if metrics else [],
+        "definitions": [(label_text(k), str(v)) for k, v in definitions.items()],
+        "limitations": _limitations(metrics, bundle, profile, len(classes)),
+        "version_columns": list(columns),
+        "versions": [(p, [value_text("", v.get(p)) or "" for v in columns.values()]) for p in packages],
+    }
+
+
+def _training(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options, with what "auto" came to in place of the word."""
+    resolved = {k: metrics[k] for k in ("device", "precision", "threads") if metrics.get(k) is not None}
+    left_out = () if metrics.get("teacher") else OF_DISTILLATION
+    return labelled({**metrics["config"], **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
+
+
+def _limitations(
+    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None, classes: int
+) -> list[str]:
+    """What the numbers do not say, from what is known."""
+    lines = [
+        f"Every picture gets one of the {classes:,} classes, also one that shows none of them. The probability of a "
+        "prediction is not calibrated: choose a threshold on your own pictures before acting on it.",
+    ]
+    if metrics:
+        config = metrics["config"]
+        seed = f" ({config['seed']})" if "seed" in config else ""
+        lines.append(f"One run with one seed{seed} and one class order: differences below about a point are noise.")
+        lines.append(
+            "Accuracy was measured on held-out images of the same source: other cameras, light or viewpoints lower it."
+        )
+        last = metrics["student"]["matrix"][-1]
+        if len(last) > 1:
+            weakest = min(range(len(last)), key=last.__getitem__)
+            lines.append(
+                f"The average hides differences: the weakest task at the end is task {weakest + 1} with "
+                f"{last[weakest]:.1f} %."
+            )
+        if config.get("limit_per_class"):
+            lines.append(f"Training saw at most {config['limit_per_class']:,} images a class.")
+        if metrics.get("skipped"):
+            lines.append(f"{len(metrics['skipped']):,} image(s) could not be read and were left out.")
+    if bundle and bundle.manifest.get("quantisation"):
+        lines.append("The graph is quantised: its accuracy may differ from the float model's, class by class.")
+    if bundle and not bundle.manifest.get("accuracy"):
+        lines.append("The bundle records no accuracy: run `cdl-edge evaluate` on it before it is used.")
+    if profile:
+        lines.append(
+            "Latency holds for the machine, the number of threads and the load named above, and for nothing else."
+        )
+    return lines

@@ -1,0 +1,67 @@
+"""A section is there when there is something to show in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cdl_edge.report import write_report
+
+
+def test_sections_without_data_are_absent(
+    tmp_path: Path,
+    metrics: dict[str, Any],
+    profile: dict[str, Any],
+    save_run: Callable[..., Path],
+    save_bundle: Callable[..., Path],
+    read_page: Callable[[Path], Any],
+) -> None:
+    metrics["teacher"] = None
+    metrics["config"]["distill"] = "none"
+    metrics["backbones"].pop("teacher")
+    for key in ("skipped", "definitions", "versions"):
+        metrics.pop(key)
+    page = read_page(write_report(tmp_path / "run.html", save_run(tmp_path / "run", metrics)))
+    assert page.sections == {"accuracy", "card"}
+    for absent in (
+        "(teacher)",
+        "Versions",
+        "What the metrics mean",
+        "unreadable",
+        "Latency",
+        "Parity",
+        "builtin:teacher",
+    ):
+        assert absent not in page.text, absent
+
+    bundle = save_bundle(tmp_path / "bundle", metrics, training=None, parity=None, accuracy=None, versions=None)
+    del profile["trace_ms"], profile["context"]
+    profile["flags"] = []
+    page = read_page(write_report(tmp_path / "bundle.html", bundle=bundle, profile=profile))
+    assert page.sections == {"latency", "export", "card"}
+    for absent in ("Parity", "Distribution", "Accuracy recorded", "Training settings", "Forgetting"):
+        assert absent not in page.text, absent
+    assert "No flag" in page.text
+    assert "records no accuracy" in page.text
+
+
+def test_bundle_alone_shows_the_training_it_keeps(
+    tmp_path: Path, metrics: dict[str, Any], save_bundle: Callable[..., Path], read_page: Callable[[Path], Any]
+) -> None:
+    page = read_page(write_report(tmp_path / "r.html", bundle=save_bundle(tmp_path / "bundle", metrics)))
+    assert page.sections == {"accuracy", "export", "card"}
+    assert "81.2" in page.text
+
+
+def test_one_task(
+    tmp_path: Path,
+    metrics: dict[str, Any],
+    save_run: Callable[..., Path],
+    side: Callable[..., dict[str, Any]],
+    read_page: Callable[[Path], Any],
+) -> None:
+    metrics |= {"tasks": [[0, 1, 2, 3, 4, 5]], "student": side([[100.0]]), "teacher": side([[0.0]])}
+    page = read_page(write_report(tmp_path / "r.html", save_run(tmp_path / "run", metrics)))
+    assert "svg" not in {tag for tag, _ in page.tags}
+    assert ">100</td>" in page.html

@@ -1,0 +1,443 @@
+"""The command line: what it promises to people, to scripts, and to a board with nothing installed."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from PIL import Image
+
+VERBS = (
+    *("quickstart", "pretrain", "train", "export", "evaluate", "predict"),
+    *("profile", "inspect", "validate", "report", "doctor"),
+)
+HEAVY = ("torch", "timm", "onnx", "onnxruntime", "sklearn", "numpy", "PIL", "safetensors", "jinja2")
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], *([verb] for verb in VERBS)], ids=lambda a: a[0] if a else "cdl-edge")
+def test_help_needs_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom cdl_edge.cli import main\n"
+        f"sys.argv = ['cdl-edge', *{arguments!r}, '--help']\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("LOADED []")
+    assert done.stdout.startswith("Usage: cdl-edge")
+
+
+def test_help_is_quick():
+    best = 9.0
+    for _ in range(3):  # the machine may be busy
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "from cdl_edge.cli import main; main()", "--help"], capture_output=True)
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.4
+
+
+def test_help_lists_every_verb(cli):
+    for flag in ("--help", "-h"):
+        text = cli(flag).out
+        for verb in VERBS:
+            assert re.search(rf"^  {verb} ", text, re.MULTILINE), verb
+    assert "Exit codes: 0 done, 1 failed, 2" in " ".join(text.split())
+
+
+def test_every_verb_is_known_here(cli):
+    from cdl_edge.cli import cli as group
+
+    assert sorted(group.commands) == sorted(VERBS)
+    assert all(c.help and c.help.strip() for c in group.commands.values())
+
+
+def test_every_option_is_explained():
+    from cdl_edge.cli import cli as group
+
+    plain = {"epochs", "batch_size", "seed"}  # what their names say
+    for verb, command in group.commands.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.name not in plain:
+                assert parameter.help, f"{verb} --{parameter.name}"
+
+
+def test_every_verb_but_help_speaks_json():
+    from cdl_edge.cli import cli as group
+
+    for verb, command in group.commands.items():
+        assert any("--json" in p.opts for p in command.params), verb
+
+
+def help_of(verb, option):
+    from cdl_edge.cli import cli as group
+
+    return next(p.help for p in group.commands[verb].params if f"--{option}" in p.opts)
+
+
+def choices(text):
+    """The words in front of a colon or a bracket: 'a | b | c [default: a]'."""
+    return [w.strip() for w in re.split(r"[:\[]", text)[0].split("|")]
+
+
+def test_help_names_exactly_what_there_is():
+    # A flaw that recurs even in good projects: help that has gone stale.
+    from cdl_edge.train.config import AUGMENTATIONS, PRECISIONS, QUERIES, TrainConfig
+    from cdl_edge.train.distill import DISTILLERS
+    from cdl_edge.train.learners import LEARNERS
+    from cdl_edge.train.pretrain import ARCHITECTURES
+
+    assert choices(help_of("train", "learner")) == list(LEARNERS)
+    assert choices(help_of("train", "distill")) == list(DISTILLERS)
+    assert choices(help_of("train", "query")) == list(QUERIES)
+    assert choices(help_of("train", "precision")[: help_of("train", "precision").index(",")]) == list(PRECISIONS)
+    assert choices(help_of("train", "augment")) == list(AUGMENTATIONS)
+    assert choices(help_of("pretrain", "arch")) == list(ARCHITECTURES)
+    defaults = TrainConfig("digits", "x").to_json()
+    for option in ("learner", "distill", "query", "tasks", "epochs", "batch-size", "learning-rate", "alpha", "tau"):
+        stated = re.search(r"\[default: ([^\],]+)", help_of("train", option)).group(1)
+        assert stated == str(defaults[option.replace("-", "_")]).removesuffix(".0"), option
+    for option in ("kd-blocks", "kd-length", "seed", "teacher", "student", "precision", "devices"):
+        stated = re.search(r"\[default: ([^\],]+)", help_of("train", option)).group(1)
+        assert stated == str(defaults[option.replace("-", "_")]), option
+
+
+def test_every_training_option_is_on_the_command_line():
+    from cdl_edge.cli import cli as group
+    from cdl_edge.train.config import TrainConfig
+    from cdl_edge.train.pretrain import PretrainConfig
+
+    names = {p.name for p in group.commands["train"].params}
+    assert names - {"config", "resume", "threads", "as_json"} == set(TrainConfig("digits", "x").to_json())
+    names = {p.name for p in group.commands["pretrain"].params}
+    fields = set(PretrainConfig.__dataclass_fields__) - {"small_until"}
+    assert names - {"resume", "threads", "as_json"} == fields
+    context = click.Context(group.commands["pretrain"])
+    for p in group.commands["pretrain"].params:
+        if p.name in fields - {"data", "arch", "out"}:
+            assert (p.get_default(context) or None) == (PretrainConfig.__dataclass_fields__[p.name].default or None)
+
+
+def test_version(cli):
+    import cdl_edge
+
+    assert cli("--version").out.strip() == f"cdl-edge, version {cdl_edge.__version__}"
+
+
+# -- wrong usage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train", "--lerner", "coda"],
+        ["train", "--tasks", "five"],
+        ["predict"],
+        ["export", "x"],
+        ["--verbose"],
+    ],
+)
+def test_wrong_usage_is_two(cli, arguments):
+    answer = cli(*arguments)
+    assert answer.code == 2 and "Error:" in answer.err and "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--learner", "codda"], ["unknown learner", "'codda'", "did you mean 'coda'?"]),
+        (["--distill", "kdpp"], ["unknown distiller", "did you mean 'kdp'?"]),
+        (["--query", "one"], ["unknown query", "one-pass, two-pass"]),
+        (["--data", "folder:/nowhere/at/all"], ["/nowhere/at/all: no such folder"]),
+        (["--data", "digit"], ["did you mean 'digits'?"]),
+        (["--tasks", "11"], ["10 classes, 11 tasks", "1 to 10 tasks"]),
+        (["--tasks", "0"], ["--tasks is too small"]),
+        (["--student", "builtin:pupil"], ["unknown builtin backbone"]),
+        (["--teacher", "file:/nowhere"], ["/nowhere: no such file"]),
+        (["--alpha", "2"], ["--alpha is out of range"]),
+        (["--seed", "-1"], ["--seed is out of range"]),
+        (["--kd-length", "3"], ["even --kd-length"]),
+    ],
+)
+def test_bad_training_input_writes_nothing(cli, tmp_path, options, words):
+    cli("train", "--data", "digits", "--out", tmp_path / "run", *options).assert_refused(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing_is_named(cli, tmp_path):
+    cli("train", "--out", tmp_path / "run").assert_refused("a training option is missing", "data")
+    cli("train", "--data", "digits").assert_refused("out")
+
+
+def test_config_files(cli, tmp_path, fast_options):
+    path = tmp_path / "c.json"
+    for content, words in [
+        ("{", ["not JSON"]),
+        ("[1]", ["not a JSON object", "list"]),
+        ('{"lerner": "coda"}', ["unknown training option", "did you mean 'learner'?"]),
+        ('{"epochs": "2"}', ["'epochs' has the wrong type"]),
+        ('{"compat": "no"}', ["'compat' has the wrong type"]),
+    ]:
+        path.write_text(content)
+        out = tmp_path / "run"
+        cli("train", "--data", "digits", "--out", out, "--config", path).assert_refused(*words)
+        assert not out.exists()
+    path.write_bytes(b"\xff\xfe\x00")
+    cli("train", "--data", "digits", "--out", "x", "--config", path).assert_refused("not JSON")
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(cli, tmp_path, fast_options):
+    # Trap 11: YAML values silently overridden by command-line defaults.
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"epochs": 1, "learner": "apt", "seed": 3, "compat": True, "distill": "none"}))
+    out = tmp_path / "run"
+    answer = cli("train", *fast_options, "--config", path, "--seed", 4, "--no-compat", "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    stored = json.loads((out / "config.json").read_text())
+    assert (stored["learner"], stored["seed"], stored["compat"], stored["epochs"]) == ("apt", 4, False, 2)
+    assert stored["alpha"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["photos", "letter"])
+def test_quickstart_leaves_what_is_there_alone(cli, tmp_path, name):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a").write_text("x")
+    (tmp_path / "letter").write_text("x")
+    cli("quickstart", "--out", tmp_path / name).assert_refused("is not empty")
+    assert contents(tmp_path) == {"photos/a": b"x", "letter": b"x"}
+
+
+def test_pretrain_refuses(cli, tmp_path):
+    out = tmp_path / "w.safetensors"
+    cli("pretrain", "--data", "digits", "--arch", "studnet", "--out", out).assert_refused("did you mean 'student'?")
+    cli("pretrain", "--data", "folder:/nowhere", "--arch", "student", "--out", out).assert_refused("no such folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a run and a bundle -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cli, fast_options):
+    """(run folder, the answer of `train --json`)."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    answer = cli("train", *fast_options, "--learner", "l2p", "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    return out, answer
+
+
+@pytest.fixture(scope="module")
+def bundle(trained, cli):
+    """A bundle exported from that run, and the answer of `export --json`."""
+    out = trained[0].parent / "bundle"
+    answer = cli("export", trained[0], "--out", out, "--images", 20, "--json")
+    assert answer.code == 0, answer.err
+    return out, answer
+
+
+@pytest.fixture
+def broken(bundle, tmp_path):
+    """A copy of the bundle to damage."""
+    return shutil.copytree(bundle[0], tmp_path / "bundle")
+
+
+def test_train_json(trained):
+    out, answer = trained
+    document = answer.json
+    metrics = json.loads((out / "metrics.json").read_text())
+    for side in ("teacher", "student"):
+        assert set(document[side]) == {"average_accuracy", "forgetting", "matrix"}
+        assert document[side]["matrix"] == metrics[side]["matrix"]
+    assert document["run"] == str(out) and document["seconds"] > 0
+    assert (out / "report.html").read_text().lower().startswith("<!doctype html>")
+    assert answer.out.count("\n") == 1  # progress went to stderr
+    assert "task 1/2 student" in answer.err
+
+
+def test_train_for_people(cli, tmp_path, fast_options):
+    answer = cli("train", *fast_options, "--distill", "none", "--learner", "apt", "--out", tmp_path / "run")
+    assert answer.code == 0
+    assert "after task" in answer.out and "student accuracy %" in answer.out and "teacher" not in answer.out
+    assert "average_accuracy: mean of the last row" in answer.out  # each number is defined where it is printed
+    assert f"cdl-edge export {tmp_path / 'run'}" in answer.out
+
+
+def test_an_existing_run_is_refused(cli, trained, fast_options):
+    before = contents(trained[0])
+    cli("train", *fast_options, "--learner", "l2p", "--out", trained[0]).assert_refused("already", "--resume")
+    cli("train", *fast_options, "--learner", "apt", "--out", trained[0], "--resume").assert_refused("learner='apt'")
+    assert contents(trained[0]) == before
+
+
+def test_evaluate_a_run(cli, trained):
+    document = cli("evaluate", trained[0], "--data", "digits", "--json").json
+    assert document["backend"] == "torch"
+    assert document["average_accuracy"] == pytest.approx(trained[1].json["student"]["average_accuracy"])
+    text = cli("evaluate", trained[0], "--data", "digits", "--limit-per-class", 2).out
+    assert "20 images" in text and "average_accuracy: mean" in text
+    cli("evaluate", trained[0], "--data", "folder:/nowhere").assert_refused("no such folder")
+
+
+def test_export_json(bundle):
+    out, answer = bundle
+    parity = answer.json["parity"]
+    assert parity["max_abs_error"] <= parity["tolerance"] <= 1e-4 and parity["images"] == 20
+    assert (out / "manifest.json").is_file()
+
+
+def test_evaluate_a_bundle(cli, bundle, trained):
+    document = cli("evaluate", bundle[0], "--data", "digits", "--json").json
+    assert document["per_task"] == pytest.approx(trained[1].json["student"]["matrix"][-1])
+    assert set(document) >= {"average_accuracy", "forgetting", "per_task", "images", "backend", "precision"}
+
+
+def test_predict(cli, bundle, photo, tmp_path):
+    one, two = photo(tmp_path / "a.png", 1), photo(tmp_path / "b.jpg", 2)
+    document = cli("predict", bundle[0], one, two, "--json").json
+    assert [p["image"] for p in document["predictions"]] == [str(one), str(two)]
+    for p in document["predictions"]:
+        assert p["label"] in "0123456789" and 0 < p["probability"] <= 1
+        assert len(p["prompts"]["selected"]) == len(p["prompts"]["weights"]) == 5
+    alone = cli("predict", bundle[0], two, "--json").json["predictions"][0]
+    assert alone["probability"] == pytest.approx(document["predictions"][1]["probability"], abs=1e-6)
+    text = cli("predict", bundle[0], one, "--top", 3).out
+    assert text.startswith(f"{one}: ") and len(text.strip().splitlines()) == 3
+
+
+def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
+    good = photo(tmp_path / "a.png", 1)
+    (tmp_path / "letter.jpg").write_text("dear aunt")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("letter.jpg", "empty.png", "missing.png"):
+        cli("predict", bundle[0], good, tmp_path / name, "--json").assert_refused(name, "not a readable image")
+    Image.new("1", (7000, 6000)).save(tmp_path / "huge.png")
+    cli("predict", bundle[0], tmp_path / "huge.png").assert_refused("too large")
+
+
+def test_predict_within_a_task(cli, bundle, photo, tmp_path):
+    one = photo(tmp_path / "a.png", 1)
+    manifest = json.loads((bundle[0] / "manifest.json").read_text())
+    for task in (0, 1):
+        got = cli("predict", bundle[0], one, "--task", task, "--json").json["predictions"][0]
+        assert got["index"] in manifest["tasks"][task]
+    cli("predict", bundle[0], one, "--task", 2).assert_refused("2")
+    cli("predict", bundle[0], one, "--task", -1).assert_refused("-1")
+
+
+def test_profile(cli, bundle, tmp_path):
+    answer = cli("profile", bundle[0], "--runs", 5, "--threads", 1, "--json")
+    document = answer.json
+    for stage in ("end_to_end_ms", "preprocess_ms", "compute_ms"):
+        assert set(document[stage]) >= {"p50", "p90", "p99", "mean", "std", "cv", "n"}
+    assert isinstance(document["flags"], list)
+    saved = tmp_path / "profile.json"
+    saved.write_text(answer.out)
+    page = tmp_path / "page.html"
+    assert cli("report", bundle[0], "--profile", saved, "--out", page, "--json").json == {"report": str(page)}
+    assert page.is_file()
+    assert "end to end" in cli("profile", bundle[0], "--runs", 5).out
+
+
+def test_inspect_validate_doctor(cli, bundle):
+    assert cli("inspect", bundle[0], "--json").json["learner"] == "l2p"
+    assert "task 2:" in cli("inspect", bundle[0]).out
+    assert cli("validate", bundle[0], "--json").code == 0
+    assert "valid" in cli("validate", bundle[0]).out
+    assert cli("doctor", "--json").json["checks"]
+
+
+def every_reader(cli, path, image):
+    """All verbs that open a bundle."""
+    yield "predict", cli("predict", path, image)
+    yield "evaluate", cli("evaluate", path, "--data", "digits")
+    yield "profile", cli("profile", path, "--runs", 2)
+    yield "inspect", cli("inspect", path)
+    yield "validate", cli("validate", path)
+
+
+def refused_by_all(cli, path, image, *words):
+    before = contents(path) if path.is_dir() else None
+    for verb, answer in every_reader(cli, path, image):
+        assert answer.code == 2, f"{verb}: {answer.out}"
+        answer.assert_refused(*words)
+    if before is not None:
+        assert contents(path) == before
+
+
+def test_a_bundle_that_is_none(cli, photo, tmp_path):
+    image = photo(tmp_path / "a.png", 1)
+    refused_by_all(cli, tmp_path / "nowhere", image, "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused_by_all(cli, tmp_path / "empty", image, "manifest.json")
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "backbone.bin", "prompts.bin", "manifest.json"])
+def test_a_truncated_bundle(cli, broken, photo, tmp_path, name):
+    image = photo(tmp_path / "a.png", 1)
+    (broken / name).write_bytes((broken / name).read_bytes()[:-7])
+    refused_by_all(cli, broken, image, name)
+    (broken / name).unlink()
+    refused_by_all(cli, broken, image, name)
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "backbone.bin", "prompts.bin", "manifest.json"])
+def test_one_changed_byte(cli, broken, photo, tmp_path, name):
+    content = bytearray((broken / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (broken / name).write_bytes(content)
+    for verb, answer in every_reader(cli, broken, photo(tmp_path / "a.png", 1)):
+        assert answer.code == 2 and "Traceback" not in answer.err, (verb, answer.err)
+
+
+def test_a_newer_schema(cli, broken, photo, tmp_path):
+    text = (broken / "manifest.json").read_text()
+    (broken / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 99', 1))
+    refused_by_all(cli, broken, photo(tmp_path / "a.png", 1), "99", "upgrade")
+
+
+def test_export_refuses_what_is_no_run(cli, tmp_path, trained):
+    out = tmp_path / "bundle"
+    cli("export", tmp_path, "--out", out).assert_refused("not a finished run")
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (run / "metrics.json").unlink()
+    cli("export", run, "--out", out).assert_refused("not a finished run", "--resume")
+    cli("export", trained[0], "--out", out, "--profile", "otr").assert_refused("ort")
+    assert not out.exists()
+
+
+def test_report_refuses(cli, tmp_path):
+    out = tmp_path / "page.html"
+    cli("report", tmp_path, "--out", out).assert_refused("neither a finished run nor a bundle")
+    assert not out.exists()
+
+
+def test_a_bug_keeps_its_trace(monkeypatch):
+    code = (
+        "import sys, cdl_edge.runtime.doctor as d\nfrom cdl_edge.cli import main\n"
+        "def broken(): raise ZeroDivisionError('a bug')\n"
+        "d.doctor = broken\nsys.argv = ['cdl-edge', 'doctor']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
+
+
+def test_the_process_ends_with_two_and_one_message(tmp_path):
+    # Once in a process of its own, as a shell sees it.
+    code = "from cdl_edge.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(tmp_path / "nowhere")], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,84 @@
+"""Accuracy of a finished run in torch."""
+
+import numpy as np
+import pytest
+import torch
+
+from cdl_edge.errors import InputError
+from cdl_edge.train.batches import Images, Side
+from cdl_edge.train.evaluate import accuracy, evaluate_run, logits_of
+from cdl_edge.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, image_folder):
+    root = tmp_path_factory.mktemp("photos")
+    return image_folder(root, train=dict.fromkeys("abcd", 6), val=dict.fromkeys("abcd", 4))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_config, photos):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    metrics = train(make_config(out, data=f"folder:{photos}", epochs=4, learner="coda"), quiet=True)
+    return out, metrics
+
+
+def test_the_numbers_of_training_are_found_again(finished, photos):
+    out, metrics = finished
+    got = evaluate_run(out, f"folder:{photos}")
+    assert got["per_task"] == pytest.approx(metrics["student"]["matrix"][-1])
+    assert got["average_accuracy"] == pytest.approx(metrics["student"]["average_accuracy"])
+    assert got["forgetting"] == pytest.approx(metrics["student"]["forgetting"])
+    assert (got["images"], got["backend"], got["precision"], got["skipped"]) == (16, "torch", "fp32", [])
+    assert set(got["definitions"]) == {"average_accuracy", "forgetting"}
+
+
+def test_fewer_images(finished, photos):
+    assert evaluate_run(finished[0], f"folder:{photos}", limit_per_class=1)["images"] == 4
+
+
+def test_classes_go_by_name_and_others_do_not_matter(finished, photos, tmp_path, image_folder):
+    # The same pictures, more classes around them: names decide, not positions.
+    import shutil
+
+    more = shutil.copytree(photos, tmp_path / "more")
+    for part in ("train", "val"):
+        for name in ("0first", "bb", "zzz"):
+            shutil.copytree(more / part / "a", more / part / name)
+    assert (
+        evaluate_run(finished[0], f"folder:{more}")["per_task"]
+        == evaluate_run(finished[0], f"folder:{photos}")["per_task"]
+    )
+
+
+def test_a_class_that_is_missing(finished, tmp_path, image_folder):
+    root = image_folder(tmp_path, train=dict.fromkeys("abx", 1), val=dict.fromkeys("abx", 1))
+    with pytest.raises(InputError) as info:
+        evaluate_run(finished[0], f"folder:{root}")
+    assert "2 of the run's 4 classes are missing" in str(info.value) and "without c, d" in str(info.value)
+
+
+def test_corrupt_validation_images_are_named(finished, photos, tmp_path):
+    import shutil
+
+    root = shutil.copytree(photos, tmp_path / "p")
+    (root / "val" / "b" / "000.png").write_bytes(b"no")
+    got = evaluate_run(finished[0], f"folder:{root}")
+    assert got["images"] == 15 and len(got["skipped"]) == 1 and "b/000.png" in got["skipped"][0]
+
+
+def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
+    from cdl_edge.data import Split
+
+    device = torch.device("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 16, 16, 3), dtype=np.uint8)  # more than one chunk
+    images = Images(
+        Split(pixels, np.arange(150) % 6), {"student": Side(make_model("coda"), backbone.preprocessing, device)}, device
+    )
+    logits = logits_of(images, "student")
+    assert logits.shape == (150, 6) and logits.dtype == np.float32
+    assert np.array_equal(logits_of(images, "student", 3), logits[:, :3])
+    for seen in (3, 6):
+        expected = 100 * np.mean([int(np.argmax(row[:seen])) == i % 6 for i, row in enumerate(logits)])
+        assert accuracy(images, "student", seen) == pytest.approx(expected)
+    assert not torch.is_grad_enabled() or not images._tokens["student"].requires_grad
