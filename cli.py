@@ -92,11 +92,10 @@ def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None
 @json_option
 def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
     """Make a small backbone from an image folder; a checkpoint after every epoch."""
-    from .train.pretrain import PretrainConfig
-    from .train.pretrain import pretrain as run
+    from . import api
 
     set_threads(threads)
-    result = run(PretrainConfig(out=str(out), **options), resume, say)
+    result = api.pretrain(resume, say, out=str(out), **options)
     emit(result, as_json, f"{result['out']}: {result['val_accuracy']:.2f} % on the validation images")
 
 
@@ -144,19 +143,17 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
             raise InputError(f"{config}: not JSON", got=str(error)) from error
         if not isinstance(stored, dict):
             raise InputError(f"{config}: not a JSON object", got=type(stored).__name__, expected='{"data": ...}')
+    from . import api
     from .display import accuracy_table
-    from .report import write_report
-    from .train.config import TrainConfig
-    from .train.loop import train as run
 
     set_threads(threads)
     given = {k: v for k, v in options.items() if v is not None}
-    metrics = run(TrainConfig.from_json({**stored, **given}), resume)
-    out = Path(metrics["config"]["out"])
-    report = write_report(out / "report.html", run=out)
+    metrics = api.train(resume, **{**stored, **given})
+    out = metrics["config"]["out"]
+    report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
-    document = {**sides, "seconds": metrics["seconds"], "run": str(out), "report": str(report)}
+    document = {**sides, "seconds": metrics["seconds"], "run": out, "report": str(report)}
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
@@ -173,12 +170,12 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
 @json_option
 def export(run: Path, out: Path, profile: str, dynamic_batch: bool, images: int, as_json: bool) -> None:
     """Fold a run's student into a static ONNX graph, prove it equal, write a BUNDLE."""
+    from . import api
     from .display import parity_line
     from .export import ParityError
-    from .export import export as export_run
 
     try:
-        result = export_run(run, out, profile=profile, dynamic_batch=dynamic_batch, images=images)
+        result = api.export(run, out, profile, dynamic_batch, images)
     except ParityError as error:
         click.echo(f"failed: {error}", err=True)
         sys.exit(1)
@@ -196,17 +193,11 @@ def evaluate(
     source: Path, data: str, limit_per_class: int | None, backend: str, threads: int | None, as_json: bool
 ) -> None:
     """Accuracy per task on the validation images, of a trained RUN (torch) or a BUNDLE (as deployed)."""
+    from . import api
+
     if (source / "config.json").is_file():
         set_threads(threads)
-        from .train.evaluate import evaluate_run
-
-        result = evaluate_run(source, data, limit_per_class)
-    else:
-        from .runtime import load
-        from .runtime.evaluate import evaluate as run
-
-        with load(source, backend, threads) as runner:
-            result = run(runner, data, limit_per_class)
+    result = api.evaluate(source, data, limit_per_class, backend, threads)
     per_task = " ".join(f"{a:.1f}" for a in result["per_task"])
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images\n"
@@ -226,11 +217,9 @@ def predict(
     bundle: Path, images: tuple[Path, ...], task: int | None, top: int, backend: str, threads: int | None, as_json: bool
 ) -> None:
     """Classify images; says which prompts were selected."""
-    from .runtime import load
-    from .runtime.predict import predict as run
+    from . import api
 
-    with load(bundle, backend, threads) as runner:
-        result = run(runner, list(images), task, top)
+    result = api.predict(bundle, images, task, top, backend, threads)
     lines = []
     for p in result["predictions"]:
         lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from .display import accuracy_table, latency_table, parity_line
 from .errors import InputError
+from .verb import make_callable
 
 
 def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -60,3 +61,6 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
         ]
     )
     return document, text
+
+
+make_callable(__name__)

@@ -18,7 +18,7 @@ from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import Artefact, assemble
 from cdl_edge.images import Preprocessing
 from cdl_edge.train.augment import Normalise
-from cdl_edge.train.backbone import Architecture
+from cdl_edge.train.backbone import Architecture, fold_batch_norm
 from cdl_edge.train.learners.apt import APT
 from cdl_edge.train.learners.l2p import L2P
 from cdl_edge.train.student import PromptedViT
@@ -37,9 +37,13 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         noise = torch.randn(value.shape, generator=generator)
-        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+        if name.endswith("running_var"):
+            value.copy_(0.5 + noise.abs())
+        elif not value.is_floating_point():
+            continue
+        elif name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
             value.copy_(1 + 0.3 * noise)
-        elif name.endswith(("bias", "pos_embed", "cls_token")):
+        elif name.endswith(("bias", "pos_embed", "cls_token", "running_mean")):
             value.copy_(0.3 * noise)
         else:
             value.copy_(noise / max(1, value[0].numel()) ** 0.5)
@@ -50,7 +54,7 @@ def make_backbone(
 ) -> VisionTransformer:
     """32 pixels, patches of 8 (stems: stride 4), width 32, 2 heads."""
     if STEMS[stem]:
-        model = Architecture(SIDE, 4, 32, depth, 2, 0, STEMS[stem]).build()
+        model = Architecture(SIDE, 4, 32, depth, 2, 0, STEMS[stem]).build(batch_norm=True)
     else:
         model = VisionTransformer(
             img_size=SIDE,
@@ -63,6 +67,8 @@ def make_backbone(
             qkv_bias=qkv_bias,
         )
     randomise(model, seed)
+    if STEMS[stem]:  # as saving a pre-trained backbone does
+        model.patch_embed.backbone = fold_batch_norm(model.eval().patch_embed.backbone)
     return model.eval().requires_grad_(False)
 
 

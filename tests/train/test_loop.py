@@ -76,12 +76,15 @@ def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learn
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_it_learns(tmp_path, make_config, learner):
-    metrics = train(make_config(tmp_path / "run", learner=learner, epochs=6, limit_per_class=12), quiet=True)
+def test_it_learns(tmp_path, make_config, image_folder, learner):
+    # Red, green and blue: a ViT of random weights is enough to tell them apart.
+    root = image_folder(tmp_path / "p", train=dict.fromkeys("rgb", 16), val=dict.fromkeys("rgb", 6))
+    config = make_config(tmp_path / "run", learner=learner, data=f"folder:{root}", tasks=1, epochs=6, augment="none")
+    metrics = train(config, quiet=True)
     for side in ("teacher", "student"):
-        for losses in metrics[side]["loss"]:
-            assert losses[-1] < 0.8 * losses[0]
-    assert metrics["student"]["matrix"][0][0] > 40  # of five classes, by a ViT of random weights
+        losses = metrics[side]["loss"][0]
+        assert losses[-1] < 0.8 * losses[0]
+        assert metrics[side]["average_accuracy"] > 70  # 33 by chance
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path, make_config):

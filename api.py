@@ -1,0 +1,127 @@
+"""The verbs of the command line as functions: `from cdl_edge import train, export, predict, ...`.
+
+Each imports what it needs when it is called. All raise InputError for bad input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def quickstart(
+    data: str = "digits", out: Path | str = "quickstart", say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The whole way once: train, export, evaluate, profile, report."""
+    from .quickstart import quickstart as run
+
+    return run(data, Path(out), say)[0]
+
+
+def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options: Any) -> dict[str, Any]:
+    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig."""
+    from .train.pretrain import PretrainConfig
+    from .train.pretrain import pretrain as run
+
+    return run(PretrainConfig(**options), resume, say)
+
+
+def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """Train teacher and student on one task after another and write a RUN folder with its report.
+
+    options: the fields of train.config.TrainConfig, `data` and `out` at least. Returns: the contents of metrics.json.
+    """
+    from .report import write_report
+    from .train.config import TrainConfig
+    from .train.loop import train as run
+
+    metrics = run(TrainConfig.from_json(options), resume, quiet)
+    folder = Path(metrics["config"]["out"])
+    write_report(folder / "report.html", run=folder)
+    return metrics
+
+
+def export(
+    run: Path | str, out: Path | str, profile: str = "ort", dynamic_batch: bool = False, images: int = 500
+) -> dict[str, Any]:
+    """RUN -> BUNDLE, see export.bundle.export. Raises also: export.ParityError."""
+    from .export.bundle import export as fold
+
+    return fold(run, out, profile, dynamic_batch, images)
+
+
+def evaluate(
+    source: Path | str,
+    data: str,
+    limit_per_class: int | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend."""
+    if (Path(source) / "config.json").is_file():
+        from .train.evaluate import evaluate_run
+
+        return evaluate_run(Path(source), data, limit_per_class)
+    from .runtime import load
+    from .runtime.evaluate import evaluate as run
+
+    with load(source, backend, threads) as runner:
+        return run(runner, data, limit_per_class)
+
+
+def predict(
+    bundle: Path | str,
+    images: Sequence[Path | str | bytes],
+    task: int | None = None,
+    top: int = 1,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load."""
+    from .runtime import load
+    from .runtime.predict import predict as run
+
+    with load(bundle, backend, threads) as runner:
+        return run(runner, images, task, top)
+
+
+def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:
+    """Latency of one image a call, see runtime.profile.profile for the options."""
+    from .runtime.profile import profile as run
+
+    return run(bundle, **options)
+
+
+def inspect(bundle: Path | str) -> dict[str, Any]:
+    """What a bundle holds."""
+    from .runtime.inspect import inspect as run
+
+    return run(bundle)
+
+
+def validate(bundle: Path | str, backend: str = "auto") -> dict[str, Any]:
+    """Check every hash, load the graph, run a picture through it."""
+    from .runtime.inspect import validate as run
+
+    return run(bundle, backend)
+
+
+def report(
+    out: Path | str,
+    run: Path | str | None = None,
+    bundle: Path | str | None = None,
+    profile: dict[str, Any] | None = None,
+) -> Path:
+    """One self-contained HTML page about a run, a bundle, or both; profile: what `profile` returned."""
+    from .report import write_report
+
+    paths = [Path(p) if p is not None else None for p in (run, bundle)]
+    return write_report(Path(out), run=paths[0], bundle=paths[1], profile=profile)
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine has and lacks."""
+    from .runtime.doctor import doctor as run
+
+    return run()

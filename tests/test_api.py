@@ -1,0 +1,39 @@
+"""The verbs from Python, in a process of their own: what is imported before must not matter."""
+
+import json
+import subprocess
+import sys
+
+CODE = """
+import sys, json
+from cdl_edge import doctor, evaluate, export, inspect, predict, profile, train, validate
+import cdl_edge
+assert not {"torch", "onnxruntime"} & set(sys.modules) or "export" in dir(cdl_edge)
+out = sys.argv[1]
+metrics = train(data="digits", out=out + "/run", learner="apt", distill="none", tasks=2, epochs=1, limit_per_class=5,
+                quiet=True)
+export(out + "/run", out + "/bundle", images=10)
+import cdl_edge.train.loop  # sets the attribute cdl_edge.train: the verb has to survive it
+assert callable(cdl_edge.train) and callable(cdl_edge.export)
+torch_side, graph_side = evaluate(out + "/run", "digits"), evaluate(out + "/bundle", "digits")
+assert abs(torch_side["average_accuracy"] - graph_side["average_accuracy"]) < 1e-6
+assert torch_side["backend"] == "torch"
+assert validate(out + "/bundle")["valid"]
+assert profile(out + "/bundle", runs=5, warmup=1)["end_to_end_ms"]["n"] == 5
+report = cdl_edge.__getattr__("evaluate") is evaluate
+print(json.dumps({"classes": inspect(out + "/bundle")["class_count"], "same": report}))
+"""
+
+
+def test_verbs_from_python(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"classes": 10, "same": True}
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_unknown_name_is_an_attribute_error():
+    code = "import cdl_edge\ntry:\n    cdl_edge.trian\nexcept AttributeError:\n    print('ok')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "ok\n"
