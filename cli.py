@@ -111,7 +111,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--learner", help="l2p | dualprompt | coda | apt [default: coda]")
 @click.option("--distill", help="none | kd | kdp [default: kdp]")
 @click.option("--query", help="two-pass | one-pass: where pool learners get their query [default: two-pass]")
-@click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10]")
+@click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10, two classes each at least]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
 @click.option("--batch-size", type=int, help="[default: 64]")
 @click.option("--learning-rate", type=float, help="Adam's peak [default: 0.001]")

@@ -32,8 +32,8 @@ class TrainConfig:
     "distiller; none trains no teacher"
     query: str = "two-pass"
     "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
-    tasks: int = 10
-    "number of tasks the classes are cut into"
+    tasks: int | None = None
+    "number of tasks the classes are cut into; None: 10, or fewer so that each has two classes at least"
     epochs: int = 20
     "passes over a task's images, for the teacher and for the student (papers: 20 CIFAR-100, 35 ImageNet-R)"
     batch_size: int = 64
@@ -73,13 +73,10 @@ class TrainConfig:
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
-        for name in ("tasks", "epochs", "batch_size", "kd_blocks"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is too small", got=getattr(self, name), expected="at least 1"
-                )
-        if self.limit_per_class is not None and self.limit_per_class < 1:
-            raise InputError("--limit-per-class is too small", got=self.limit_per_class, expected="at least 1")
+        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} is too small", got=value, expected="at least 1")
 
         for name, holds, expected in (
             ("alpha", 0 <= self.alpha <= 1, "0 to 1"),

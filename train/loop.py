@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .distill import DISTILLERS
 from .evaluate import accuracy
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .run import SCHEMA, build_model, preprocessing_of, save_learnt
-from .scenario import make_scenario
+from .scenario import default_tasks, make_scenario
 from .student import PromptedViT
 
 
@@ -52,7 +53,9 @@ class _Training:
         self.device = _device(config.devices)
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16(self.device))
         dataset = _limited(load_dataset(config.data), config)
-        self.scenario = make_scenario(dataset.classes, config.tasks, config.seed, shuffle=not config.compat)
+        self.tasks = config.tasks or default_tasks(len(dataset.classes))
+        self.scenario = make_scenario(dataset.classes, self.tasks, config.seed, shuffle=not config.compat)
+        self.config = config = replace(config, tasks=self.tasks)
         self.distiller = DISTILLERS[config.distill](config.alpha, config.tau)
         self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
         if self.distiller.needs_teacher:
@@ -71,7 +74,7 @@ class _Training:
             model = build_model(config, backbone, len(dataset.classes), key_width, name == "student").to(self.device)
             self.models[name] = model
             self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.device)
-        self.matrices = {name: AccuracyMatrix(config.tasks) for name in self.models}
+        self.matrices = {name: AccuracyMatrix(self.tasks) for name in self.models}
         self.losses: dict[str, list[list[float]]] = {name: [] for name in self.models}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.models}
         self.trained_images: dict[str, int] = dict.fromkeys(self.models, 0)
@@ -86,13 +89,15 @@ class _Training:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
+        if any(len(task) == 1 for task in self.scenario.tasks):
+            self._say("warning: a task of one class teaches nothing: the loss compares the classes of one task")
         if (self.out / "metrics.json").exists():
             self._say(f"{self.out}: already finished")
             finished: dict[str, Any] = json.loads((self.out / "metrics.json").read_text())
             return finished
         started = time.perf_counter() - self._restore()
         first_task, side, _ = self.position
-        for task in range(first_task, self.config.tasks):
+        for task in range(first_task, self.tasks):
             train_images = Images(self.scenario.split(self.dataset.train, task), self.sides, self.device)
             self._note_skipped(train_images)
             names: list[str] = [n for n in ("teacher", "student") if n in self.models]
@@ -133,7 +138,7 @@ class _Training:
             bar = tqdm(
                 images.epoch(names, config.batch_size, self._precision, generator, self.augmented),
                 total=steps,
-                desc=f"task {task + 1}/{config.tasks} {name} epoch {epoch + 1}/{config.epochs}",
+                desc=f"task {task + 1}/{self.tasks} {name} epoch {epoch + 1}/{config.epochs}",
                 unit="batch",
                 leave=False,
                 disable=self.quiet or not sys.stderr.isatty(),
@@ -168,7 +173,7 @@ class _Training:
         if name == "teacher":
             self._checkpoint(started, None)
         rate = self.trained_images[name] / max(1e-9, sum(self.seconds[name]))
-        self._say(f"task {task + 1}/{config.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s")
+        self._say(f"task {task + 1}/{self.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s")
 
     def _loss(
         self,
@@ -216,7 +221,7 @@ class _Training:
         for name, matrix in self.matrices.items():
             matrix.add([accuracy(images, name, self.scenario.seen(task)) for images in self.val])
             self._say(
-                f"task {task + 1}/{self.config.tasks} {name}: average accuracy {matrix.accuracy_after(task):.2f} %, "
+                f"task {task + 1}/{self.tasks} {name}: average accuracy {matrix.accuracy_after(task):.2f} %, "
                 f"forgetting {matrix.forgetting_after(task):.2f} points over {self.scenario.seen(task)} classes"
             )
 
@@ -273,7 +278,7 @@ class _Training:
                 )
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
-        self.matrices = {n: AccuracyMatrix(self.config.tasks, rows) for n, rows in state["matrices"].items()}
+        self.matrices = {n: AccuracyMatrix(self.tasks, rows) for n, rows in state["matrices"].items()}
         self.losses, self.seconds, self.skipped = state["losses"], state["seconds"], state["skipped"]
         self.trained_images = state["trained_images"]
         task, side, epochs = state["position"]

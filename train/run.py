@@ -45,7 +45,7 @@ def build_model(config: TrainConfig, backbone: Backbone, classes: int, key_width
         backbone.model,
         config.learner,
         classes,
-        config.tasks,
+        config.tasks or 1,  # the loop has put a number there
         # Teacher and student of one width must not start from the same numbers.
         seed=2 * config.seed + (0 if is_student else 1),
         key_width=key_width,
