@@ -1,6 +1,6 @@
 """Every learner with every distiller on one image folder, one `cdl-edge train` a cell, two cells at a time.
 
-    python benchmarks/matrix.py --data folder:PATH --out OUT [--seeds 0,1,2] [--epochs 10] [--limit-per-class 150]
+    python benchmarks/matrix.py --data folder:PATH --out OUT [--seeds 0,1,2] [--epochs 8] [--limit-per-class 100]
 
 A cell that is finished is not run again, a stopped one is resumed. Prints a Markdown table; the last line of stdout is
 JSON. The seed draws the class order as well as the initial values.
@@ -28,7 +28,7 @@ def run_cell(arguments: argparse.Namespace, learner: str, distiller: str, seed: 
         options = {
             "--data": arguments.data, "--out": out, "--learner": learner, "--distill": distiller, "--seed": seed,
             "--tasks": arguments.tasks, "--epochs": arguments.epochs, "--limit-per-class": arguments.limit_per_class,
-            "--augment": arguments.augment, "--threads": 1,
+            "--augment": arguments.augment, "--batch-size": arguments.batch_size, "--threads": 1,
         }  # fmt: skip
         command = [sys.executable, "-m", "cdl_edge.cli", "train", "--resume"]
         command += [str(part) for pair in options.items() for part in pair]
@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--limit-per-class", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit-per-class", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--augment", default="none")
     parser.add_argument("--parallel", type=int, default=2)
     arguments = parser.parse_args()
