@@ -1,6 +1,6 @@
 """Every learner with every distiller on one image folder, one `cdl-edge train` a cell, two cells at a time.
 
-    python benchmarks/matrix.py --data folder:PATH --out OUT [--seeds 0,1,2] [--epochs 8] [--limit-per-class 100]
+    python benchmarks/matrix.py --data folder:PATH --out OUT [--seeds 0,1,2] [--epochs 5] [--limit-per-class 100]
 
 A cell that is finished is not run again, a stopped one is resumed. Prints a Markdown table; the last line of stdout is
 JSON. The seed draws the class order as well as the initial values.
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--limit-per-class", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--augment", default="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,12 @@ class Exported:
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
+def digests(artefact: Artefact) -> dict[str, str]:
+    """File name -> SHA-256: what tests compare, since pytest takes minutes to explain how two blobs differ."""
+    files = {"student.onnx": artefact.model, **artefact.constants}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
 @dataclass(frozen=True)
 class Lab:
     """What the tests of this folder use."""
@@ -139,6 +146,10 @@ class Lab:
     def student(self, *arguments: Any, **options: Any) -> PromptedViT:
         """`make_student`."""
         return make_student(*arguments, **options)
+
+    def digests(self, *arguments: Any, **options: Any) -> dict[str, str]:
+        """SHA-256 of the files that `artefact` gives."""
+        return digests(self.artefact(*arguments, **options)[0])
 
     def artefact(
         self,

@@ -86,7 +86,6 @@ def test_ranges(key, value):
         ("tasks", "five"),
         ("tasks", 2.5),
         ("tasks", True),
-        ("tasks", None),
         ("compat", "no"),
         ("compat", 0),
         ("alpha", "0.5"),
@@ -102,7 +101,14 @@ def test_wrong_types_in_a_file(key, value):
 
 
 def test_good_edges():
-    for change in ({"alpha": 0}, {"alpha": 1.0}, {"kd_length": 0}, {"limit_per_class": None}, {"learning_rate": 1}):
+    for change in (
+        {"alpha": 0},
+        {"tasks": None},
+        {"alpha": 1.0},
+        {"kd_length": 0},
+        {"limit_per_class": None},
+        {"learning_rate": 1},
+    ):
         TrainConfig.from_json({**BASE, **change})
     assert (QUERIES, PRECISIONS[0], AUGMENTATIONS[0]) == (("two-pass", "one-pass"), "auto", "auto")
 

@@ -123,6 +123,18 @@ def test_precision_is_recorded_and_evaluation_is_fp32(tmp_path, make_config, pre
     assert seen and not any(seen)
 
 
+def test_the_number_of_tasks_that_was_taken_is_stored(tmp_path, make_config, image_folder, capfd):
+    root = image_folder(tmp_path / "p", train=dict.fromkeys("abcd", 3), val=dict.fromkeys("abcd", 2))
+    config = make_config(tmp_path / "run", data=f"folder:{root}", tasks=None, distill="none", epochs=1)
+    assert train(config)["config"]["tasks"] == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tasks"] == 2
+    assert "warning" not in capfd.readouterr().err
+    train(config, resume=True)  # None again means the same
+    single = make_config(tmp_path / "single", data=f"folder:{root}", tasks=4, distill="kdp", epochs=1)
+    train(single)
+    assert "warning: a task of one class teaches nothing" in capfd.readouterr().err
+
+
 def test_what_is_kept_in_memory_changes_no_number(tmp_path, make_config, monkeypatch):
     kept = train(make_config(tmp_path / "kept", precision="fp32"), quiet=True)
     monkeypatch.setattr(batches, "KEPT_BYTES", 0)

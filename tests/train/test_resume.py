@@ -159,7 +159,7 @@ def kill_when(config, condition, *more):
     checkpoint = Path(config.out) / "checkpoint.safetensors"
     process = subprocess.Popen(command(config, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         last = None
         while time.monotonic() < until:
             assert process.poll() is None, f"ended by itself with {process.returncode} before it was killed"
