@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import HybridEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -171,6 +171,8 @@ def _check_supported(source: str, model: nn.Module) -> None:
     found = None
     if not isinstance(model, VisionTransformer):
         found = type(model).__name__
+    elif not _plain_stem(model.patch_embed):
+        found = f"a {type(model.patch_embed).__name__} that is more than convolutions and ReLUs"
     elif model.cls_token is None or model.num_prefix_tokens != 1:
         found = "a ViT without exactly one class token"
     elif not isinstance(model.norm_pre, nn.Identity):
@@ -191,6 +193,15 @@ def _check_supported(source: str, model: nn.Module) -> None:
             got=found,
             expected="a plain timm ViT (vit_tiny/small/base/large_patch*, deit_*)",
         )
+
+
+def _plain_stem(embed: nn.Module) -> bool:
+    """A patch embedding, or our convolutional stem: the hybrids' residual networks are not exported."""
+    if isinstance(embed, HybridEmbed):
+        return isinstance(embed.backbone, nn.Sequential) and all(
+            isinstance(layer, (nn.Conv2d, nn.ReLU)) for layer in embed.backbone
+        )
+    return isinstance(embed, PatchEmbed)
 
 
 def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
