@@ -184,7 +184,8 @@ def test_a_name_without_its_tag_lists_the_tags():
     ("name", "part"),
     [
         ("vit_small_patch14_reg4_dinov2", "class token"),  # register tokens
-        ("vit_tiny_r_s16_p8_224", None),  # a plain ViT behind a small ResNet
+        ("vit_tiny_patch16_224", None),
+        ("vit_tiny_r_s16_p8_224", "HybridEmbed"),  # a ViT behind a small ResNet: not exported
         ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
         ("vit_base_patch16_clip_224", "norm before its blocks"),
         ("vit_base_patch16_siglip_224", "class token"),
