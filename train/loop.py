@@ -155,6 +155,11 @@ class _Training:
                 loss.backward()
                 optimiser.step()
                 total += loss.item() * len(batch.index)
+            if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
+                raise FloatingPointError(
+                    f"{name}, task {task + 1}, epoch {epoch + 1}: the loss is not finite; "
+                    "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
+                )
             spent = time.perf_counter() - begun
             self.losses[name][-1].append(total / len(images))
             self.seconds[name][-1] += spent
@@ -246,6 +251,8 @@ class _Training:
                     expected=", ".join(f"{k}={theirs[k]!r}" for k in differing),
                     fix="give the same options, or choose another --out",
                 )
+        for leftover in self.out.glob(".*.part"):  # of a write that was killed
+            leftover.unlink()
         write_json(stored, self.config.to_json())
 
     def _checkpoint(self, started: float, optimiser: torch.optim.Optimizer | None) -> None:

@@ -379,3 +379,20 @@ def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat
     monkeypatch.setattr(loop._Training, "_teacher_logits", watch)
     train(make_config(tmp_path / "run", learner="apt", compat=compat), quiet=True)
     assert len(seen) == 2 and (seen[0] == 0) == compat and seen[1] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path, make_config, monkeypatch):
+    monkeypatch.setattr(
+        loop._Training, "_loss", lambda self, name, *_: self.models[name].head.weight.sum() * float("nan")
+    )
+    with pytest.raises(FloatingPointError, match=r"teacher, task 1, epoch 1.*--resume"):
+        train(make_config(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path, make_config):
+    config = make_config(tmp_path / "run")
+    train(config, quiet=True)
+    (tmp_path / "run" / ".checkpoint.safetensors.x1.part").write_bytes(b"half")
+    train(config, resume=True, quiet=True)
+    assert not list((tmp_path / "run").glob(".*.part"))

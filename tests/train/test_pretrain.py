@@ -90,6 +90,15 @@ def test_seeds_differ(tmp_path, photos, small):
     assert not torch.equal(files[0]["head.weight"], files[1]["head.weight"])
 
 
+def test_what_is_there_is_not_overwritten_without_resume(tmp_path, photos, small):
+    config = PretrainConfig(photos, "student-plain", str(tmp_path / "vit.safetensors"), epochs=1, batch_size=8)
+    pretrain(config, say=quiet)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(InputError, match="is there already"):
+        pretrain(config, say=quiet)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
 def test_resume_with_other_options_is_refused(tmp_path, photos, small):
     out = tmp_path / "w.safetensors"
     pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8), say=quiet)
