@@ -60,8 +60,7 @@ class PretrainConfig:
     distill_from: str | None = None
     "a convnet made by this command; None: labels only"
     freeze_stem: bool = False
-    """teacher only, with distill_from: keep the residual network's stem as it is, computed once for both (on a CPU a
-    third of the cost of a step)"""
+    """teacher only, with distill_from: keep the residual network's stem as it is, computed once for both"""
     small_until: float = 0.5
     "convnet only: this share of the epochs runs at three quarters of the resolution (cheaper, and a regulariser)"
     seed: int = 0
