@@ -40,7 +40,7 @@ def main() -> None:
         process = subprocess.Popen(command(arguments.data, broken, options), stdout=subprocess.DEVNULL)
         try:
             # Starting takes some seconds of each attempt, so that five of these reach into the middle of a short run.
-            process.wait(timeout=rng.uniform(0.2, 0.32) * seconds)
+            process.wait(timeout=rng.uniform(0.17, 0.27) * seconds)
             break  # finished before all kills struck: reported below
         except subprocess.TimeoutExpired:
             process.kill()
