@@ -122,6 +122,18 @@ class Dataset:
     train: Split
     val: Split
 
+    def fingerprint(self) -> str:
+        """sha256 over class names, labels, and the images: their bytes, or names and sizes of their files."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split in (self.train, self.val):
+            digest.update(np.ascontiguousarray(split.labels).tobytes())
+            if isinstance(split.items, np.ndarray):
+                digest.update(np.ascontiguousarray(split.items).tobytes())
+                continue
+            for path in split.items:
+                digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
 
 def load_dataset(source: str) -> Dataset:
     """Open a source by its name. Raises: InputError for anything that is not there or not complete."""

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 
+def first_process() -> bool:
+    """Whether this is the process that writes and talks, of those that torchrun started or on its own."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on error it disappears."""

@@ -15,88 +15,17 @@ thread, medians of 60 interleaved calls, 2026-11-21. MatMul-Softmax-MatMul takes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
-from ..train.learners.apt import APT
-from ..train.learners.coda import CODAPrompt
-from ..train.learners.dualprompt import GENERAL_BLOCKS, DualPrompt
-from ..train.learners.l2p import L2P, TOP
 from ..train.student import PromptedViT
+from .nodes import FROZEN, LEARNT, Graph
+from .prompts import PromptRows, Rows
 
 OPSET = 23
-FROZEN, LEARNT = "backbone.bin", "prompts.bin"
-
-
-@dataclass
-class Graph:
-    """Nodes and constants as they are added."""
-
-    batch: int | None
-    "images a call; None: any number"
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    "constant -> FROZEN, LEARNT, or empty for what is structure and stays in the graph"
-    count: int = 0
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node with one output; returns the output's name."""
-        return self.ops(kind, 1, *inputs, **attributes)[0]
-
-    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
-        """Add a node with several outputs."""
-        self.count += 1
-        names = [f"{kind.lower()}_{self.count}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{self.count}", **attributes))
-        return names
-
-    def constant(self, name: str, value: Tensor | np.ndarray, place: str) -> str:
-        """Add a float32 constant once; a second call with the name returns it."""
-        if name not in self.constants:
-            array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
-            self.constants[name] = np.ascontiguousarray(array, dtype=np.float32)
-            self.places[name] = place
-        return name
-
-    def shape(self, *sizes: int) -> str:
-        """An int64 vector for Reshape and Split."""
-        name = "shape_" + "_".join(str(s).replace("-", "m") for s in sizes)
-        self.constants[name] = np.asarray(sizes, dtype=np.int64)
-        self.places[name] = ""
-        return name
-
-    def reshape(self, x: str, *sizes: int) -> str:
-        """Reshape to sizes, at most one -1."""
-        return self.op("Reshape", x, self.shape(*sizes))
-
-    def rows(self, name: str, value: Tensor, like: str) -> str:
-        """A learnt constant (1, n, D) for every image of the batch; `like`: any value whose first axis is the batch."""
-        if self.batch is not None:
-            return self.constant(name, value.expand(self.batch, -1, -1), LEARNT)
-        size = self.op("Shape", like, start=0, end=1)
-        full = self.op("Concat", size, self.shape(*value.shape[1:]), axis=0)
-        return self.op("Expand", self.constant(name, value, LEARNT), full)
-
-    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None, place: str = FROZEN) -> str:
-        """(M, in) -> (M, out); weight as torch has it, (out, in)."""
-        inputs = [x, self.constant(f"{name}.weight", weight.detach().t(), place)]
-        if bias is not None:
-            inputs.append(self.constant(f"{name}.bias", bias, place))
-        return self.op("Gemm", *inputs)
-
-    def norm(self, name: str, x: str, layer: nn.LayerNorm, place: str = FROZEN) -> str:
-        """LayerNorm over the last axis."""
-        scale, shift = (self.constant(f"{name}.{k}", getattr(layer, k), place) for k in ("weight", "bias"))
-        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=layer.eps)
 
 
 def normalised(layer: nn.Conv2d, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -108,16 +37,6 @@ def normalised(layer: nn.Conv2d, scale: Tensor | None, shift: Tensor | None) -> 
     return weight * scale.view(1, 3, 1, 1), bias + torch.einsum("ocij,c->o", weight, shift)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Extra rows of one block's attention."""
-
-    keys: list[str]
-    values: list[str]
-    cls_key: str | None = None
-    cls_value: str | None = None
-
-
 class StudentGraph:
     """Builds one graph from one student."""
 
@@ -127,10 +46,17 @@ class StudentGraph:
         self.g = Graph(batch)
         self.width = int(self.vit.embed_dim)
         self.tokens = int(self.vit.pos_embed.shape[1])
-        self.weights: list[str] = []
-        "prompt weights (B, K) of each query-dependent block"
-        self.entries = 0
-        "K, learnt entries a block"
+        self.prompts = PromptRows(self.g, student)
+
+    @property
+    def weights(self) -> list[str]:
+        """Prompt weights (B, K) of each query-dependent block."""
+        return self.prompts.weights
+
+    @property
+    def entries(self) -> int:
+        """K, learnt entries a block."""
+        return self.prompts.entries
 
     # -- parts of the backbone ----------------------------------------------------------------------------------------
 
@@ -256,104 +182,6 @@ class StudentGraph:
         parts = [g.op("Slice", x, g.shape(r), g.shape(r + 1), g.shape(1)) for r in rows]
         return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
 
-    # -- prompts ------------------------------------------------------------------------------------------------------
-
-    def block_rows(self, index: int, count: int, query: str | None, like: str) -> Rows | None:
-        """What the learner and KDP add to a block."""
-        g, student = self.g, self.student
-        learner = student.learner
-        keys: list[str] = []
-        values: list[str] = []
-        fixed: list[tuple[Tensor, Tensor]] = []
-        cls_key = cls_value = None
-        if isinstance(learner, APT):
-            # Mask times row: the engine folds it into (N, D) when it loads, the file of what was learnt keeps one row.
-            mask = g.constant(f"cls_mask.{count}", np.eye(count, 1), "")
-            added = learner.merged[index].detach()
-            cls_key = g.op("Mul", mask, g.constant(f"apt.{index}.key", added[:1], LEARNT))
-            cls_value = g.op("Mul", mask, g.constant(f"apt.{index}.value", added[1:], LEARNT))
-        elif isinstance(learner, DualPrompt) and index in GENERAL_BLOCKS:
-            general = learner.general[str(index)]
-            fixed.append((general[None, : len(general) // 2], general[None, len(general) // 2 :]))
-        elif index in learner.blocks():
-            assert query is not None
-            k, v = self.selected(index, query)
-            keys.append(k)
-            values.append(v)
-        kd = student.kd.at_block(index) if student.kd is not None else None
-        if kd is not None and kd[0].shape[1]:
-            fixed.append(kd)
-        if fixed:
-            keys.append(g.rows(f"rows.{index}.keys", torch.cat([f[0] for f in fixed], 1), like))
-            values.append(g.rows(f"rows.{index}.values", torch.cat([f[1] for f in fixed], 1), like))
-        if not keys and cls_key is None:
-            return None
-        return Rows(keys, values, cls_key, cls_value)
-
-    def selected(self, index: int, query: str) -> tuple[str, str]:
-        """Rows that depend on the query (B, Q): (B, n, D) keys and values."""
-        g, learner = self.g, self.student.learner
-        if isinstance(learner, CODAPrompt):
-            weights = self.coda_weights(index, query)
-            prompt = learner.prompt[str(index)][: learner.components()].detach()
-            mixed = g.op("MatMul", weights, g.constant(f"coda.{index}.prompt", prompt.flatten(1), LEARNT))
-            k, v = g.ops("Split", 2, g.reshape(mixed, -1, prompt.shape[1], self.width), axis=1, num_outputs=2)
-            return k, v
-        if isinstance(learner, L2P):
-            used = learner.learnt_entries()
-            table, key = learner.prompt.detach().cpu()[used], learner.key.detach().cpu()[used]
-            cosine = self.cosine(f"l2p.{index}", query, key)
-            chosen = g.ops("TopK", 2, cosine, g.shape(TOP), axis=1)[1]
-        elif isinstance(learner, DualPrompt):
-            count = max(1, learner.learnt)
-            table, key = learner.expert[str(index)].detach()[:count], learner.key[str(index)].detach()[:count]
-            cosine = self.cosine(f"dualprompt.{index}", query, key)
-            chosen = g.op("ArgMax", cosine, axis=1, keepdims=1)
-        else:
-            raise InputError("the learner cannot be exported", got=type(learner).__name__, expected="a known learner")
-        half = table.shape[1] // 2
-        parts = []
-        for what, rows in (("keys", table[:, :half]), ("values", table[:, half:])):
-            gathered = g.op("Gather", g.constant(f"entries.{index}.{what}", rows.flatten(1), LEARNT), chosen, axis=0)
-            parts.append(g.reshape(gathered, -1, (TOP if isinstance(learner, L2P) else 1) * half, self.width))
-        return parts[0], parts[1]
-
-    def cosine(self, name: str, query: str, key: Tensor) -> str:
-        """(B, Q) with the keys' rows: (B, K); also noted as the block's prompt weights."""
-        g = self.g
-        unit = torch.nn.functional.normalize(key.double(), dim=1)
-        length = g.op("Sqrt", g.op("ReduceSumSquare", query, g.shape(1), keepdims=1))
-        length = g.op("Max", length, g.constant("tiny", np.array(1e-12), LEARNT))
-        product = g.op("MatMul", query, g.constant(f"{name}.key", unit.t(), LEARNT))
-        self.weights.append(g.op("Div", product, length))
-        self.entries = len(key)
-        return self.weights[-1]
-
-    def coda_weights(self, index: int, query: str) -> str:
-        """cos(q * A_k, K_k) = (q . (A_k * n(K_k))) / sqrt(q^2 . A_k^2): (B, K) of one block.
-
-        With one query for all blocks both products are done once for all of them.
-        """
-        g, learner = self.g, self.student.learner
-        assert isinstance(learner, CODAPrompt)
-        used, blocks = learner.components(), learner.blocks()
-        self.entries = used
-        together = blocks if not self.student.one_pass else (index,)
-        if not self.weights or self.student.one_pass:
-            attention = torch.cat([learner.attention[str(b)][:used] for b in together]).detach().double()
-            key = torch.cat([learner.key[str(b)][:used] for b in together]).detach().double()
-            unit = key / key.norm(dim=1, keepdim=True).clamp_min(1e-8)
-            name = "coda" if len(together) > 1 else f"coda.{index}"
-            product = g.op("MatMul", query, g.constant(f"{name}.key", (attention * unit).t(), LEARNT))
-            square = g.op("MatMul", g.op("Mul", query, query), g.constant(f"{name}.square", (attention**2).t(), LEARNT))
-            length = g.op("Max", g.op("Sqrt", square), g.constant("tiny", np.array(1e-8), LEARNT))
-            weights = g.op("Div", product, length)
-            if len(together) > 1:
-                self.weights += g.ops("Split", len(together), weights, axis=1, num_outputs=len(together))
-            else:
-                self.weights.append(weights)
-        return self.weights[blocks.index(index)]
-
     # -- the whole ----------------------------------------------------------------------------------------------------
 
     def build(self) -> Graph:
@@ -382,7 +210,7 @@ class StudentGraph:
         for i in range(depth):
             if student.one_pass and i in student.learner.blocks():
                 query = g.reshape(self.pick(x, [0]), -1, self.width)
-            rows = self.block_rows(i, count, query, tokens)
+            rows = self.prompts.at_block(i, count, query, tokens)
             x = self.block(i, x, count, rows, read if i == depth - 1 else None, qkv if i == 0 else None)
         self.heads(g.norm("norm", x, self.vit.norm), len(read))
         if self.weights:

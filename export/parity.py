@@ -45,7 +45,7 @@ def student_logits(run: Run, pixels: np.ndarray, classes: int) -> np.ndarray:
     normalise = Normalise(run.preprocessing, torch.device("cpu"))
     parts = []
     for start in range(0, len(pixels), CHUNK):
-        tokens = student.embed(normalise(pixels[start : start + CHUNK]))
+        tokens = student.prepare(normalise(pixels[start : start + CHUNK]))
         parts.append(student.combine(student(tokens))[:, :classes].numpy())
     return np.concatenate(parts)
 

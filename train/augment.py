@@ -36,11 +36,8 @@ def _uniform(n: int, low: float, high: float, generator: torch.Generator) -> Ten
     return torch.rand(n, generator=generator) * (high - low) + low
 
 
-def random_resized_crop_flip(
-    x: Tensor, generator: torch.Generator, scale: tuple[float, float], size: int | None = None, flip: bool = True
-) -> Tensor:
-    """A random box (area share in `scale`, aspect 3/4 to 4/3) of each, resampled to `size`, half of them mirrored."""
-    n, _, side, _ = x.shape
+def random_boxes(n: int, generator: torch.Generator, scale: tuple[float, float], flip: bool = True) -> Tensor:
+    """(n, 2, 3) affine maps: a random box (area share in `scale`, aspect 3/4 to 4/3) of each, half of them mirrored."""
     area = _uniform(n, *scale, generator)
     aspect = torch.exp(_uniform(n, math.log(3 / 4), math.log(4 / 3), generator))
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
@@ -49,12 +46,21 @@ def random_resized_crop_flip(
     centre_y = _uniform(n, -1, 1, generator) * (1 - height)
     mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(n)
     zero = torch.zeros(n)
-    theta = torch.stack(
-        [torch.stack([width * mirror, zero, centre_x], 1), torch.stack([zero, height, centre_y], 1)], 1
-    ).to(x.device)
-    target = size or side
-    grid = F.affine_grid(theta, [n, 3, target, target], align_corners=False)
+    return torch.stack([torch.stack([width * mirror, zero, centre_x], 1), torch.stack([zero, height, centre_y], 1)], 1)
+
+
+def cut_out(x: Tensor, boxes: Tensor, size: int | None = None) -> Tensor:
+    """(B, 3, S, S) and the boxes of `random_boxes` -> (B, 3, size, size); None: S."""
+    target = size or x.shape[2]
+    grid = F.affine_grid(boxes.to(x.device), [len(x), 3, target, target], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def random_resized_crop_flip(
+    x: Tensor, generator: torch.Generator, scale: tuple[float, float], size: int | None = None, flip: bool = True
+) -> Tensor:
+    """A random box of each image, resampled to `size`."""
+    return cut_out(x, random_boxes(len(x), generator, scale, flip), size)
 
 
 def colour_jitter(x: Tensor, generator: torch.Generator, strength: float) -> Tensor:

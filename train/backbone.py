@@ -105,6 +105,11 @@ class Backbone:
         return int(self.model.embed_dim)
 
     @property
+    def grid(self) -> int:
+        """Patches along a side of the image."""
+        return round((self.model.pos_embed.shape[1] - 1) ** 0.5)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.model.blocks)

@@ -1,4 +1,4 @@
-"""A task's images as what the prompted blocks start from: tokens of the frozen stems, and the query, computed once."""
+"""A task's images as what a model's `forward` takes: tokens of the frozen stem, and the query, computed once."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ from torch import Tensor
 from ..data import Split
 from ..images import Preprocessing
 from . import augment
+from .engine import Share
 from .student import PromptedViT
 
 KEPT_BYTES = 2_000_000_000
-"a task's tokens are kept in memory up to this size, computed again otherwise"
+"what a task's images give is kept in memory up to this size, computed again otherwise"
+CROP_AREA = (0.5, 1.0)
+"share of the image that a random crop shows"
+
+Precision = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees."""
+    """What one step sees: this process's share of the step's images."""
 
     index: np.ndarray
     "int64 (B,), positions in the task"
     labels: Tensor
     "int64 (B,), learned positions of the classes"
-    query: Tensor | None
-    "(B, Q)"
-    tokens: dict[str, Tensor]
-    "model name -> (B, 1 + P, D)"
+    inputs: dict[str, Tensor]
+    "model name -> what its forward takes: tokens (B, 1 + P, D), or images where the stem learns"
+    queries: dict[str, Tensor | None]
+    "model name -> (B, Q)"
+    weight: float = 1.0
+    "share of the step's images that are these: what the loss counts for"
 
 
 class Side:
@@ -55,78 +62,101 @@ class Images:
         first = next(iter(decoded.values()))
         self.labels, self.skipped = first.labels, first.skipped
         self._pixels = {d: torch.from_numpy(v.pixels) for d, v in decoded.items()}
-        self._tokens: dict[str, Tensor] = {}
-        self._query: Tensor | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._queries: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @torch.no_grad()
-    def keep(self, names: list[str], precision: Callable[[], AbstractContextManager[object]], chunk: int) -> None:
-        """Compute tokens and query of every image now: without augmentation once is enough."""
-        size = sum(len(self) * s.model.backbone.pos_embed[0].numel() * 4 for n, s in self.sides.items() if n in names)
-        if size > KEPT_BYTES:
-            return
-        student = self.sides["student"].model
-        for name in names:
-            if name in self._tokens:
-                continue
-            parts = [self._embed(name, np.arange(i, min(i + chunk, len(self)))) for i in range(0, len(self), chunk)]
-            self._tokens[name] = torch.cat(parts)
-        if student.two_pass and self._query is None and "student" in self._tokens:
-            with precision():
-                parts = [student.query(t) for t in self._tokens["student"].split(chunk)]
-            self._query = torch.cat(parts).float()
+    def querying(self, name: str) -> str | None:
+        """The model whose bare pass gives the query of model `name`: the student in two passes, itself as reference."""
+        model = self.sides[name].model
+        if model.two_pass:
+            return "student"
+        return name if model.reads_reference else None
 
-    def _embed(self, name: str, index: np.ndarray) -> Tensor:
+    @torch.no_grad()
+    def keep(self, names: list[str], precision: Precision, chunk: int) -> None:
+        """Compute inputs and query of every image now: without augmentation once is enough.
+
+        Inputs are float32; a query is computed in `precision` and kept as float32.
+        """
+        sources = {s for s in map(self.querying, names) if s is not None}
+        wanted = [n for n in dict.fromkeys([*names, *sorted(sources)]) if n in self.sides]
+        if len(self) * sum(self._bytes_each(n) for n in wanted) > KEPT_BYTES:
+            return
+        chunks = [np.arange(i, min(i + chunk, len(self))) for i in range(0, len(self), chunk)]
+        for name in wanted:
+            if name not in self._inputs:
+                self._inputs[name] = torch.cat([self._prepare(name, index) for index in chunks])
+        for name in sources - set(self._queries):
+            model = self.sides[name].model
+            with precision():
+                parts = [model.query(t) for t in self._inputs[name].split(chunk)]
+            self._queries[name] = torch.cat(parts).float()
+
+    def _bytes_each(self, name: str) -> int:
         side = self.sides[name]
-        return side.model.embed(side.normalise(self._pixels[side.decoding][index]))
+        if side.model.learner.whole_network:
+            return 12 * side.preprocessing.size**2
+        return 4 * int(side.model.backbone.pos_embed[0].numel())
+
+    def _prepare(self, name: str, index: np.ndarray) -> Tensor:
+        side = self.sides[name]
+        return side.model.prepare(side.normalise(self._pixels[side.decoding][index]))
 
     @torch.no_grad()
     def batch(
         self,
         index: np.ndarray,
         names: list[str],
-        precision: Callable[[], AbstractContextManager[object]],
-        generator: torch.Generator | None = None,
+        precision: Precision,
+        boxes: Tensor | None = None,
+        weight: float = 1.0,
     ) -> Batch:
-        """The images at `index` for the models in `names`; with a generator every model sees the same random crops."""
+        """The images at `index` for the models in `names`; every model sees the crops in `boxes` (B, 2, 3)."""
         labels = torch.from_numpy(self.labels[index]).to(self.device)
-        student = self.sides["student"].model
         rows = torch.from_numpy(index)
-        if generator is None and all(n in self._tokens for n in names):
-            query = self._query[rows] if self._query is not None else None
-            return Batch(index, labels, query, {n: self._tokens[n][rows] for n in names})
-        wanted = names if not student.two_pass or "student" in names else [*names, "student"]
-        tokens: dict[str, Tensor] = {}
+        sources = {n: self.querying(n) for n in names}
+        wanted = list(dict.fromkeys([*names, *(s for s in sources.values() if s is not None)]))
+        if boxes is None and all(n in self._inputs for n in names):
+            queries = {n: self._queries[s][rows] if s is not None else None for n, s in sources.items()}
+            return Batch(index, labels, {n: self._inputs[n][rows] for n in names}, queries, weight)
+        inputs: dict[str, Tensor] = {}
         crops: dict[tuple[int, int, str], Tensor] = {}
-        state = generator.get_state() if generator is not None else None
         for name in wanted:
             side = self.sides[name]
             x = crops.get(side.decoding)
             if x is None:
                 x = self._pixels[side.decoding][rows].to(self.device).permute(0, 3, 1, 2).float()
-                if generator is not None and state is not None:
-                    generator.set_state(state)
-                    x = augment.random_resized_crop_flip(x, generator, (0.5, 1.0))
+                if boxes is not None:
+                    x = augment.cut_out(x, boxes)
                 crops[side.decoding] = x
             with precision():
-                tokens[name] = side.model.embed(side.normalise.floats(x)).float()
-        query = None
-        if student.two_pass:
+                inputs[name] = side.model.prepare(side.normalise.floats(x)).float()
+        found: dict[str, Tensor] = {}
+        for source in {s for s in sources.values() if s is not None}:
             with precision():
-                query = student.query(tokens["student"]).float()
-        return Batch(index, labels, query, {n: tokens[n] for n in names})
+                found[source] = self.sides[source].model.query(inputs[source]).float()
+        queries = {n: found[s] if s is not None else None for n, s in sources.items()}
+        return Batch(index, labels, {n: inputs[n] for n in names}, queries, weight)
 
     def epoch(
         self,
         names: list[str],
         batch_size: int,
-        precision: Callable[[], AbstractContextManager[object]],
+        precision: Precision,
         generator: torch.Generator,
         augmented: bool,
+        share: Share = Share(),  # noqa: B008 (frozen)
     ) -> Iterator[Batch]:
-        """Every image once, in an order drawn from the generator."""
+        """Every image once over all processes, in an order drawn from the generator; this process's share of each step.
+
+        Order and crops are drawn for the whole step by every process: the step does not change with their number.
+        """
         order = torch.randperm(len(self), generator=generator).numpy()
         for start in range(0, len(order), batch_size):
-            yield self.batch(order[start : start + batch_size], names, precision, generator if augmented else None)
+            step = order[start : start + batch_size]
+            boxes = augment.random_boxes(len(step), generator, CROP_AREA) if augmented else None
+            mine, weight = share.of(len(step))
+            yield self.batch(step[mine], names, precision, boxes[mine] if boxes is not None else None, weight)

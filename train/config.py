@@ -49,8 +49,10 @@ class TrainConfig:
     auto: none for digits, crop-flip for photographs"""
     alpha: float = 0.5
     "share of the distillation term, and of the KD head at inference (papers: 0.5)"
-    tau: float = 2.0
-    "temperature (papers: 2)"
+    tau: float | None = None
+    "temperature; None: the distiller's own (papers: 2, DKD 4)"
+    query_regulariser: float = 0.0
+    "one-pass training only: weight of the term that ties selections to those of the full query (OS-Prompt: 0.0001)"
     kd_blocks: int = 12
     "blocks with KD prompts, token included (papers: 12)"
     kd_length: int = 6
@@ -59,6 +61,8 @@ class TrainConfig:
     "the authors' behaviour where it differs: see docs in README, `--compat`"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
+    teachers: str | None = None
+    "folder of trained teachers, filled and used by every run with the same teacher; None: train it anew"
     devices: str = "auto"
     "auto: CUDA if there is one, otherwise CPU; or cpu | cuda"
 
@@ -68,6 +72,7 @@ class TrainConfig:
         choose("learner", self.learner, LEARNERS)
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
+        self._check_pair()
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
         choose("device", self.devices, ("auto", "cpu", "cuda"))
@@ -80,13 +85,31 @@ class TrainConfig:
 
         for name, holds, expected in (
             ("alpha", 0 <= self.alpha <= 1, "0 to 1"),
-            ("tau", 0 < self.tau < float("inf"), "a number above 0"),
+            ("tau", self.tau is None or 0 < self.tau < float("inf"), "a number above 0"),
+            ("query_regulariser", 0 <= self.query_regulariser < float("inf"), "0 or more"),
             ("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0"),
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not holds:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} is out of range", got=getattr(self, name), expected=expected)
+
+    def _check_pair(self) -> None:
+        """Refuse a distiller that makes no sense with the learner."""
+        distiller = DISTILLERS[self.distill]
+        if distiller.learners is not None and self.learner not in distiller.learners:
+            raise InputError(
+                f"--distill {self.distill} does not work with --learner {self.learner}: {distiller.refusal}",
+                got=self.learner,
+                expected=" | ".join(distiller.learners),
+            )
+        if distiller.maps_prompts and self.query == "one-pass":
+            raise InputError(
+                f"--distill {self.distill} does not work with --query one-pass: the teacher's keys then have the "
+                "teacher's width, and the student has no query of that width to ask its pool with",
+                got=self.query,
+                expected="two-pass",
+            )
 
     def _check_type(self, name: str, annotation: str) -> None:
         """annotation: the text of the field's type, such as "int | None"."""

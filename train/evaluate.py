@@ -12,6 +12,7 @@ import torch
 from ..data import load_dataset
 from ..errors import InputError
 from .batches import Images, Side
+from .engine import Engine, Share
 from .metrics import DEFINITIONS
 from .run import load_run
 from .scenario import Scenario
@@ -20,21 +21,25 @@ CHUNK = 128
 
 
 @torch.no_grad()
-def logits_of(images: Images, name: str, classes: int | None = None) -> np.ndarray:
-    """Combined logits of every image, float32 (N, C), cut to the first `classes`."""
-    images.keep([name, "student"] if name != "student" else ["student"], nullcontext, CHUNK)
+def logits_of(images: Images, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+    """Combined logits of the images in `rows`, float32 (N, C), cut to the first `classes`."""
+    images.keep([name], nullcontext, CHUNK)
     model = images.sides[name].model
     parts = []
-    for start in range(0, len(images), CHUNK):
-        index = np.arange(start, min(start + CHUNK, len(images)))
-        batch = images.batch(index, [name], nullcontext)
-        parts.append(model.combine(model(batch.tokens[name], batch.query))[:, :classes].float().cpu().numpy())
+    wanted = np.arange(len(images))[rows]
+    for start in range(0, len(wanted), CHUNK):
+        batch = images.batch(wanted[start : start + CHUNK], [name], nullcontext)
+        output = model(batch.inputs[name], batch.queries[name])
+        parts.append(model.combine(output)[:, :classes].float().cpu().numpy())
     return np.concatenate(parts)
 
 
-def accuracy(images: Images, name: str, seen: int) -> float:
-    """In %, predicting among the first `seen` classes."""
-    return 100.0 * float((logits_of(images, name, seen).argmax(1) == images.labels).mean())
+def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:
+    """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
+    rows, weight = (engine.share if engine else Share()).of(len(images))
+    right = (logits_of(images, name, seen, rows).argmax(1) == images.labels[rows]).sum() * (weight > 0)
+    total = float(engine.sum(torch.tensor(float(right)))) if engine else float(right)
+    return 100.0 * total / len(images)
 
 
 def evaluate_run(path: Path, source: str, limit_per_class: int | None = None) -> dict[str, Any]:

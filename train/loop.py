@@ -7,18 +7,15 @@ everything random of an epoch is drawn from (seed, task, side, epoch).
 from __future__ import annotations
 
 import json
-import math
 import platform
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import Dataset, load_dataset
@@ -28,12 +25,16 @@ from .backbone import Backbone, load_backbone
 from .batches import Images, Side
 from .checkpoint import load_state, save_state
 from .config import TrainConfig
-from .distill import DISTILLERS
+from .distill import DISTILLERS, DistillSpec
+from .engine import Engine
 from .evaluate import accuracy
+from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
+from .phase import Answers, Phase
 from .run import SCHEMA, build_model, preprocessing_of, save_learnt
 from .scenario import default_tasks, make_scenario
 from .student import PromptedViT
+from .teachers import TaughtTask, TeacherKey, Teachers
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -41,43 +42,56 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
 
     Raises: InputError for anything about the input, before anything is written.
     """
-    return _Training(config, resume, quiet).run()
+    training = _Training(config, resume, quiet)
+    try:
+        return training.run()
+    finally:
+        training.engine.close()
 
 
 class _Training:
     """The state of a run between epochs: models, matrices, position."""
 
     def __init__(self, config: TrainConfig, resume: bool, quiet: bool) -> None:
-        self.config, self.quiet = config, quiet
+        self.quiet = quiet
         self.out = Path(config.out)
-        self.device = _device(config.devices)
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and _native_bf16(self.device))
+        self.engine = Engine(config.devices, config.precision)
         dataset = _limited(load_dataset(config.data), config)
         self.tasks = config.tasks or default_tasks(len(dataset.classes))
         self.scenario = make_scenario(dataset.classes, self.tasks, config.seed, shuffle=not config.compat)
-        self.config = config = replace(config, tasks=self.tasks)
-        self.distiller = DISTILLERS[config.distill](config.alpha, config.tau)
+        kind = DISTILLERS[config.distill]
+        self.config = config = replace(config, tasks=self.tasks, tau=kind.tau if config.tau is None else config.tau)
         self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
-        if self.distiller.needs_teacher:
+        if kind.needs_teacher:
             self.backbones["teacher"] = load_backbone(config.teacher)
         for split in (dataset.train, dataset.val):
             split.check_readable(dataset.classes)
-        self._claim(resume)  # nothing is written before this line
+        self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and dataset.source != "digits")
         self.dataset = dataset
-        augment = config.augment
-        self.augmented = augment == "crop-flip" or (augment == "auto" and dataset.source != "digits")
+        self.teachers = self._teachers()
+        self.engine.on_main(lambda: self._claim(resume))  # nothing is written before this line
         self.models: dict[str, PromptedViT] = {}
         self.sides: dict[str, Side] = {}
+        teacher = self.backbones.get("teacher")
         for name, backbone in self.backbones.items():
-            backbone.model.to(self.device)
-            key_width = self.backbones["student"].width
-            model = build_model(config, backbone, len(dataset.classes), key_width, name == "student").to(self.device)
+            backbone.model.to(self.engine.device)
+            model = build_model(
+                config,
+                backbone,
+                len(dataset.classes),
+                self.backbones["student"].width,
+                name == "student",
+                (teacher.width, teacher.depth) if teacher else None,
+            ).to(self.engine.device)
             self.models[name] = model
-            self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.device)
+            self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.engine.device)
+        self.distiller = kind(self._distill_spec()).to(self.engine.device)
         self.matrices = {name: AccuracyMatrix(self.tasks) for name in self.models}
         self.losses: dict[str, list[list[float]]] = {name: [] for name in self.models}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.models}
         self.trained_images: dict[str, int] = dict.fromkeys(self.models, 0)
+        self.reused: list[int] = []
+        "tasks whose teacher came from --teachers"
         self.skipped: list[str] = []
         self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
@@ -85,6 +99,48 @@ class _Training:
         self.optimiser_state: dict[str, Any] | None = None
         self.image_counts = {"train": len(self.dataset.train), "val": len(self.dataset.val)}
         self.val: list[Images] = []
+
+    def _distill_spec(self) -> DistillSpec:
+        student, teacher = self.backbones["student"], self.backbones.get("teacher")
+        return DistillSpec(
+            alpha=self.config.alpha,
+            tau=self.config.tau or 1.0,
+            student_width=student.width,
+            student_depth=student.depth,
+            student_grid=student.grid,
+            teacher_width=teacher.width if teacher else 0,
+            teacher_depth=teacher.depth if teacher else 0,
+            teacher_grid=teacher.grid if teacher else 0,
+            classes=len(self.dataset.classes),
+            spans=tuple((t[0], t[-1] + 1) for t in self.scenario.tasks),
+            seed=self.config.seed,
+        )
+
+    def _teachers(self) -> Teachers | None:
+        """The kept teachers of this run's kind."""
+        config, backbones = self.config, self.backbones
+        if config.teachers is None or "teacher" not in backbones:
+            return None
+        asks_student = LEARNERS[config.learner].needs_query and config.query == "two-pass"
+        key = TeacherKey(
+            data=self.dataset.fingerprint(),
+            classes=tuple(self.scenario.classes_of(self.dataset)),
+            tasks=self.tasks,
+            teacher=backbones["teacher"].identity,
+            student=backbones["student"].identity if asks_student else None,
+            learner=config.learner,
+            query=config.query,
+            query_regulariser=config.query_regulariser,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            augmented=self.augmented,
+            compat=config.compat,
+            precision="bf16 autocast" if self.engine.bf16 else "fp32",
+            device=self.engine.device.type,
+        )
+        return Teachers(Path(config.teachers), key)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -96,139 +152,97 @@ class _Training:
             finished: dict[str, Any] = json.loads((self.out / "metrics.json").read_text())
             return finished
         started = time.perf_counter() - self._restore()
+        self.engine.wait()  # before the first process writes or removes what the others read
         first_task, side, _ = self.position
         for task in range(first_task, self.tasks):
-            train_images = Images(self.scenario.split(self.dataset.train, task), self.sides, self.device)
-            self._note_skipped(train_images)
+            images = Images(self.scenario.split(self.dataset.train, task), self.sides, self.engine.device)
+            self._note_skipped(images)
             names: list[str] = [n for n in ("teacher", "student") if n in self.models]
             if task == first_task and side:
-                names = names[names.index(side) :]
+                names = names[names.index(side) :] if side in names else []
+            taught = self.teachers.load(task) if self.teachers else None
+            answers = Answers(taught.logits) if taught is not None and taught.logits is not None else None
             for name in names:
-                self._phase(task, name, train_images, started)
-            self._measure(task)
+                if name == "teacher" and taught is not None:
+                    self._reuse(task, taught)
+                else:
+                    answers = self._phase(task, name, images, started, answers) or answers
+            self._measure(task, taught, answers, len(images))
             self.position = (task + 1, "", 0)
             self._checkpoint(started, None)
         return self._finish(time.perf_counter() - started)
 
-    def _phase(self, task: int, name: str, images: Images, started: float) -> None:
-        """Train one side on one task."""
+    def _reuse(self, task: int, taught: TaughtTask) -> None:
+        """The teacher as another run left it after this task."""
+        self.models["teacher"].load_state_dict(taught.state)
+        for begun in self.losses["teacher"][task:]:  # here, before the stop; another run has finished it since
+            self.trained_images["teacher"] -= len(begun) * taught.images // self.config.epochs
+        del self.losses["teacher"][task:], self.seconds["teacher"][task:]
+        self.losses["teacher"].append(taught.losses)
+        self.seconds["teacher"].append(taught.seconds)
+        self.trained_images["teacher"] += taught.images
+        self.reused.append(task)
+        self.position = (task, "student", 0)
+        self._say(f"task {task + 1}/{self.tasks} teacher: kept, from {self.config.teachers}")
+
+    def _phase(self, task: int, name: str, images: Images, started: float, answers: Answers | None) -> Answers | None:
+        """Train one side on one task; returns the teacher's answers to its images where they were all asked for."""
         config, model = self.config, self.models[name]
         resumed = self.position[2] if self.position[:2] == (task, name) else 0
         if resumed == 0:
             model.learner.begin_task(task)
+            if name == "student":
+                self.distiller.begin_task(task, model, self.models.get("teacher"))
             self.losses[name].append([])
             self.seconds[name].append(0.0)
-        optimiser = torch.optim.Adam(model.trainable(), lr=config.learning_rate, betas=(0.9, 0.999))
+        span = (self.scenario.tasks[task][0], self.scenario.seen(task))
+        title = None if self.quiet or not self.engine.is_main else f"task {task + 1}/{self.tasks} {name}"
+        phase = Phase(config, self.engine, self.models, name, task, span, self.augmented, self.distiller, title)
         if resumed and self.optimiser_state is not None:
-            optimiser.load_state_dict(self.optimiser_state)
-        low, high = self.scenario.tasks[task][0], self.scenario.seen(task)
-        teacher_logits = None
-        if not self.augmented:
-            images.keep(list(self.models) if name == "student" else ["student", name], self._precision, 256)
-            if name == "student" and "teacher" in self.models:
-                teacher_logits = self._teacher_logits(images, low, high)
-        with_teacher = name == "student" and "teacher" in self.models and teacher_logits is None
-        names = ["student", "teacher"] if with_teacher else [name]
-        steps = math.ceil(len(images) / config.batch_size)
-        for epoch in range(resumed, config.epochs):
-            begun = time.perf_counter()
-            key = ((config.seed * 1009 + task) * 2 + (name == "student")) * 100_003 + epoch
-            generator = torch.Generator().manual_seed(key)
-            total = 0.0
-            bar = tqdm(
-                images.epoch(names, config.batch_size, self._precision, generator, self.augmented),
-                total=steps,
-                desc=f"task {task + 1}/{self.tasks} {name} epoch {epoch + 1}/{config.epochs}",
-                unit="batch",
-                leave=False,
-                disable=self.quiet or not sys.stderr.isatty(),
-            )
-            for step, batch in enumerate(bar):
-                _set_rate(optimiser, _rate(config, epoch, step, steps))
-                target = None
-                if teacher_logits is not None:
-                    target = teacher_logits[torch.from_numpy(batch.index)]
-                elif with_teacher:
-                    target = self._answer("teacher", batch.tokens["teacher"], batch.query)[:, low:high]
-                loss = self._loss(name, batch.tokens[name], batch.query, batch.labels - low, target, (low, high))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                total += loss.item() * len(batch.index)
-            if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
-                raise FloatingPointError(
-                    f"{name}, task {task + 1}, epoch {epoch + 1}: the loss is not finite; "
-                    "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
-                )
-            spent = time.perf_counter() - begun
-            self.losses[name][-1].append(total / len(images))
-            self.seconds[name][-1] += spent
+            phase.optimiser.load_state_dict(self.optimiser_state)
+        for done in phase.epochs(images, resumed, answers if name == "student" else None):
+            self.losses[name][-1].append(done.loss)
+            self.seconds[name][-1] += done.seconds
             self.trained_images[name] += len(images)
-            self.position = (task, name, epoch + 1)
-            if epoch + 1 < config.epochs:
-                self._checkpoint(started, optimiser)
+            self.position = (task, name, done.epoch)
+            if done.epoch < config.epochs:
+                self._checkpoint(started, phase.optimiser)
         # The authors' code merges APT's prompt after the student has trained: its teacher answers with the old one.
+        if name == "student" or not config.compat:
+            model.learner.end_task(task)
         if name == "student":
-            model.learner.end_task(task)
-            if config.compat and "teacher" in self.models:
-                self.models["teacher"].learner.end_task(task)
-        elif not config.compat:
-            model.learner.end_task(task)
+            self.distiller.end_task(task, model)
         self.position = (task, "student", 0) if name == "teacher" else (task, "measure", 0)
         if name == "teacher":
             self._checkpoint(started, None)
         rate = self.trained_images[name] / max(1e-9, sum(self.seconds[name]))
         self._say(f"task {task + 1}/{self.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s")
+        return phase.answers
 
-    def _loss(
-        self,
-        name: str,
-        tokens: Tensor,
-        query: Tensor | None,
-        labels: Tensor,
-        target: Tensor | None,
-        span: tuple[int, int],
-    ) -> Tensor:
-        with self._precision():
-            output = self.models[name](tokens, query, training=True)
-        # Only the current classes' columns: the same as setting the logits of all others to -inf.
-        cls = output.cls_logits[:, span[0] : span[1]].float()
-        if name == "teacher":
-            loss = nn.functional.cross_entropy(cls, labels)
-        else:
-            kd = output.kd_logits[:, span[0] : span[1]].float() if output.kd_logits is not None else None
-            loss = self.distiller.loss(cls, kd, target, labels)
-        if output.key_loss is not None:
-            # The authors train on two GPUs and sum the replicas' means: their key loss weighs twice.
-            loss = loss + (2.0 if self.config.compat else 1.0) * output.key_loss
-        return loss
-
-    @torch.no_grad()
-    def _answer(self, name: str, tokens: Tensor, query: Tensor | None) -> Tensor:
-        model = self.models[name]
-        with self._precision():
-            return model.combine(model(tokens, query)).float()
-
-    def _teacher_logits(self, images: Images, low: int, high: int) -> Tensor | None:
-        """Of every image of the task, once: nothing is augmented and the teacher is frozen."""
-        parts = []
-        for start in range(0, len(images), 256):
-            index = torch.arange(start, min(start + 256, len(images))).numpy()
-            batch = images.batch(index, ["teacher"], self._precision)
-            parts.append(self._answer("teacher", batch.tokens["teacher"], batch.query)[:, low:high])
-        return torch.cat(parts)
-
-    def _measure(self, task: int) -> None:
+    def _measure(self, task: int, taught: TaughtTask | None, answers: Answers | None, count: int) -> None:
+        """A row of each matrix; keeps a teacher that was trained here. count: training images of the task."""
         for t in range(len(self.val), task + 1):
-            images = Images(self.scenario.split(self.dataset.val, t), self.sides, self.device)
+            images = Images(self.scenario.split(self.dataset.val, t), self.sides, self.engine.device)
             self._note_skipped(images)
             self.val.append(images)
+        teacher = self.models.get("teacher")
+        state = {k: v.clone() for k, v in teacher.state_dict().items()} if teacher and self.teachers else {}
+        if teacher is not None and self.config.compat:
+            teacher.learner.end_task(task)
         for name, matrix in self.matrices.items():
-            matrix.add([accuracy(images, name, self.scenario.seen(task)) for images in self.val])
+            if name == "teacher" and taught is not None:
+                matrix.add(taught.row)
+            else:
+                matrix.add([accuracy(images, name, self.scenario.seen(task), self.engine) for images in self.val])
             self._say(
                 f"task {task + 1}/{self.tasks} {name}: average accuracy {matrix.accuracy_after(task):.2f} %, "
                 f"forgetting {matrix.forgetting_after(task):.2f} points over {self.scenario.seen(task)} classes"
             )
+        if self.teachers is not None and taught is None and self.engine.is_main:
+            row = [a for a in self.matrices["teacher"].rows[task] if a is not None]
+            logits = answers.logits if answers is not None else None
+            losses, seconds = self.losses["teacher"][task], self.seconds["teacher"][task]
+            self.teachers.store(task, TaughtTask(state, row, losses, seconds, self.config.epochs * count, logits))
 
     # -- start, stop, end ---------------------------------------------------------------------------------------------
 
@@ -243,7 +257,7 @@ class _Training:
         else:
             old = TrainConfig.from_json(json.loads(stored.read_text()))
             mine, theirs = self.config.to_json(), old.to_json()
-            differing = [k for k in mine if mine[k] != theirs[k] and k not in ("out", "devices")]
+            differing = [k for k in mine if mine[k] != theirs[k] and k not in ("out", "devices", "teachers")]
             if differing:
                 raise InputError(
                     f"{self.out}: was started with other options",
@@ -256,10 +270,13 @@ class _Training:
         write_json(stored, self.config.to_json())
 
     def _checkpoint(self, started: float, optimiser: torch.optim.Optimizer | None) -> None:
+        if not self.engine.is_main:
+            return
         save_state(
             self.out / "checkpoint.safetensors",
             {
                 "models": {n: m.state_dict() for n, m in self.models.items()},
+                "distiller": self.distiller.state_dict(),
                 "backbones": {n: b.identity for n, b in self.backbones.items()},
                 "optimiser": optimiser.state_dict() if optimiser is not None else None,
                 "matrices": {n: m.rows for n, m in self.matrices.items()},
@@ -267,6 +284,7 @@ class _Training:
                 "seconds": self.seconds,
                 "trained_images": self.trained_images,
                 "skipped": self.skipped,
+                "reused": self.reused,
                 "position": list(self.position),
                 "elapsed": time.perf_counter() - started,
             },
@@ -285,9 +303,10 @@ class _Training:
                 )
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
+        self.distiller.load_state_dict(state["distiller"])
         self.matrices = {n: AccuracyMatrix(self.tasks, rows) for n, rows in state["matrices"].items()}
         self.losses, self.seconds, self.skipped = state["losses"], state["seconds"], state["skipped"]
-        self.trained_images = state["trained_images"]
+        self.trained_images, self.reused = state["trained_images"], state["reused"]
         task, side, epochs = state["position"]
         self.position, self.optimiser_state = (task, side, epochs), state["optimiser"]
         self._say(f"resumed in task {task + 1}" + (f", {side}, after epoch {epochs}" if side else ""))
@@ -302,14 +321,14 @@ class _Training:
             "teacher": None,
         }
         for name, matrix in self.matrices.items():
-            matrix.write_csv(self.out / f"{name}_matrix.csv")
-            save_learnt(self.out / f"{name}.safetensors", self.models[name], self.backbones[name])
             metrics[name] = {
                 **matrix.summary(),
                 "seconds": self.seconds[name],
                 "loss": self.losses[name],
                 "images_per_second": {"train": self.trained_images[name] / max(1e-9, sum(self.seconds[name]))},
             }
+        if metrics["teacher"]:
+            metrics["teacher"]["tasks_reused"] = self.reused
         metrics |= {
             "seconds": seconds,
             "images": self.image_counts,
@@ -319,22 +338,27 @@ class _Training:
                 n: {"source": b.source, "identity": b.identity, "width": b.width, "depth": b.depth}
                 for n, b in self.backbones.items()
             },
-            "device": str(self.device),
-            "precision": "bf16 autocast" if self.bf16 else "fp32",
+            "distiller": self.distiller.report(),
+            "device": str(self.engine.device),
+            "processes": self.engine.share.processes,
+            "precision": "bf16 autocast" if self.engine.bf16 else "fp32",
             "threads": torch.get_num_threads(),
             "versions": {
                 **{p: version(p) for p in ("cdl-edge", "torch", "timm", "numpy")},
                 "python": platform.python_version(),
             },
         }
-        write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
-        (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
+        self.engine.on_main(lambda: self._write(metrics))
         return metrics
 
-    # -- small things -------------------------------------------------------------------------------------------------
+    def _write(self, metrics: dict[str, Any]) -> None:
+        for name, matrix in self.matrices.items():
+            matrix.write_csv(self.out / f"{name}_matrix.csv")
+            save_learnt(self.out / f"{name}.safetensors", self.models[name], self.backbones[name])
+        write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
+        (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
 
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+    # -- small things -------------------------------------------------------------------------------------------------
 
     def _note_skipped(self, images: Images) -> None:
         new = [s for s in images.skipped if s not in self.skipped]
@@ -345,7 +369,7 @@ class _Training:
         self.skipped += new
 
     def _say(self, line: str) -> None:
-        if not self.quiet:
+        if not self.quiet and self.engine.is_main:
             tqdm.write(line, file=sys.stderr)
 
 
@@ -354,31 +378,3 @@ def _limited(dataset: Dataset, config: TrainConfig) -> Dataset:
         return dataset
     limited = dataset.train.limited(config.limit_per_class, config.seed)
     return Dataset(dataset.source, dataset.classes, limited, dataset.val)
-
-
-def _rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
-    """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
-    if config.compat:
-        share = max(0, epoch - 1) / config.epochs
-    else:
-        share = (epoch * steps + step) / (config.epochs * steps)
-    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))
-
-
-def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA device is usable", got=f"torch {torch.__version__}", fix="use --devices cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _native_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.backends.cpu.get_cpu_capability() if hasattr(torch.backends, "cpu") else ""
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "AVX512" in capabilities and bool(probe and probe())

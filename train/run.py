@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import sha256
 from ..images import Preprocessing
 from .backbone import Backbone, load_backbone
 from .checkpoint import load_state, save_state
@@ -38,9 +39,22 @@ def preprocessing_of(backbone: Backbone, compat: bool) -> Preprocessing:
     return backbone.preprocessing
 
 
-def build_model(config: TrainConfig, backbone: Backbone, classes: int, key_width: int, is_student: bool) -> PromptedViT:
-    """A prompted ViT for one side of a run, with its initial values. key_width: the student's width."""
-    kd = (config.kd_blocks, config.kd_length) if is_student and DISTILLERS[config.distill].kd_prompts else None
+def build_model(
+    config: TrainConfig,
+    backbone: Backbone,
+    classes: int,
+    key_width: int,
+    is_student: bool,
+    teacher: tuple[int, int] | None = None,
+) -> PromptedViT:
+    """A prompted ViT for one side of a run, with its initial values.
+
+    key_width: the student's width. teacher: width and depth of the teacher, where there is one.
+    """
+    distiller = DISTILLERS[config.distill]
+    kd = None
+    if is_student and distiller.kd_token:
+        kd = (config.kd_blocks, config.kd_length) if distiller.kd_rows else (1, 0)
     return PromptedViT(
         backbone.model,
         config.learner,
@@ -52,6 +66,8 @@ def build_model(config: TrainConfig, backbone: Backbone, classes: int, key_width
         kd=kd,
         alpha=config.alpha,
         one_pass=config.query == "one-pass",
+        query_regulariser=config.query_regulariser,
+        mapped=teacher if is_student and distiller.maps_prompts else None,
     )
 
 
@@ -85,7 +101,11 @@ def load_run(path: Path) -> Run:
             expected=state["backbone"],
             fix="bring back the weights of the time of training, or train again",
         )
-    student = build_model(config, backbone, len(metrics["classes"]), backbone.width, is_student=True)
+    sizes = (metrics.get("backbones") or {}).get("teacher")
+    teacher = (int(sizes["width"]), int(sizes["depth"])) if sizes else None
+    student = build_model(config, backbone, len(metrics["classes"]), backbone.width, is_student=True, teacher=teacher)
     student.load_state_dict(state["state"])
     student.eval().requires_grad_(False)
+    if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
+        backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
     return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config.compat))

@@ -5,6 +5,7 @@ This is the module that `export` turns into a graph: what it computes in eval mo
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
+from .learners.mapped import MappedPrompts
 
 
 class LinearHead(nn.Linear):
@@ -77,10 +79,15 @@ class StudentOutput:
     "scalar, only while training a pool learner"
     prompt_weights: Tensor | None
     "(B, L, K), L query-dependent blocks"
+    hidden: tuple[Tensor, ...] = ()
+    "(B, 1 + P, D) class and patch tokens behind each block, where asked for"
 
 
 class PromptedViT(nn.Module):
-    """A frozen backbone with prompts. Only `learner`, `kd`, `head` and `kd_head` have parameters that learn."""
+    """A backbone with prompts: frozen, so that only `learner`, `mapped`, `kd`, `head` and `kd_head` have what learns.
+
+    A whole-network learner has a backbone of its own instead, which learns and is saved with the run.
+    """
 
     def __init__(
         self,
@@ -93,34 +100,64 @@ class PromptedViT(nn.Module):
         kd: tuple[int, int] | None = None,
         alpha: float = 0.5,
         one_pass: bool = False,
+        query_regulariser: float = 0.0,
+        mapped: tuple[int, int] | None = None,
     ) -> None:
-        """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width."""
+        """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
+
+        query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
+        mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
+        """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
-        # Held outside the module tree: its weights are neither trained, nor saved with the run, nor copied.
-        self._backbone = (backbone,)
         self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
+        self.query_regulariser = query_regulariser
         spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed)
         self.learner: Learner = LEARNERS[learner](spec)
+        # Held outside the module tree: frozen weights are neither trained, nor saved with the run, nor copied.
+        self._pretrained = self._backbone = (backbone,)
+        if self.learner.whole_network:
+            self.network = copy.deepcopy(backbone).requires_grad_(True)
+            self.network.reset_classifier(0)  # pre-training's own classes: nothing reads them
+            self._backbone = (self.network,)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = HEADS[self.learner.head](width, classes)
             self.kd_head = HEADS[self.learner.head](width, classes) if kd else None
         self.kd = KDPrompts(width, min(kd[0], depth), kd[1], torch.Generator().manual_seed(seed)) if kd else None
+        self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
 
     @property
     def backbone(self) -> VisionTransformer:
-        """The frozen ViT."""
+        """The ViT, frozen unless the learner is a whole-network one."""
         return self._backbone[0]
+
+    @property
+    def pretrained(self) -> VisionTransformer:
+        """The ViT as it was given: never trained, and with pre-training's own head."""
+        return self._pretrained[0]
 
     @property
     def two_pass(self) -> bool:
         """Whether inference needs the query pass."""
         return self.learner.needs_query and not self.one_pass
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether training wants the full query beside the one-pass one."""
+        return self.learner.needs_query and self.one_pass and self.query_regulariser > 0
+
+    @torch.no_grad()
+    def prepare(self, x: Tensor) -> Tensor:
+        """What `forward` takes, of normalised images (B, 3, S, S): tokens, or the images where the stem learns too."""
+        return x if self.learner.whole_network else self._tokens(x)
+
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) normalised images -> (B, 1 + P, D) class and patch tokens with positions."""
+        return self._tokens(x)
+
+    def _tokens(self, x: Tensor) -> Tensor:
         vit = self.backbone
         tokens = vit.patch_embed(x)
         return torch.cat([vit.cls_token.expand(len(x), -1, -1), tokens], dim=1) + vit.pos_embed
@@ -133,37 +170,58 @@ class PromptedViT(nn.Module):
             tokens = run_block(block, tokens, keep=[0] if i == len(vit.blocks) - 1 else None)
         return vit.norm(tokens)[:, 0]
 
-    def forward(self, tokens: Tensor, query: Tensor | None = None, training: bool = False) -> StudentOutput:
+    def forward(
+        self, inputs: Tensor, query: Tensor | None = None, training: bool = False, hidden: bool = False, start: int = 0
+    ) -> StudentOutput:
         """One prompted pass.
 
-        tokens: (B, 1 + P, D) from `embed`. query: (B, Q) from the student's `query`; None: computed here where needed.
+        inputs: from `prepare`. query: (B, Q) from the student's `query`; None: computed here where needed. For a
+        one-pass model: its own full query, which only the training-only regulariser reads.
         training: use what the current task learns, with key loss; otherwise what inference uses.
+        hidden: keep the tokens behind every block. start: `inputs` are tokens in front of this block (no KD prompts).
         """
+        x = self._tokens(inputs) if self.learner.whole_network and start == 0 else inputs
         if self.two_pass and query is None:
-            query = self.query(tokens)
+            query = self.query(x)
         losses: list[Tensor] = []
+        references: list[Tensor] = []
         weights: list[Tensor] = []
-        x = tokens
+        kept: list[Tensor] = []
+        count = x.shape[1]
         if self.kd is not None:
+            assert start == 0
             x = torch.cat([x, self.kd.token.expand(len(x), -1, -1)], dim=1)
-        last = self.backbone.blocks[-1]
-        for i, block in enumerate(self.backbone.blocks):
+        last = len(self.backbone.blocks) - 1
+        for i in range(start, last + 1):
             q = (x[:, 0] if self.one_pass else query) if self.learner.needs_query else None
             prompt = self.learner.at_block(i, q, training)
             if prompt is not None and prompt.loss is not None:
                 losses.append(prompt.loss)
             if prompt is not None and prompt.weights is not None:
                 weights.append(prompt.weights)
-            keep = None
-            if block is last:  # only these rows are read behind it
-                keep = [0] if self.kd is None else [0, x.shape[1] - 1]
-            x = run_block(block, x, prompt, self.kd.at_block(i) if self.kd is not None else None, keep)
+            if self.mapped is not None:
+                prompt = self.mapped.beside(i, q, prompt)
+            if training and self.reads_reference and q is not None and query is not None:
+                term = self.learner.reference_loss(i, q, query)
+                references += [term] if term is not None else []
+            rows = None
+            if i == last and not hidden:  # only these rows are read behind it
+                rows = [0] if self.kd is None else [0, x.shape[1] - 1]
+            x = run_block(
+                self.backbone.blocks[i], x, prompt, self.kd.at_block(i) if self.kd is not None else None, rows
+            )
+            if hidden:
+                kept.append(x[:, :count])
         x = self.backbone.norm(x)
+        # Keys: the mean over blocks; the regulariser, as published, the sum over blocks. In bf16 it would be swallowed.
+        key_losses = [torch.stack(losses).float().mean()] if losses else []
+        key_losses += [self.query_regulariser * torch.stack(references).float().sum()] if references else []
         return StudentOutput(
             self.head(x[:, 0]),
             self.kd_head(x[:, -1]) if self.kd_head is not None else None,
-            torch.stack(losses).mean() if losses else None,
+            torch.stack(key_losses).sum() if key_losses else None,
             torch.stack(weights, dim=1) if weights else None,
+            tuple(kept),
         )
 
     def combine(self, output: StudentOutput) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cdl_edge.images import Preprocessing
-from cdl_edge.train.augment import Normalise, colour_jitter, mix, random_resized_crop_flip
+from cdl_edge.train.augment import Normalise, colour_jitter, cut_out, mix, random_boxes, random_resized_crop_flip
 
 CPU = torch.device("cpu")
 
@@ -50,12 +50,28 @@ def test_the_same_generator_gives_the_same_images(function):
 
 
 def test_two_models_see_the_same_crops():
-    # The loop rewinds the generator for the second model: teacher and student must look at one picture.
-    g = generator()
-    state = g.get_state()
-    one = random_resized_crop_flip(images(), g, (0.5, 1.0))
-    g.set_state(state)
-    assert torch.equal(random_resized_crop_flip(images(), g, (0.5, 1.0)), one)
+    # Boxes are drawn once and cut twice: teacher and student look at one picture, whatever their sizes.
+    boxes = random_boxes(6, generator(), (0.5, 1.0))
+    one = cut_out(images(), boxes)
+    assert torch.equal(cut_out(images(), boxes), one)
+    assert torch.equal(random_resized_crop_flip(images(), generator(), (0.5, 1.0)), one)
+    ramp = torch.linspace(0, 1, 48).expand(6, 3, 48, 48)
+    small = torch.nn.functional.avg_pool2d(ramp, 4)
+    assert (cut_out(ramp, boxes, 12) - cut_out(small, boxes, 12)).abs().max() < 0.03
+    part = cut_out(images()[2:4], boxes[2:4])
+    assert torch.allclose(part, one[2:4], atol=1e-3)  # a process cuts its own share of the step
+
+
+def test_boxes_stay_inside_and_have_the_area_asked_for():
+    boxes = random_boxes(500, generator(), (0.3, 0.6))
+    assert boxes.shape == (500, 2, 3) and boxes[:, 0, 1].abs().max() == boxes[:, 1, 0].abs().max() == 0
+    width, height = boxes[:, 0, 0].abs(), boxes[:, 1, 1]
+    area, aspect = width * height, width / height
+    assert area.min() >= 0.2999 and area.max() <= 0.6001 and aspect.min() >= 0.749 and aspect.max() <= 1.334
+    for half, centre in ((width, boxes[:, 0, 2]), (height, boxes[:, 1, 2])):
+        assert (half + centre.abs()).max() <= 1 + 1e-6
+    assert 0.4 < (boxes[:, 0, 0] < 0).float().mean() < 0.6
+    assert (random_boxes(500, generator(), (0.3, 0.6), flip=False)[:, 0, 0] > 0).all()
 
 
 def test_a_crop_of_everything_is_the_image():

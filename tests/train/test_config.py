@@ -8,6 +8,8 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.train.config import AUGMENTATIONS, PRECISIONS, QUERIES, TrainConfig
+from cdl_edge.train.distill import DISTILLERS
+from cdl_edge.train.learners import LEARNERS
 
 BASE = {"data": "digits", "out": "x"}
 
@@ -70,6 +72,10 @@ def test_a_word_that_is_none_of_the_choices(key, value, close):
         ("alpha", math.nan),
         ("tau", 0.0),
         ("tau", math.nan),
+        ("tau", math.inf),
+        ("query_regulariser", -1e-4),
+        ("query_regulariser", math.inf),
+        ("query_regulariser", math.nan),
         ("learning_rate", 0.0),
         ("learning_rate", -1e-3),
         ("learning_rate", math.inf),
@@ -93,6 +99,9 @@ def test_ranges(key, value):
         ("out", None),
         ("limit_per_class", "all"),
         ("learner", ["coda"]),
+        ("tau", "2"),
+        ("teachers", 3),
+        ("query_regulariser", None),
     ],
 )
 def test_wrong_types_in_a_file(key, value):
@@ -108,9 +117,32 @@ def test_good_edges():
         {"kd_length": 0},
         {"limit_per_class": None},
         {"learning_rate": 1},
+        {"tau": None},
+        {"tau": 1},
+        {"teachers": None},
+        {"teachers": "folder"},
+        {"query_regulariser": 1e-4, "query": "one-pass"},
     ):
         TrainConfig.from_json({**BASE, **change})
     assert (QUERIES, PRECISIONS[0], AUGMENTATIONS[0]) == (("two-pass", "one-pass"), "auto", "auto")
+
+
+@pytest.mark.parametrize("distill", DISTILLERS)
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_pair_is_taken_or_refused_with_a_reason(learner, distill):
+    kind = DISTILLERS[distill]
+    if kind.learners is None or learner in kind.learners:
+        TrainConfig.from_json({**BASE, "learner": learner, "distill": distill})
+        return
+    words = (f"--distill {distill}", f"--learner {learner}", kind.refusal, " | ".join(kind.learners))
+    refused(*words, learner=learner, distill=distill)
+    assert len(kind.refusal) > 20
+
+
+def test_every_prompt_learner_works_with_what_the_papers_compare():
+    for distill in ("none", "kd", "dkd", "fitnets", "reviewkd", "kd-token", "kdp", "blockwise", "m2kd"):
+        for learner in ("l2p", "dualprompt", "coda", "apt"):
+            TrainConfig.from_json({**BASE, "learner": learner, "distill": distill})
 
 
 def test_every_option_has_its_line():

@@ -81,4 +81,4 @@ def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
     for seen in (3, 6):
         expected = 100 * np.mean([int(np.argmax(row[:seen])) == i % 6 for i, row in enumerate(logits)])
         assert accuracy(images, "student", seen) == pytest.approx(expected)
-    assert not torch.is_grad_enabled() or not images._tokens["student"].requires_grad
+    assert not torch.is_grad_enabled() or not images._inputs["student"].requires_grad

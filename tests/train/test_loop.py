@@ -1,8 +1,7 @@
 """A run from start to end: what it writes, what it refuses, what reaches the loss."""
 
-import itertools
 import json
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,9 @@ from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
 from cdl_edge.train import batches, loop
-from cdl_edge.train.loop import _rate, _Training, train
+from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
+from cdl_edge.train.phase import Phase
 from cdl_edge.train.run import preprocessing_of
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
@@ -47,7 +47,7 @@ def test_a_run_writes_its_folder(tmp_path, make_config):
     ]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == returned
-    assert json.loads((out / "config.json").read_text()) == config.to_json() == metrics["config"]
+    assert json.loads((out / "config.json").read_text()) == replace(config, tau=2.0).to_json() == metrics["config"]
     assert metrics["schema"] == 1 and metrics["definitions"] == DEFINITIONS and metrics["skipped"] == []
     assert sorted(metrics["classes"]) == list("0123456789") and metrics["classes"] != list("0123456789")
     assert metrics["tasks"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
@@ -65,7 +65,8 @@ def test_a_run_writes_its_folder(tmp_path, make_config):
         lines = (out / f"{side}_matrix.csv").read_text().splitlines()
         assert lines[1] == f"task1,{got['matrix'][0][0]:.4f},"
     assert set(metrics["versions"]) == {"cdl-edge", "torch", "timm", "numpy", "python"}
-    assert metrics["device"] in ("cpu", "cuda") and metrics["seconds"] > 0
+    assert metrics["device"] in ("cpu", "cuda") and metrics["seconds"] > 0 and metrics["processes"] == 1
+    assert metrics["teacher"]["tasks_reused"] == [] and metrics["distiller"] == {}
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -95,10 +96,12 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path, make_con
 
 def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
     # Phase one is done and frozen before phase two looks at it.
-    for name in ("kd", "kdp"):
+    names = ("kd", "kdp", "blockwise", "cdl-prompt")  # blockwise goes back through the teacher's own blocks
+    for name in names:
         train(make_config(tmp_path / name, distill=name), quiet=True)
-    one, two = (load_file(tmp_path / name / "teacher.safetensors") for name in ("kd", "kdp"))
-    assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
+    one, *others = (load_file(tmp_path / name / "teacher.safetensors") for name in names)
+    for other in others:
+        assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
 
 
 def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
@@ -266,68 +269,6 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
     assert (digits.augmented, photos.augmented, none.augmented) == (False, True, False)
 
 
-# -- the loss ---------------------------------------------------------------------------------------------------------
-
-
-def setup(out, make_config, **changes):
-    """A training at the start of task 2, its tokens and labels, all ready for `_loss`."""
-    made = _Training(make_config(out, precision="fp32", **changes), False, True)
-    for model in made.models.values():
-        for task in (0, 1):
-            model.learner.begin_task(task)
-            if task == 0:
-                model.learner.end_task(task)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(6, 5, 16, generator=generator)
-    target = torch.randn(6, 5, generator=generator)
-    return made, tokens, torch.arange(6) % 5, target
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_the_loss_knows_the_current_classes_only(tmp_path, make_config, learner):
-    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
-    model = made.models["student"]
-    loss = made._loss("student", tokens, None, labels, target, (5, 10))
-    loss.backward()
-    for head in (model.head, model.kd_head):
-        assert head.weight.grad[:5].abs().max() == 0 and head.weight.grad[5:].abs().min() >= 0
-        assert head.weight.grad[5:].abs().max() > 0
-        head.weight.data[:5] += 100
-    assert made._loss("student", tokens, None, labels, target, (5, 10)).item() == pytest.approx(loss.item(), abs=1e-6)
-
-
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_the_loss_does_not_depend_on_how_the_batch_is_cut(tmp_path, make_config, learner):
-    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
-    with torch.no_grad():
-        whole = made._loss("student", tokens, None, labels, target, (5, 10)).item()
-        parts = [
-            made._loss("student", tokens[i : i + 2], None, labels[i : i + 2], target[i : i + 2], (5, 10)).item()
-            for i in (0, 2, 4)
-        ]
-    assert whole == pytest.approx(sum(parts) / 3, rel=1e-5)
-
-
-def test_the_teachers_loss_is_cross_entropy_and_key_loss(tmp_path, make_config):
-    made, _, labels, _ = setup(tmp_path / "run", make_config, learner="dualprompt")
-    generator = torch.Generator().manual_seed(0)
-    tokens, query = torch.randn(6, 5, 24, generator=generator), torch.randn(6, 16, generator=generator)
-    with torch.no_grad():
-        output = made.models["teacher"](tokens, query, training=True)
-        expected = torch.nn.functional.cross_entropy(output.cls_logits[:, 5:], labels) + output.key_loss
-        got = made._loss("teacher", tokens, query, labels, None, (5, 10))
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_rate():
-    from cdl_edge.train.config import TrainConfig
-
-    config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5)
-    rates = [_rate(config, e, s, 10) for e in range(4) for s in range(10)]
-    assert rates[0] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[-1] < 0.01
-    assert all(a > b for a, b in itertools.pairwise(rates))
-
-
 # -- compat -----------------------------------------------------------------------------------------------------------
 
 
@@ -345,49 +286,61 @@ def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
     assert all(side.preprocessing.mean == (0, 0, 0) for side in made.sides.values())
 
 
-@pytest.mark.parametrize("learner", ["l2p", "dualprompt"])
-def test_compat_counts_the_key_loss_twice(tmp_path, make_config, learner):
-    # Trap 3: two GPUs, summed replica means.
-    made, tokens, labels, target = setup(tmp_path / "run", make_config, learner=learner)
-    twice, *_ = setup(tmp_path / "compat", make_config, learner=learner, compat=True)
-    twice.models["student"].load_state_dict(made.models["student"].state_dict())
-    with torch.no_grad():
-        key = made.models["student"](tokens, None, training=True).key_loss.item()
-        one = made._loss("student", tokens, None, labels, target, (5, 10)).item()
-        two = twice._loss("student", tokens, None, labels, target, (5, 10)).item()
-    assert key > 0.01 and two - one == pytest.approx(key, rel=1e-4)
-
-
-def test_compat_repeats_the_rate_of_the_first_epoch():
-    from cdl_edge.train.config import TrainConfig
-
-    config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5, compat=True)
-    rates = [_rate(config, e, 3, 10) for e in range(4)]
-    assert rates[0] == rates[1] == 0.5 and rates[2] == pytest.approx(0.25 * (1 + math.cos(math.pi / 4)))
-
-
 @pytest.mark.parametrize("compat", [False, True])
 def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat, monkeypatch):
     # Trap 2: in the authors' code the teacher distils from the previous merged prompt, zeros in task 1.
     seen = []
-    real = loop._Training._teacher_logits
+    real = Phase._answer
 
-    def watch(self, images, low, high):
+    def watch(self, batch):
         seen.append(self.models["teacher"].learner.merged.abs().sum().item())
-        return real(self, images, low, high)
+        return real(self, batch)
 
-    monkeypatch.setattr(loop._Training, "_teacher_logits", watch)
+    monkeypatch.setattr(Phase, "_answer", watch)
     train(make_config(tmp_path / "run", learner="apt", compat=compat), quiet=True)
     assert len(seen) == 2 and (seen[0] == 0) == compat and seen[1] > 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr(
-        loop._Training, "_loss", lambda self, name, *_: self.models[name].head.weight.sum() * float("nan")
-    )
+    monkeypatch.setattr(Phase, "_loss", lambda self, *_: self.model.head.weight.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=r"teacher, task 1, epoch 1.*--resume"):
         train(make_config(tmp_path / "run"), quiet=True)
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("distill", "tau", "expected"), [("kdp", None, 2.0), ("dkd", None, 4.0), ("dkd", 1.5, 1.5)])
+def test_the_temperature_is_the_distillers_own_unless_given(tmp_path, make_config, distill, tau, expected):
+    made = _Training(make_config(tmp_path / "run", distill=distill, tau=tau), False, True)
+    assert made.config.tau == made.distiller.spec.tau == expected
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tau"] == expected
+    # Given again as it was given, or as it was stored, it is the same run.
+    for same in {tau, expected}:
+        _Training(make_config(tmp_path / "run", distill=distill, tau=same), True, True)
+
+
+def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
+    config = make_config(tmp_path / "run", distill="reviewkd", teacher=tiny_vit("teacher", 24, depth=7), alpha=0.3)
+    got = _Training(config, False, True).distiller.spec
+    assert (got.alpha, got.tau, got.seed, got.classes) == (0.3, 2.0, 0, 10)
+    assert (got.student_width, got.student_depth, got.student_grid) == (16, 6, 2)
+    assert (got.teacher_width, got.teacher_depth, got.teacher_grid) == (24, 7, 2)
+    assert got.spans == ((0, 5), (5, 10))
+    alone = _Training(make_config(tmp_path / "none", distill="none"), False, True).distiller.spec
+    assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
+def test_without_weight_the_one_pass_regulariser_changes_no_number(tmp_path, make_config, learner):
+    options = {"learner": learner, "query": "one-pass", "distill": "kd"}
+    without, zero, some = (
+        train(make_config(tmp_path / name, **options, **more), quiet=True)
+        for name, more in (("a", {}), ("b", {"query_regulariser": 0.0}), ("c", {"query_regulariser": 0.5}))
+    )
+    for side in ("teacher", "student"):
+        assert without[side]["loss"] == zero[side]["loss"] != some[side]["loss"]
+        assert without[side]["matrix"] == zero[side]["matrix"]
+    one, two = (load_file(tmp_path / name / "student.safetensors") for name in "ab")
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
 def test_leftovers_of_a_killed_write_are_removed(tmp_path, make_config):

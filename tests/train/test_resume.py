@@ -53,6 +53,9 @@ def assert_same(one, two):
         ("before", {"learner": "dualprompt", "query": "one-pass", "distill": "kd"}),
         ("behind", {"learner": "apt", "compat": True, "augment": "crop-flip"}),
         ("behind", {"learner": "l2p", "distill": "none", "epochs": 3}),
+        ("behind", {"learner": "apt", "distill": "reviewkd"}),
+        ("before", {"learner": "dualprompt", "distill": "blockwise", "augment": "crop-flip"}),
+        ("behind", {"learner": "coda", "distill": "fitnets", "query": "one-pass", "query_regulariser": 0.1}),
     ],
     ids=lambda o: o if isinstance(o, str) else f"{o['learner']}-{o.get('distill', 'kdp')}",
 )
@@ -124,6 +127,28 @@ def test_resume_with_nothing_there_is_a_start(tmp_path, make_config):
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    ("distill", "part"),
+    [("fitnets", "regressor.weight"), ("reviewkd", "fusions.0.leave.weight"), ("blockwise", "connectors.2.weight")],
+)
+def test_connectors_are_in_the_checkpoint_and_not_in_the_student(tmp_path, make_config, monkeypatch, distill, part):
+    states = []
+    real = loop.save_state
+    monkeypatch.setattr(loop, "save_state", lambda path, state: real(path, state) or states.append(load_state(path)))
+    train(make_config(tmp_path / "run", distill=distill, learner="apt"), quiet=True)
+    held = [s["distiller"][part] for s in states]
+    where = [tuple(s["position"]) for s in states]
+    # They start from the seed, learn with the student, and go on from task to task.
+    assert where[:3] == [(0, "teacher", 1), (0, "student", 0), (0, "student", 1)]
+    assert torch.equal(held[0], held[1]) and not torch.equal(held[1], held[2]) and not torch.equal(held[2], held[-1])
+    student = load_state(tmp_path / "run" / "student.safetensors")["state"]
+    teacher = load_state(tmp_path / "run" / "teacher.safetensors")["state"]
+    assert {k.split(".")[0] for k in student} == {"learner", "head"} == {k.split(".")[0] for k in teacher}
+    plain = make_config(tmp_path / "plain", distill="kd", learner="apt")
+    train(plain, quiet=True)
+    assert student.keys() == load_state(tmp_path / "plain" / "student.safetensors")["state"].keys()
+
+
 def test_a_damaged_checkpoint_is_one_message(tmp_path, make_config, monkeypatch):
     real = loop.save_state
 
@@ -146,7 +171,7 @@ def test_a_damaged_checkpoint_is_one_message(tmp_path, make_config, monkeypatch)
 def command(config, *more):
     options = []
     for key, value in config.to_json().items():
-        if key == "compat":
+        if key in ("compat", "query_regulariser"):
             continue
         if value is not None:
             options += [f"--{key.replace('_', '-')}", str(value)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cdl_edge.train.augment import Normalise
+from cdl_edge.train.augment import Normalise, random_boxes
 from cdl_edge.train.batches import Images, Side
 from cdl_edge.train.student import LinearHead, NormalisedHead, PromptedViT, StudentOutput, run_block
 
@@ -157,6 +157,105 @@ def test_fewer_or_no_kd_rows(backbone, tokens, kd, rows):
     assert output.kd_logits.shape == (5, 4)
 
 
+# -- tokens behind and in front of blocks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kd", [True, False])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_hidden_tokens_are_those_behind_each_block(make_model, backbone, tokens, learner, kd, monkeypatch):
+    model = make_model(learner, kd=kd)
+    query = model.query(tokens)  # the bare pass is not watched
+    seen = []
+    real = run_block
+    watch = lambda *arguments: seen.append(real(*arguments)) or seen[-1]  # noqa: E731
+    monkeypatch.setattr("cdl_edge.train.student.run_block", watch)
+    with torch.no_grad():
+        output, usual = model(tokens, query, hidden=True), model(tokens, query)
+        assert len(output.hidden) == 6 and usual.hidden == ()
+        for i, hidden in enumerate(output.hidden):
+            assert hidden.shape == tokens.shape and torch.equal(hidden, seen[i][:, :5])  # without the KD token
+        last = backbone.model.norm(output.hidden[-1])[:, 0]
+        assert torch.allclose(model.head(last), output.cls_logits, atol=1e-5)
+        assert torch.allclose(model.combine(output), model.combine(usual), atol=1e-5)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_pass_may_start_in_the_middle(make_model, tokens, learner, one_pass):
+    model = make_model(learner, kd=False, one_pass=one_pass)
+    with torch.no_grad():
+        query = None if one_pass else model.query(tokens)
+        whole = model(tokens, query, hidden=True)
+        for start in (1, 3, 5):
+            part = model(whole.hidden[start - 1], query, start=start, hidden=True)
+            assert torch.allclose(part.cls_logits, whole.cls_logits, atol=1e-5)
+            assert len(part.hidden) == 6 - start
+
+
+# -- the one-pass regulariser -----------------------------------------------------------------------------------------
+
+
+def cosines(model, learner, block, q):
+    """Of one query to each entry in use, by hand."""
+    def cos(a, b):
+        return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+    own = {k: v.detach().double().numpy() for k, v in model.learner.state_dict().items()}
+    if learner == "l2p":
+        return [cos(q, key) for key in own["key"]]
+    if learner == "dualprompt":
+        return [cos(q, key) for key in own[f"key.{block}"][:2]]
+    return [cos(q * own[f"attention.{block}"][k], own[f"key.{block}"][k]) for k in range(66)]
+
+
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
+def test_the_regulariser_is_the_published_sum(make_model, tokens, learner, monkeypatch):
+    model = make_model(learner, one_pass=True)
+    reference = torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
+    without = model(tokens, reference, training=True).key_loss
+    asked = {}
+    real = model.learner.at_block
+    monkeypatch.setattr(
+        model.learner, "at_block", lambda b, q, t: asked.update({b: q.detach().double().numpy()}) or real(b, q, t)
+    )
+    model.query_regulariser = 0.3
+    got = model(tokens, reference, training=True).key_loss
+    assert list(asked) == list(range(6))
+    expected = 0.0
+    for block in model.learner.blocks():
+        for own, full in zip(asked[block], reference.double().numpy(), strict=True):
+            one, two = (np.exp(cosines(model, learner, block, q)) for q in (own, full))
+            expected += 0.3 * float(((one / one.sum() - two / two.sum()) ** 2).sum()) / 5
+    assert expected > 1e-5
+    # Beside the key loss, which stays what it is.
+    assert got.item() - (without.item() if without is not None else 0.0) == pytest.approx(expected, rel=1e-3)
+    got.backward()
+    name = "key" if learner == "l2p" else "key.2"
+    assert dict(model.learner.named_parameters())[name].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
+def test_inference_knows_no_regulariser(make_model, tokens, learner):
+    model = make_model(learner, one_pass=True)
+    reference = torch.randn(5, 16, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        before = model(tokens)
+        model.query_regulariser = 100.0
+        after, asked = model(tokens), model(tokens, reference)
+    assert not model.two_pass and after.key_loss is None and asked.key_loss is None
+    for other in (after, asked):
+        assert torch.equal(model.combine(before), model.combine(other))
+    model.query_regulariser = 0.0
+    assert not model.reads_reference
+    two_pass, apt = make_model(learner), make_model("apt", one_pass=True)
+    for other in (two_pass, apt):
+        other.query_regulariser = 1.0
+        assert not other.reads_reference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def test_a_teachers_keys_have_the_students_width(tiny_vit, backbone, make_model, tokens, pixels):
     from cdl_edge.train.backbone import load_backbone
 
@@ -251,13 +350,13 @@ def test_the_query_is_computed_once_for_teacher_and_student(tiny_vit, backbone, 
     real = PromptedViT.query
     monkeypatch.setattr(PromptedViT, "query", lambda self, t: counted.append((self, len(t))) or real(self, t))
     batches = Images(Split(images, np.zeros(6, dtype=np.int64)), sides, device)
-    for generator in (torch.Generator().manual_seed(0), None):
-        if generator is None:
+    for boxes in (random_boxes(4, torch.Generator().manual_seed(0), (0.5, 1.0)), None):
+        if boxes is None:
             batches.keep(["student", "teacher"], nullcontext, 4)
-        batch = batches.batch(np.arange(4), ["student", "teacher"], nullcontext, generator)
+        batch = batches.batch(np.arange(4), ["student", "teacher"], nullcontext, boxes)
         with torch.no_grad():
-            student(batch.tokens["student"], batch.query)
-            teacher(batch.tokens["teacher"], batch.query)
+            student(batch.inputs["student"], batch.queries["student"])
+            teacher(batch.inputs["teacher"], batch.queries["teacher"])
         assert all(model is student for model, _ in counted)
-        assert sum(n for _, n in counted) == (4 if generator is not None else 6)
+        assert sum(n for _, n in counted) == (4 if boxes is not None else 6)
         counted.clear()

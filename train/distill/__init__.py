@@ -1,12 +1,29 @@
-"""Distillers: how a student learns from the frozen teacher's logits of the current classes."""
+"""Distillers: how a student learns from the frozen teacher, one file each."""
 
 from __future__ import annotations
 
-from .base import Distiller
+from .base import Distiller, DistillSpec, Lesson
+from .blockwise import Blockwise
+from .cdl_prompt import CDLPrompt
+from .dkd import DKD
+from .fitnets import FitNets
 from .kd import KD
-from .kdp import KDP
+from .kdp import KDP, KDToken
+from .m2kd import M2KD
 from .none import NoDistillation
+from .reviewkd import ReviewKD
 
-DISTILLERS: dict[str, type[Distiller]] = {"none": NoDistillation, "kd": KD, "kdp": KDP}
+DISTILLERS: dict[str, type[Distiller]] = {
+    "none": NoDistillation,
+    "kd": KD,
+    "dkd": DKD,
+    "fitnets": FitNets,
+    "reviewkd": ReviewKD,
+    "kd-token": KDToken,
+    "kdp": KDP,
+    "cdl-prompt": CDLPrompt,
+    "blockwise": Blockwise,
+    "m2kd": M2KD,
+}
 
-__all__ = ["DISTILLERS", "Distiller"]
+__all__ = ["DISTILLERS", "DistillSpec", "Distiller", "Lesson"]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller, divergence
+from .base import Distiller, Lesson, divergence
 
 
-class KDP(Distiller):
-    """The class token's head learns from labels, the KD token's from the teacher; inference mixes both by alpha."""
+class KDToken(Distiller):
+    """A KD token alone (DeiT, arXiv 2012.12877, in the CDL paper's tables): KDP without key and value rows."""
 
-    kd_prompts: ClassVar[bool] = True
+    kd_token: ClassVar[bool] = True
+    learners: ClassVar[tuple[str, ...] | None] = ("l2p", "dualprompt", "coda", "apt")
+    refusal: ClassVar[str] = "the KD token is a prompt of a frozen backbone; where all weights learn there is none"
 
-    def loss(
-        self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor
-    ) -> Tensor:
-        """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || kd_head(KD token))."""
-        assert teacher_logits is not None and kd_logits is not None
-        hard = F.cross_entropy(cls_logits, labels)
-        return (1 - self.alpha) * hard + self.alpha * divergence(kd_logits, teacher_logits, self.tau)
+    def loss(self, lesson: Lesson) -> Tensor:
+        """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || kd_head(KD token)); inference mixes both heads by a."""
+        soft = divergence(lesson.kd_logits, lesson.target, self.spec.tau)
+        return self.hard(lesson) + self.spec.alpha * soft
+
+
+class KDP(KDToken):
+    """KD token, and in the blocks behind the first KD rows that every token attends to."""
+
+    kd_rows: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller
+from .base import Distiller, Lesson
 
 
 class NoDistillation(Distiller):
@@ -15,8 +15,6 @@ class NoDistillation(Distiller):
 
     needs_teacher: ClassVar[bool] = False
 
-    def loss(
-        self, cls_logits: Tensor, kd_logits: Tensor | None, teacher_logits: Tensor | None, labels: Tensor
-    ) -> Tensor:
+    def loss(self, lesson: Lesson) -> Tensor:
         """CE(head(CLS), y)."""
-        return F.cross_entropy(cls_logits, labels)
+        return F.cross_entropy(lesson.cls_logits, lesson.labels)

@@ -1,4 +1,4 @@
-"""Prompt learners: each decides which key and value rows a block sees, and what it learns from its own query."""
+"""Learners: what learns beside the heads. Prompt learners decide which key and value rows a block sees."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from .apt import APT
 from .base import BlockPrompt, Learner, LearnerSpec
 from .coda import CODAPrompt
 from .dualprompt import DualPrompt
+from .finetune import FineTune
 from .l2p import L2P
 
-LEARNERS: dict[str, type[Learner]] = {"l2p": L2P, "dualprompt": DualPrompt, "coda": CODAPrompt, "apt": APT}
+LEARNERS: dict[str, type[Learner]] = {
+    "l2p": L2P,
+    "dualprompt": DualPrompt,
+    "coda": CODAPrompt,
+    "apt": APT,
+    "finetune": FineTune,
+}
 
 __all__ = ["LEARNERS", "BlockPrompt", "Learner", "LearnerSpec"]

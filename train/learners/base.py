@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,6 +50,10 @@ class Learner(nn.Module):
 
     needs_query: ClassVar[bool] = True
     "whether blocks() want the query"
+    whole_network: ClassVar[bool] = False
+    "whether the backbone itself learns, in a copy of its own"
+    network_rate: ClassVar[float] = 0.0
+    "share of --learning-rate that the weights of a whole network learn at; head and prompts: 1"
     head: ClassVar[str] = "linear"
     "key of student.HEADS"
     selection: ClassVar[dict[str, object]] = {"kind": "none", "k": 0}
@@ -79,6 +84,23 @@ class Learner(nn.Module):
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
         """The prompt of one block. query: (B, Q) or None when `needs_query` is false."""
         raise NotImplementedError
+
+    def similarity(self, block: int, query: Tensor) -> Tensor:
+        """(B, Q) -> (B, K): how near the query is to each entry of a query-dependent block."""
+        raise NotImplementedError
+
+    def reference_loss(self, block: int, query: Tensor, reference: Tensor) -> Tensor | None:
+        """|| softmax(cos(K, q)) - softmax(cos(K, r)) ||^2, mean over the batch (OS-Prompt, ECCV 2024); or None.
+
+        query: the block's own (B, Q), reference: the full query (B, Q). One-pass training only.
+        """
+        if block not in self.blocks():
+            return None
+        own, full = (self.similarity(block, q).softmax(dim=1) for q in (query, reference))
+        return (own - full).pow(2).sum(dim=1).mean()
+
+    def synchronise(self, any_process: Callable[[Tensor], Tensor]) -> None:
+        """Make what the processes of a distributed run have noted one. any_process: bool tensor -> or over all."""
 
     def generator(self, task: int) -> torch.Generator:
         """Random numbers of a task's initial values: the same however often the run was stopped."""

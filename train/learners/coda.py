@@ -58,6 +58,11 @@ class CODAPrompt(Learner):
         keys, values = halves(torch.einsum("bk,kld->bld", weights, prompt))
         return BlockPrompt(keys, values, weights=weights.detach())
 
+    def similarity(self, block: int, query: Tensor) -> Tensor:
+        """Weight of each component in use."""
+        attention, key = (self._rows(t[str(block)], training=True) for t in (self.attention, self.key))
+        return F.cosine_similarity(query[:, None] * attention, key, dim=2)
+
     def _rows(self, table: Tensor, training: bool) -> Tensor:
         """The components in use; while training only the current task's carry a gradient."""
         used = table[: self.components()]

@@ -42,9 +42,13 @@ class DualPrompt(Learner):
         assert query is not None
         current = self.learnt - 1
         # Entries of tasks not seen yet are cut off, not only unlikely.
-        similarity = cosine(query, self.key[str(block)][: max(1, self.learnt)])
+        similarity = self.similarity(block, query)
         if training:
             keys, values = halves(self.expert[str(block)][current])
             return BlockPrompt(keys[None], values[None], loss=(1 - similarity[:, current]).mean())
         keys, values = halves(self.expert[str(block)][similarity.argmax(dim=1)])
         return BlockPrompt(keys, values, weights=similarity.detach())
+
+    def similarity(self, block: int, query: Tensor) -> Tensor:
+        """Cosine to the key of each task learnt so far."""
+        return cosine(query, self.key[str(block)][: max(1, self.learnt)])

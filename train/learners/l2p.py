@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -34,7 +35,7 @@ class L2P(Learner):
         if block != 0:
             return None
         assert query is not None
-        similarity = cosine(query, self.key)
+        similarity = self.similarity(block, query)
         allowed = (
             similarity if training or not bool(self.used.any()) else similarity.masked_fill(~self.used, -torch.inf)
         )
@@ -45,6 +46,14 @@ class L2P(Learner):
         # The mean over the batch, not a sum: the loss must not grow with the batch or the number of devices.
         loss = (1 - similarity.gather(1, index)).mean() if training else None
         return BlockPrompt(keys.flatten(1, 2), values.flatten(1, 2), loss=loss, weights=allowed.detach())
+
+    def similarity(self, block: int, query: Tensor) -> Tensor:
+        """Cosine to every key."""
+        return cosine(query, self.key)
+
+    def synchronise(self, any_process: Callable[[Tensor], Tensor]) -> None:
+        """Entries that any process selected."""
+        self.used.copy_(any_process(self.used))
 
     def learnt_entries(self) -> Tensor:
         """int64 (K,): the entries inference may select."""

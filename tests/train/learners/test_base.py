@@ -11,8 +11,8 @@ def spec(**changes):
     return LearnerSpec(**{"width": 16, "depth": 6, "key_width": 12, "tasks": 3, "seed": 0, **changes})
 
 
-def test_the_four_learners_are_there():
-    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt"]
+def test_the_learners_are_there():
+    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt", "finetune"]
 
 
 def test_cosine_is_a_table_of_cosines():
@@ -45,7 +45,7 @@ def test_the_interface(name):
             dependent.append(block)
     assert tuple(dependent) == learner.blocks()
     assert learner.at_block(5, query, False) is None or name == "apt"
-    assert learner.selection["kind"] == {"coda": "weighted", "apt": "none"}.get(name, "top-k")
+    assert learner.selection["kind"] == {"coda": "weighted", "apt": "none", "finetune": "none"}.get(name, "top-k")
 
 
 @pytest.mark.parametrize("name", LEARNERS)

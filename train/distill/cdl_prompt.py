@@ -1,0 +1,27 @@
+"""CDL-Prompt (arXiv 2407.13911v1): the teacher's prompts, mapped to the student's width, join the student's own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..student import PromptedViT
+from .kd import KD
+
+
+class CDLPrompt(KD):
+    """KD's loss. What is mapped, and how, is the student's own matter: see learners/mapped.py.
+
+    The teacher's pool is copied when it has learnt a task, before the student begins with it.
+    """
+
+    maps_prompts: ClassVar[bool] = True
+    learners: ClassVar[tuple[str, ...] | None] = ("l2p", "dualprompt", "coda")
+    refusal: ClassVar[str] = (
+        "it lets the teacher's prompt rows attend to each other; apt has a single row that is added to the class "
+        "token's, finetune has none"
+    )
+
+    def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
+        """The teacher as it answers during this task."""
+        assert student.mapped is not None and teacher is not None
+        student.mapped.copy(teacher.learner)

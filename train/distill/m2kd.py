@@ -1,0 +1,101 @@
+"""M2KD (arXiv 1904.01769): old classes are distilled from the model as it was when it had just learnt them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..snapshots import Snapshots
+from ..student import PromptedViT, StudentOutput
+from .base import Distiller, DistillSpec, Lesson, divergence
+
+AUXILIARY = 0.5
+"lambda, the weight of the auxiliary level; the paper's value was not to be found: ours"
+
+
+class M2KD(Distiller):
+    """loss = level(head) + 0.5 level(auxiliary head), where with snapshots S_i of all earlier tasks i
+
+    level(head) = (1 - a) CE(head; current classes) + a tau^2 sum_i KL(S_i || head; the classes of task i).
+
+    The paper's sum has no weights: this project's a and 1 - a stand before its two parts as in every other distiller.
+    The auxiliary head is a Linear on the class token in the middle of the depth, normalised without parameters; each
+    snapshot answers with the auxiliary head of its time. There is no large teacher. Snapshots are asked without
+    gradient, one after the other, in the precision of training: a step of task k costs about 1 + k / 3 plain ones.
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    needs_hidden: ClassVar[bool] = True
+
+    def __init__(self, spec: DistillSpec) -> None:
+        super().__init__(spec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            self.auxiliary = nn.Linear(spec.student_width, spec.classes)
+        self.middle = max(0, spec.student_depth // 2 - 1)
+        "the block whose class token the auxiliary head reads"
+        self.snapshots = Snapshots(len(spec.spans))
+        self.auxiliaries: list[dict[str, Tensor]] = []
+        "weight and bias of the auxiliary head of each snapshot"
+        self.sizes: dict[str, object] = {}
+
+    def loss(self, lesson: Lesson) -> Tensor:
+        """As the class says."""
+        alpha, tau = self.spec.alpha, self.spec.tau
+        answers = (
+            lesson.student.cls_logits.float(),
+            self.read(lesson.student.hidden, dict(self.auxiliary.named_parameters())),
+        )
+        weights = (1.0, AUXILIARY)
+        total = torch.zeros((), device=lesson.labels.device)
+        for answer, weight in zip(answers, weights, strict=True):
+            hard = F.cross_entropy(answer[:, slice(*lesson.span)], lesson.labels)
+            total = total + weight * (1 - alpha) * hard
+        for i in range(lesson.task):
+            span = slice(*self.spec.spans[i])
+            for answer, old, weight in zip(answers, self.ask(i, lesson), weights, strict=True):
+                total = total + weight * alpha * divergence(answer[:, span], old[:, span], tau)
+        return total
+
+    def read(self, hidden: tuple[Tensor, ...], head: dict[str, Tensor]) -> Tensor:
+        """An auxiliary head's float32 (B, C) of a pass."""
+        token = hidden[self.middle][:, 0]
+        return F.linear(F.layer_norm(token, token.shape[1:]), head["weight"], head["bias"]).float()
+
+    @torch.no_grad()
+    def ask(self, index: int, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        """What the snapshot of task `index` says to this step: head and auxiliary head, float32 (B, C) each."""
+        state = self.snapshots.rebuild(index, lesson.student_model)
+        # The query is the frozen backbone's, so every snapshot has the same; a whole network has none.
+        inputs = (lesson.inputs, lesson.query)
+        output: StudentOutput = functional_call(lesson.student_model, state, inputs, {"hidden": True})
+        return output.cls_logits.float(), self.read(output.hidden, self.auxiliaries[index])
+
+    def before_step(self, student: PromptedViT) -> None:
+        """Kept weights of a whole network stay as they are."""
+        self.snapshots.freeze(student)
+
+    def end_task(self, task: int, student: PromptedViT) -> None:
+        """The next snapshot."""
+        self.snapshots.take(student)
+        self.auxiliaries.append({k: v.clone() for k, v in self.auxiliary.state_dict().items()})
+        self.sizes = self.snapshots.sizes(student, self.auxiliaries)
+
+    def report(self) -> dict[str, object]:
+        """The memory of the snapshots."""
+        return self.sizes
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Snapshots belong into checkpoints."""
+        return {"snapshots": self.snapshots.to_state(), "auxiliaries": self.auxiliaries, "sizes": self.sizes}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """The inverse."""
+        device = self.auxiliary.weight.device
+        self.snapshots.load(state["snapshots"], device)
+        self.auxiliaries = [{k: v.to(device) for k, v in head.items()} for head in state["auxiliaries"]]
+        self.sizes = state["sizes"]

@@ -1,0 +1,191 @@
+"""One side of a run on one task: epochs of steps, and what the teacher answers to the student's images."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .batches import KEPT_BYTES, Batch, Images
+from .config import TrainConfig
+from .distill import Distiller, Lesson
+from .engine import Engine
+from .student import PromptedViT
+
+CHUNK = 256
+"images a pass without gradient"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher says to a step, or to all images of a task."""
+
+    logits: Tensor
+    "float32 (N, c), the current classes"
+    hidden: tuple[Tensor, ...] = ()
+    "(N, 1 + P, D) behind each block"
+
+    def at(self, index: Tensor) -> Answers:
+        """Of the images at `index`."""
+        return Answers(self.logits[index], tuple(h[index] for h in self.hidden))
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """Where a phase stands after an epoch."""
+
+    epoch: int
+    "epochs done"
+    loss: float
+    "mean over the epoch's images"
+    seconds: float
+    "of the epoch"
+
+
+class Phase:
+    """Train one model on the images of one task; iterate `epochs` and save between them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        models: dict[str, PromptedViT],
+        name: str,
+        task: int,
+        span: tuple[int, int],
+        augmented: bool,
+        distiller: Distiller,
+        bar: str | None = None,
+    ) -> None:
+        """models: the student, and the teacher where there is one; name: whose turn it is; bar: progress title."""
+        self.config, self.engine, self.models, self.name = config, engine, models, name
+        self.task, self.span, self.augmented, self.bar = task, span, augmented, bar
+        self.distiller = distiller
+        self.model = models[name]
+        self.is_student = name == "student"
+        if "teacher" in models:  # blockwise goes back through the teacher's blocks, not to what it has learnt
+            models["teacher"].requires_grad_(not self.is_student)
+        self.parameters = [*self.model.trainable(), *(distiller.parameters() if self.is_student else ())]
+        # A distiller's snapshots and copies do not learn.
+        self.parameters = [p for p in self.parameters if p.requires_grad]
+        network = {id(p) for p in self.model.backbone.parameters()}
+        groups = [
+            {"params": [p for p in self.parameters if (id(p) in network) == inside], "share": share}
+            for inside, share in ((False, 1.0), (True, self.model.learner.network_rate))
+        ]
+        learning = [group for group in groups if group["params"]]
+        self.optimiser = torch.optim.Adam(learning, lr=config.learning_rate, betas=(0.9, 0.999))
+
+    def epochs(self, images: Images, done: int, answers: Answers | None) -> Iterator[EpochDone]:
+        """Train from epoch `done` on. answers: the teacher's, of every image, where they are known already."""
+        config = self.config
+        taught = self.is_student and self.distiller.needs_teacher
+        names = [self.name]
+        if not self.augmented:
+            images.keep(names, self.engine.autocast, CHUNK)
+            if taught and (answers is None or (self.distiller.needs_hidden and not answers.hidden)):
+                answers = self._all_answers(images)
+        if taught and answers is None:
+            names = ["student", "teacher"]
+        steps = math.ceil(len(images) / config.batch_size)
+        for epoch in range(done, config.epochs):
+            begun = time.perf_counter()
+            key = ((config.seed * 1009 + self.task) * 2 + self.is_student) * 100_003 + epoch
+            generator = torch.Generator().manual_seed(key)
+            total = 0.0
+            title = f"{self.bar} epoch {epoch + 1}/{config.epochs}"
+            batches = images.epoch(
+                names, config.batch_size, self.engine.autocast, generator, self.augmented, self.engine.share
+            )
+            quiet = self.bar is None or not sys.stderr.isatty()
+            for step, batch in enumerate(
+                tqdm(batches, total=steps, desc=title, unit="batch", leave=False, disable=quiet)
+            ):
+                for group in self.optimiser.param_groups:
+                    group["lr"] = group["share"] * rate(config, epoch, step, steps)
+                said = None
+                if taught:
+                    said = answers.at(torch.from_numpy(batch.index)) if answers else self._answer(batch)
+                loss = self._loss(batch, said) * batch.weight
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self.engine.sum_gradients(self.parameters)
+                if self.is_student:
+                    self.distiller.before_step(self.model)
+                self.optimiser.step()
+                total += loss.item() * min(config.batch_size, len(images) - step * config.batch_size)
+            total = float(self.engine.sum(torch.tensor(total)))
+            self.model.learner.synchronise(self.engine.any)
+            if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
+                raise FloatingPointError(
+                    f"{self.name}, task {self.task + 1}, epoch {epoch + 1}: the loss is not finite; "
+                    "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
+                )
+            yield EpochDone(epoch + 1, total / len(images), time.perf_counter() - begun)
+        self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
+        self.answers = answers
+
+    def _loss(self, batch: Batch, said: Answers | None) -> Tensor:
+        inputs, query = batch.inputs[self.name], batch.queries[self.name]
+        labels = batch.labels - self.span[0]
+        with self.engine.autocast():
+            hidden = self.is_student and self.distiller.needs_hidden
+            output = self.model(inputs, query, training=True, hidden=hidden)
+            if self.is_student:
+                lesson = Lesson(
+                    output,
+                    labels,
+                    self.task,
+                    self.span,
+                    inputs,
+                    query,
+                    self.model,
+                    said.logits if said is not None else None,
+                    said.hidden if said is not None else (),
+                    self.models.get("teacher"),
+                )
+                loss = self.distiller.loss(lesson)
+            else:
+                # Only the current classes' columns: the same as setting the logits of all others to -inf.
+                loss = nn.functional.cross_entropy(output.cls_logits[:, slice(*self.span)].float(), labels)
+        if output.key_loss is not None:
+            # The authors train on two GPUs and sum the replicas' means: their key loss weighs twice.
+            loss = loss + (2.0 if self.config.compat else 1.0) * output.key_loss
+        return loss
+
+    @torch.no_grad()
+    def _answer(self, batch: Batch) -> Answers:
+        """The frozen teacher's answer to a step."""
+        teacher = self.models["teacher"]
+        with self.engine.autocast():
+            output = teacher(batch.inputs["teacher"], batch.queries["teacher"], hidden=self.distiller.needs_hidden)
+            logits = teacher.combine(output)[:, slice(*self.span)].float()
+        return Answers(logits, output.hidden)
+
+    def _all_answers(self, images: Images) -> Answers | None:
+        """Of every image of the task, once: nothing is augmented and the teacher is frozen. None: too large to keep."""
+        images.keep(["teacher"], self.engine.autocast, CHUNK)
+        parts: list[Answers] = []
+        for start in range(0, len(images), CHUNK):
+            index = torch.arange(start, min(start + CHUNK, len(images))).numpy()
+            parts.append(self._answer(images.batch(index, ["teacher"], self.engine.autocast)))
+            size = sum(h.numel() * h.element_size() for h in parts[0].hidden) * len(images) / len(parts[0].logits)
+            if size > KEPT_BYTES:
+                return None
+        hidden = tuple(torch.cat(h) for h in zip(*(p.hidden for p in parts), strict=True))
+        return Answers(torch.cat([p.logits for p in parts]), hidden)
+
+
+def rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
+    """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
+    if config.compat:
+        share = max(0, epoch - 1) / config.epochs
+    else:
+        share = (epoch * steps + step) / (config.epochs * steps)
+    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))

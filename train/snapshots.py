@@ -1,0 +1,112 @@
+"""The model as it was right after each task, kept small: what M2KD (arXiv 1904.01769) learns from.
+
+Of a prompt learner a snapshot is everything that learns: prompts, keys, heads. Of a whole network it is a set of kept
+weights: an owner map says for each weight after which task it was kept, and kept weights never change again. So
+snapshot i is the weights kept up to task i and the pre-trained values elsewhere: k snapshots cost one network, one byte
+a weight and k heads.
+
+Ours, where the paper says nothing or PackNet (arXiv 1711.05769) something else: a weight that is not kept returns to
+its pre-trained value, which lies in the backbone's file anyway, not to 0, for a pre-trained network without nine tenths
+of its weights has lost its features; its importance is therefore |weight - pre-trained value|; each task may keep
+an equal share of every tensor, so the last one keeps all that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .student import PromptedViT
+
+NETWORK = "network."
+"prefix of the whole network's weights in a student's state"
+
+
+class Snapshots:
+    """Grows by one with each task; `to_state` and `load` for checkpoints."""
+
+    def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
+        self.owners: dict[str, Tensor] = {}
+        "weight of the network -> its shape, 0: free, i + 1: first kept after task i; empty for a prompt learner"
+        self.kept: list[dict[str, Tensor]] = []
+        "of each snapshot: everything of the student's state but the network"
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @torch.no_grad()
+    def take(self, student: PromptedViT) -> None:
+        """Right after a task. A whole network is pruned: what it computes from now on is the snapshot."""
+        for name, weight, start in _weights(student):
+            dtype = torch.uint8 if self.tasks < 256 else torch.int16
+            owner = self.owners.setdefault(name, torch.zeros_like(weight, dtype=dtype))
+            self._keep(owner, (weight - start).abs())
+            weight.copy_(torch.where(owner > 0, weight, start))
+        self.kept.append({k: v.clone() for k, v in student.state_dict().items() if not k.startswith(NETWORK)})
+
+    def _keep(self, owner: Tensor, change: Tensor) -> None:
+        """Give this task the free weights of one tensor that changed most, as far as its share goes."""
+        task = len(self.kept)
+        flat = change.masked_fill(owner > 0, 0.0).flatten()
+        share = flat.numel() * (task + 1) // self.tasks - int((owner > 0).sum())
+        # Stable: the choice among equal changes is the same in every process and after every resume.
+        chosen = flat.argsort(descending=True, stable=True)[:share]
+        chosen = chosen[flat[chosen] > 0]  # a weight that stayed as it was is nobody's
+        owner.view(-1)[chosen] = task + 1
+
+    def freeze(self, student: PromptedViT) -> None:
+        """No gradient for kept weights: Adam, new for each task, then moves them by exactly 0."""
+        for name, weight, _ in _weights(student):
+            owner = self.owners.get(name)
+            if owner is not None and weight.grad is not None:
+                weight.grad.masked_fill_(owner > 0, 0.0)
+
+    @torch.no_grad()
+    def rebuild(self, index: int, student: PromptedViT) -> dict[str, Tensor]:
+        """The student's state as it was after task `index`, for `torch.func.functional_call`."""
+        state = dict(self.kept[index])
+        for name, weight, start in _weights(student):
+            owner = self.owners[name]
+            state[NETWORK + name] = torch.where((owner > 0) & (owner <= index + 1), weight, start)
+        return state
+
+    def sizes(self, student: PromptedViT, more: list[dict[str, Tensor]]) -> dict[str, object]:
+        """Bytes of all snapshots, and of as many copies. more: what the caller keeps beside each."""
+        count, network = len(self), sum(_size(w) for w in student.backbone.parameters())
+        owners = sum(map(_size, self.owners.values()))
+        learnt = sum(_size(v) for kept in (*self.kept, *more) for v in kept.values())
+        return {
+            "snapshots": count,
+            "network_bytes": network,
+            "owner_map_bytes": owners,
+            "learnt_bytes": learnt,
+            "total_bytes": network + owners + learnt,
+            "full_copies_bytes": count * network + learnt,
+            "networks": (network + owners + learnt) / network,
+        }
+
+    def to_state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"owners": self.owners, "kept": self.kept}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """The inverse."""
+        self.owners = {k: v.to(device) for k, v in state["owners"].items()}
+        self.kept = [{k: v.to(device) for k, v in kept.items()} for kept in state["kept"]]
+
+
+def _weights(student: PromptedViT) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """(name, weight, pre-trained value) of a network that learns; nothing of a frozen one."""
+    if not student.learner.whole_network:
+        return
+    start = dict(student.pretrained.named_parameters())
+    for name, weight in student.backbone.named_parameters():
+        yield name, weight, start[name]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

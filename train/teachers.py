@@ -1,0 +1,113 @@
+"""Trained teachers, kept: a teacher depends on nothing of its student but the query, so many students can share it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..files import write_json
+from .checkpoint import load_state, save_state
+
+SCHEMA = 1
+"to be raised when the code that trains a teacher changes what comes out"
+
+
+@dataclass(frozen=True)
+class TeacherKey:
+    """Everything a trained teacher depends on."""
+
+    data: str
+    "fingerprint of the images, see Dataset.fingerprint"
+    classes: tuple[str, ...]
+    "in learned order"
+    tasks: int
+    "parts they are cut into"
+    teacher: str
+    "identity of its backbone"
+    student: str | None
+    "identity of the backbone that gives the query; None where the teacher asks no other"
+    learner: str
+    "prompt learner"
+    query: str
+    "two-pass | one-pass"
+    query_regulariser: float
+    "weight of the one-pass term"
+    epochs: int
+    "a task"
+    batch_size: int
+    "images a step"
+    learning_rate: float
+    "Adam's peak"
+    seed: int
+    "of initial values, batches, augmentation"
+    augmented: bool
+    "random crops and mirrors"
+    compat: bool
+    "the authors' behaviour"
+    precision: str
+    "of training"
+    device: str
+    "cpu | cuda: their floats differ"
+    schema: int = SCHEMA
+    "of this file"
+
+    @property
+    def name(self) -> str:
+        """Folder name: 16 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class TaughtTask:
+    """A teacher just after it has learnt a task."""
+
+    state: dict[str, Any]
+    "of the model, before the student's phase"
+    row: list[float]
+    "accuracy in % on tasks 0.. after this one"
+    losses: list[float]
+    "mean training loss of each epoch"
+    seconds: float
+    "of training"
+    images: int
+    "trained on, counted once an epoch"
+    logits: Tensor | None
+    "float32 (N, c) of the task's training images, where nothing is augmented"
+
+
+class Teachers:
+    """A folder DIR/<key>/task-NN.safetensors; every file is written atomically and says whose it is."""
+
+    def __init__(self, folder: Path, key: TeacherKey) -> None:
+        """Raises: InputError where `folder` is a file."""
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a folder", expected="a folder for --teachers")
+        self.folder, self.key = folder / key.name, key
+
+    def path(self, task: int) -> Path:
+        """File of a task, 0-based."""
+        return self.folder / f"task-{task + 1:02d}.safetensors"
+
+    def load(self, task: int) -> TaughtTask | None:
+        """The teacher after `task`, or None. Raises: InputError for a file of another key or a damaged one."""
+        path = self.path(task)
+        if not path.is_file():
+            return None
+        stored = load_state(path)
+        if stored.get("key") != json.loads(json.dumps(asdict(self.key))):
+            raise InputError(f"{path}: the teacher of another run", fix="delete the folder, it will be made again")
+        return TaughtTask(**{f.name: stored[f.name] for f in fields(TaughtTask)})
+
+    def store(self, task: int, taught: TaughtTask) -> None:
+        """Keep the teacher after `task`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key.json").exists():
+            write_json(self.folder / "key.json", asdict(self.key))
+        entry = {f.name: getattr(taught, f.name) for f in fields(TaughtTask)}
+        save_state(self.path(task), {"key": asdict(self.key), **entry})
