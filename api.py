@@ -32,14 +32,32 @@ def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str
 
     options: the fields of train.config.TrainConfig, `data` and `out` at least. Returns: the contents of metrics.json.
     """
+    from .files import first_process
     from .report import write_report
     from .train.config import TrainConfig
     from .train.loop import train as run
 
     metrics = run(TrainConfig.from_json(options), resume, quiet)
     folder = Path(metrics["config"]["out"])
-    write_report(folder / "report.html", run=folder)
+    if first_process():
+        write_report(folder / "report.html", run=folder)
     return metrics
+
+
+def sweep(
+    out: Path | str,
+    parallel: int | None = None,
+    threads: int | None = None,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a grid of learners, distillers, queries and seeds, or what is missing of it, and compare them.
+
+    options: see sweep.grid.make_plan. Returns: the contents of OUT/sweep.json; `failed` names the cells that did.
+    """
+    from .sweep.sweep import sweep as run
+
+    return run(Path(out), options, parallel, threads, say)
 
 
 def export(

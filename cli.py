@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ import click
 
 from . import __version__
 from .errors import InputError
+from .files import first_process
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
@@ -26,6 +28,7 @@ def cli() -> None:
 
     \b
     train      teacher and student, task by task            images  -> RUN
+    sweep      many trainings and their comparison          images  -> table
     export     the student as a static graph, proven equal  RUN     -> BUNDLE
     predict, evaluate, profile, report                      BUNDLE  -> answers
 
@@ -41,13 +44,16 @@ def main() -> None:
     try:
         cli(prog_name="cdl-edge")
     except InputError as error:
+        if not first_process():  # it says the same, and torchrun ends the others; unless the error is ours alone
+            time.sleep(10)
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
     """For people the text; with --json the document as the last line."""
-    click.echo(json.dumps(document, allow_nan=False) if as_json else text)
+    if first_process():
+        click.echo(json.dumps(document, allow_nan=False) if as_json else text)
 
 
 def say(line: str) -> None:
@@ -61,6 +67,19 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a JSON file, those of the command line in front of them."""
+    stored: dict[str, Any] = {}
+    if config is not None:
+        try:
+            stored = json.loads(config.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{config}: not JSON", got=str(error)) from error
+        if not isinstance(stored, dict):
+            raise InputError(f"{config}: not a JSON object", got=type(stored).__name__, expected='{"data": ...}')
+    return {**stored, **{k: v for k, v in options.items() if v is not None}}
 
 
 @cli.command()
@@ -108,8 +127,11 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--out", help="run folder to write")
 @click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
 @click.option("--student", help="likewise [default: builtin:student]")
-@click.option("--learner", help="l2p | dualprompt | coda | apt [default: coda]")
-@click.option("--distill", help="none | kd | kdp [default: kdp]")
+@click.option("--learner", help="l2p | dualprompt | coda | apt | finetune [default: coda]")
+@click.option(
+    "--distill",
+    help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp]",
+)
 @click.option("--query", help="two-pass | one-pass: where pool learners get their query [default: two-pass]")
 @click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10, two classes each at least]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
@@ -119,12 +141,14 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--limit-per-class", type=int, help="training images a class [default: all]")
 @click.option("--augment", help="auto | none | crop-flip [default: auto, none for digits]")
 @click.option("--alpha", type=float, help="share of distillation, and of the KD head [default: 0.5]")
-@click.option("--tau", type=float, help="temperature [default: 2]")
+@click.option("--tau", type=float, help="temperature [default: the distiller's, 2; dkd 4]")
+@click.option("--query-regulariser", type=float, help="one-pass training: weight of the OS-Prompt term [default: 0]")
 @click.option("--kd-blocks", type=int, help="blocks with KD prompts [default: 12]")
 @click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
-@click.option("--devices", help="auto | cpu | cuda [default: auto]")
+@click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")
+@click.option("--devices", help="auto | cpu | cuda [default: auto]; several processes: see README, torchrun")
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -135,20 +159,12 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @json_option
 def train(config: Path | None, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
     """Train teacher and student on one task after another; write a RUN folder."""
-    stored: dict[str, Any] = {}
-    if config is not None:
-        try:
-            stored = json.loads(config.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{config}: not JSON", got=str(error)) from error
-        if not isinstance(stored, dict):
-            raise InputError(f"{config}: not a JSON object", got=type(stored).__name__, expected='{"data": ...}')
+    given = merged(config, options)
     from . import api
     from .display import accuracy_table
 
     set_threads(threads)
-    given = {k: v for k, v in options.items() if v is not None}
-    metrics = api.train(resume, **{**stored, **given})
+    metrics = api.train(resume, **given)
     out = metrics["config"]["out"]
     report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
@@ -157,6 +173,37 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
+
+
+@cli.command()
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="sweep folder to write, or to continue")
+@click.option("--learners", help="names with commas [default: l2p,dualprompt,coda,apt]")
+@click.option("--distillers", help="names with commas [default: none,kd,kdp]")
+@click.option("--queries", help="two-pass | one-pass | two-pass,one-pass [default: two-pass]")
+@click.option("--seeds", help="numbers with commas; each draws its own class order [default: 0,1,2]")
+@click.option("--baseline", help="distiller that the others are compared with [default: none, or the first]")
+@click.option("--preset", help="paper-cifar100 | paper-imagenet-r: a published table, ours beside it")
+@click.option("--teachers", help="folder of trained teachers, filled and used again [default: teachers/ in --out]")
+@click.option("--parallel", type=click.IntRange(1), help="runs at a time [default: what fits]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of each run [default: its share of the cores]")
+@json_option
+def sweep(out: Path, config: Path | None, as_json: bool, **options: Any) -> None:
+    """Train every learner with every distiller and seed, or what is missing of it; one table with a paired test.
+
+    A run that fails is listed and does not stop the others; exit code 1 then. The same command continues.
+    """
+    from . import api
+    from .sweep.markdown import markdown
+
+    result = api.sweep(say=say, **merged(config, {"out": out, **options}))
+    emit(result, as_json, f"{markdown(result)}\nreport: {out / 'report.html'}")
+    if result["failed"]:
+        sys.exit(1)
+
+
+# What the grid does not vary is given as to train.
+VARIED = ("out", "learner", "distill", "query", "seed", "resume", "teachers", "threads", "as_json")
+sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
 
 
 @cli.command()

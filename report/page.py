@@ -50,14 +50,18 @@ def write_report(
     checked = check_profile(profile) if profile is not None else None
     if opened is not None and checked is not None:
         check_measured(checked, opened)
-    html = render(metrics, opened, checked)
-    # A file name that is no UTF-8 reaches JSON as a lone surrogate, which no UTF-8 file can hold.
-    write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
+    write_page(out, render(metrics, opened, checked))
     return out
 
 
-def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None) -> str:
-    """The page as text, from documents that have been checked."""
+def write_page(out: Path, html: str) -> None:
+    """Write it, whole or not at all."""
+    # A file name that is no UTF-8 reaches JSON as a lone surrogate, which no UTF-8 file can hold.
+    write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
+
+
+def fill(template: str, **values: Any) -> str:
+    """A template of this room with its values, the colours of the heat map and the version."""
     # Autoescape: class names and paths are the user's, and end up in a page that is opened with a double click.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -66,17 +70,25 @@ def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Ma
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(template).render(
+        heat_light=[(c, ink(c)) for c in HEAT_LIGHT],
+        heat_dark=[(c, ink(c)) for c in HEAT_DARK],
+        version=__version__,
+        **values,
+    )
+
+
+def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None) -> str:
+    """The page as text, from documents that have been checked."""
     sections = {
         "accuracy": accuracy_section(metrics) if metrics else None,
         "latency": latency_section(profile) if profile else None,
         "export": export_section(bundle) if bundle else None,
         "card": card_section(metrics, bundle, profile),
     }
-    return environment.get_template(TEMPLATE).render(
+    return fill(
+        TEMPLATE,
         header=header(metrics, bundle),
         figures=figures(metrics, bundle, profile),
-        heat_light=[(c, ink(c)) for c in HEAT_LIGHT],
-        heat_dark=[(c, ink(c)) for c in HEAT_DARK],
-        version=__version__,
         **sections,
     )

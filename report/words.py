@@ -139,6 +139,24 @@ def method_text(learner: object, distiller: object) -> str:
     return f"{first} + {DISTILLERS.get(str(distiller), str(distiller))}" if distiller else first
 
 
+def spread_text(measure: Mapping[str, Any] | None, digits: int = 2) -> str | None:
+    """ "81.23 ± 0.45" from {"mean", "std"}, without ± where there is no standard deviation; None for no measure."""
+    if measure is None or measure["mean"] is None:
+        return None
+    text = f"{measure['mean']:.{digits}f}"
+    return text if measure["std"] is None else f"{text} ± {measure['std']:.{digits}f}"
+
+
+def signed_text(value: float | None) -> str | None:
+    """ "+1.23", "-0.50"; zero has a sign too."""
+    return None if value is None else f"{value:+.2f}"
+
+
+def p_text(value: float | None) -> str | None:
+    """A probability: "0.034", "<0.001"."""
+    return None if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
 def flag_text(flag: str) -> str | None:
     """What a profile's flag means; None for one that this code does not know."""
     return next((text for known, text in FLAGS.items() if flag.startswith(known)), None)

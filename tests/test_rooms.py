@@ -10,7 +10,7 @@ import pytest
 import cdl_edge
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("calibrate", "export", "report", "runtime", "train")
+ROOMS = ("calibrate", "export", "report", "runtime", "sweep", "train")
 SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
     for p in [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "calibrate": {"calibrate", "runtime"},
     "export": {"export", "train", "runtime"},
     "report": {"report", "runtime"},
+    "sweep": {"sweep", "train", "report", "runtime"},
 }
 "room -> rooms it may import; everybody may import the root's modules but those that call rooms"
 CALLERS = {"api", "cli", "quickstart"}
@@ -163,7 +164,7 @@ def test_every_package_is_listed():
 
 def test_what_is_not_python_travels_too():
     text, _ = project_file()
-    for path in ("py.typed", "report/page.html.j2", "report/style.css.j2"):
+    for path in ("py.typed", "report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2"):
         assert (ROOT / path).is_file() and f'"{Path(path).name}"' in text
     for name in ("teacher", "student"):
         assert (ROOT / "train" / "weights" / f"{name}.safetensors").is_file()

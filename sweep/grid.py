@@ -1,0 +1,262 @@
+"""Which runs a sweep consists of: names, options and order of the cells, and the combinations left out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, choose
+from ..train.config import QUERIES, TrainConfig
+from ..train.distill import DISTILLERS
+from ..train.learners import LEARNERS
+from .presets import PRESETS, Pair, Preset
+
+LISTS: dict[str, tuple[str, Collection[str], tuple[str, ...]]] = {
+    "learners": ("learner", LEARNERS, ("l2p", "dualprompt", "coda", "apt")),
+    "distillers": ("distiller", DISTILLERS, ("none", "kd", "kdp")),
+    "queries": ("query", QUERIES, ("two-pass",)),
+}
+"option -> (what one of them is called, which there are, default)"
+SEEDS = (0, 1, 2)
+VARIED = ("out", "learner", "distill", "query", "seed")
+"options of train that the grid sets"
+SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in VARIED)
+ELSEWHERE = ("out", "devices", "teachers")
+"options of train that change where something runs or lies, and no number"
+
+Key = tuple[str, str, str, str]
+"(pair, learner, distiller, query): a row of the table, a cell of it for each seed"
+Group = tuple[str, str, str, int]
+"(pair, learner, query, seed): cells that learn from the same teacher"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of train."""
+
+    name: str
+    "[<pair>-]<learner>-<distiller>[-one-pass]-<seed>; pairs have names in presets only"
+    pair: Pair
+    config: TrainConfig
+
+    @property
+    def key(self) -> Key:
+        """Its row."""
+        return self.pair.name, self.config.learner, self.config.distill, self.config.query
+
+    @property
+    def group(self) -> Group:
+        """Whose teacher it shares."""
+        return self.pair.name, self.config.learner, self.config.query, self.config.seed
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether its distiller has one."""
+        return DISTILLERS[self.config.distill].needs_teacher
+
+    @property
+    def run(self) -> Path:
+        """Its run folder."""
+        return Path(self.config.out)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A combination that is not run."""
+
+    learner: str
+    distiller: str
+    query: str
+    reason: str
+    "one line"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a sweep that is known before it starts."""
+
+    out: Path
+    pairs: tuple[Pair, ...]
+    learners: tuple[str, ...]
+    distillers: tuple[str, ...]
+    queries: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    "the distiller that the others are compared with"
+    settings: Mapping[str, Any]
+    "options of train that all cells share, complete; teacher and student stand in the pairs"
+    cells: tuple[Cell, ...]
+    refused: tuple[Refused, ...]
+    preset: Preset | None
+    departures: tuple[str, ...]
+    "settings of a preset that were overridden, as text"
+
+    @property
+    def keys(self) -> list[Key]:
+        """The rows, in the order of the grid; without what was refused."""
+        there = {c.key for c in self.cells}
+        rows = [
+            (pair.name, learner, distiller, query)
+            for pair in self.pairs
+            for learner in self.learners
+            for query in self.queries
+            for distiller in self.distillers
+        ]
+        return [key for key in rows if key in there]
+
+
+def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
+    """Lay out a sweep.
+
+    Args:
+        out: sweep folder.
+        options: learners, distillers, queries, seeds (each a list, or text with commas), baseline, preset, and options
+            of train.
+
+    Raises: InputError for anything unknown, and when no combination is left.
+    """
+    for key in options:
+        choose("sweep option", key, (*LISTS, "seeds", "baseline", "preset", *SETTINGS))
+    name = options.get("preset")
+    preset = PRESETS[choose("preset", str(name), PRESETS)]() if name is not None else None
+    merged = dict(options)
+    if preset is not None:
+        merged = {"learners": preset.learners, "distillers": preset.distillers, **preset.settings, **options}
+    lists = {key: _names(merged.get(key, default), key, kind, known) for key, (kind, known, default) in LISTS.items()}
+    seeds = _seeds(merged.get("seeds", SEEDS))
+    distillers = lists["distillers"]
+    baseline = str(merged.get("baseline") or ("none" if "none" in distillers else distillers[0]))
+    choose("baseline, which is one of --distillers", baseline, distillers)
+
+    given = {k: v for k, v in merged.items() if k in SETTINGS}
+    if "data" not in given:
+        raise InputError(
+            "a sweep option is missing",
+            got="nothing",
+            expected="data" + (" (ImageNet-R has no usual place: imagenet-r:PATH)" if preset else ""),
+        )
+    given.setdefault("teachers", str(out / "teachers"))
+    settings = TrainConfig.from_json({**given, "out": str(out)}).to_json()
+    settings = {k: settings[k] for k in SETTINGS}
+    pairs = _pairs(preset, given, settings)
+    cells, refused = _cells(out, pairs, lists, seeds, settings)
+    if not cells:
+        raise InputError(
+            "no combination of learner and distiller is left", got="; ".join(f"{r.reason}" for r in refused[:3])
+        )
+    return Plan(
+        out=out,
+        pairs=pairs,
+        seeds=seeds,
+        baseline=baseline,
+        settings={k: v for k, v in settings.items() if k not in ("teacher", "student")},
+        cells=cells,
+        refused=refused,
+        preset=preset,
+        departures=_departures(preset, settings, pairs) if preset else (),
+        **lists,
+    )
+
+
+def differing(mine: TrainConfig, theirs: TrainConfig) -> str:
+    """The options in which two runs differ so much that their numbers do, as text; empty when in none."""
+    one, other = mine.to_json(), theirs.to_json()
+    # Where nothing was asked for, train stores what it came to (the number of tasks, the temperature).
+    keys = [k for k in one if one[k] is not None and one[k] != other[k] and k not in ELSEWHERE]
+    return ", ".join(f"{k}={other[k]!r} (now {one[k]!r})" for k in keys)
+
+
+def _names(value: object, option: str, kind: str, known: Iterable[str]) -> tuple[str, ...]:
+    parts = [p.strip() for p in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(p, str) for p in parts):
+        raise InputError(f"--{option} is no list of names", got=repr(value), expected="names with commas between them")
+    for part in parts:
+        choose(kind, part, known)
+    return _unlike(parts, option)
+
+
+def _seeds(value: object) -> tuple[int, ...]:
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    try:
+        seeds = [int(p) for p in parts]  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise InputError("--seeds is no list of numbers", got=repr(value), expected="for example 0,1,2") from error
+    if not seeds or min(seeds) < 0:
+        raise InputError("--seeds is out of range", got=repr(value), expected="numbers of 0 or more")
+    return _unlike(seeds, "seeds")
+
+
+def _unlike(parts: Iterable[Any], option: str) -> tuple[Any, ...]:
+    parts = tuple(parts)
+    if len(set(parts)) < len(parts):
+        raise InputError(f"--{option} names something twice", got=", ".join(map(str, parts)), expected="each once")
+    return parts
+
+
+def _pairs(preset: Preset | None, given: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Pair, ...]:
+    """One pair, or the preset's with --teacher and --student in place of theirs; pairs that have become equal once."""
+    if preset is None:
+        return (Pair("", settings["teacher"], settings["student"]),)
+    published = {(p.teacher, p.student): p for p in preset.pairs}
+    pairs: dict[tuple[str, str], Pair] = {}
+    for pair in preset.pairs:
+        models = (given.get("teacher", pair.teacher), given.get("student", pair.student))
+        # Naming both backbones of a published pair chooses that pair.
+        pairs.setdefault(models, published.get(models, Pair(pair.name, *models)))
+    return tuple(pairs.values())
+
+
+def _cells(
+    out: Path,
+    pairs: tuple[Pair, ...],
+    lists: Mapping[str, tuple[str, ...]],
+    seeds: tuple[int, ...],
+    settings: Mapping[str, Any],
+) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
+    """Seed by seed, so that after the first one the table has a row for everything."""
+    cells: list[Cell] = []
+    refused: dict[tuple[str, str, str], Refused] = {}
+    grid = [
+        (seed, pair, learner, query, distiller)
+        for seed in seeds
+        for pair in pairs
+        for learner in lists["learners"]
+        for query in lists["queries"]
+        for distiller in lists["distillers"]
+    ]
+    for seed, pair, learner, query, distiller in grid:
+        first = lists["queries"][0]
+        if query != first and not LEARNERS[learner].needs_query:
+            reason = f"{learner} has no query: the run would be the {first} one again"
+            refused[learner, distiller, query] = Refused(learner, distiller, query, reason)
+            continue
+        suffix = () if query == "two-pass" else (query,)
+        name = "-".join([*([pair.name] if pair.name else []), learner, distiller, *suffix, str(seed)])
+        options = {
+            **settings,
+            **{"out": str(out / "runs" / name), "teacher": pair.teacher, "student": pair.student},
+            **{"learner": learner, "distill": distiller, "query": query, "seed": seed},
+        }
+        try:
+            cells.append(Cell(name, pair, TrainConfig.from_json(options)))
+        except InputError as error:
+            reason = " ".join(str(error).split())
+            refused[learner, distiller, query] = Refused(learner, distiller, query, reason)
+    return tuple(cells), tuple(refused.values())
+
+
+def _departures(preset: Preset, settings: Mapping[str, Any], pairs: tuple[Pair, ...]) -> tuple[str, ...]:
+    """What is not as published: settings that differ from the preset's, other backbones."""
+    usual = TrainConfig(data="", out="").to_json() | dict(preset.settings)
+    # compat is no departure: the paper's code is one thing, its text the other. The table says which it was.
+    names = [k for k in SETTINGS if k not in (*ELSEWHERE, "data", "teacher", "student", "precision", "compat")]
+    lines = [f"{k.replace('_', '-')} {settings[k]} (there {usual[k]})" for k in names if settings[k] != usual[k]]
+    if settings["data"].partition(":")[0] != preset.data:
+        lines.append(f"data {settings['data']}")
+    there = {p.name: p for p in preset.pairs}
+    for pair in pairs:
+        if pair != there[pair.name]:
+            lines.append(f"{pair.name}: {pair.teacher} -> {pair.student}")
+    return tuple(lines)
