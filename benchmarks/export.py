@@ -64,7 +64,7 @@ class Straight(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, 3, S, S) -> (1, C)."""
-        return self.student.combine(self.student(self.student.embed(x)))
+        return self.student.combine(self.student(self.student.prepare(x)))
 
 
 class Bare(torch.nn.Module):
@@ -183,7 +183,7 @@ def main() -> None:
             student = trained(backbone, *VARIANTS[label], arguments.tasks)
             graph = session(ours(student, backbone.preprocessing, folder / label), arguments.threads)
             sessions[label] = (graph, {"images": pixels})
-            expected = student.combine(student(student.embed(x))).numpy()
+            expected = student.combine(student(student.prepare(x))).numpy()
             errors[label] = float(np.abs(graph.run(None, sessions[label][1])[0] - expected).max())
         times = race(sessions, arguments.rounds, arguments.threads)
 
