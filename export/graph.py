@@ -3,7 +3,7 @@
 Exactness-preserving rewrites: image normalisation in the first convolution, attention scale in Q, layer scale in the
 projections; stem, LayerNorm and QKV of block 0 shared by the query pass and the prompted pass; the last block only for
 the rows that are read; keys normalised; pools and heads cut to what has been learnt; CODA's cosines as two matrix
-products for all blocks; both heads and alpha in one matrix.
+products for all blocks; the teacher's entries mapped beforehand; both heads and alpha in one matrix.
 
 Tokens travel as (B * N, D), so that every linear layer is one Gemm with its bias; attention is ONNX `Attention`
 (opset 23) on (B, N, D), extra key and value rows are concatenated in front of it.

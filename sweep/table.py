@@ -15,7 +15,8 @@ ALL, POOL = "all learners", "pool learners"
 METRICS = ("average_accuracy", "forgetting", "incremental_accuracy")
 COMPARED = ("average_accuracy", "forgetting")
 DEFINITIONS = {
-    "±": "sample standard deviation over seeds (n - 1); each seed has its own class order, initial values and batches",
+    "±": "sample standard deviation over seeds (n - 1); each seed has its own initial values, batches and "
+    "(but with --compat) class order",
     "n": "seeds that are finished",
     "seconds": "wall time of a cell in s. The first cell of a learner, query and seed that needs a teacher trains it, "
     "the others use it again; cells that ran beside each other shared the machine",

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 VERBS = (
-    *("quickstart", "pretrain", "train", "export", "evaluate", "predict"),
+    *("quickstart", "pretrain", "train", "sweep", "export", "evaluate", "predict"),
     *("profile", "inspect", "validate", "report", "doctor"),
 )
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "sklearn", "numpy", "PIL", "safetensors", "jinja2")
@@ -92,7 +92,7 @@ def choices(text):
 def test_help_names_exactly_what_there_is():
     # A flaw that recurs even in good projects: help that has gone stale.
     from cdl_edge.train.config import AUGMENTATIONS, PRECISIONS, QUERIES, TrainConfig
-    from cdl_edge.train.distill import DISTILLERS
+    from cdl_edge.train.distill import DISTILLERS, Distiller
     from cdl_edge.train.learners import LEARNERS
     from cdl_edge.train.pretrain import ARCHITECTURES
     from cdl_edge.train.scenario import default_tasks
@@ -105,9 +105,12 @@ def test_help_names_exactly_what_there_is():
     assert choices(help_of("pretrain", "arch")) == list(ARCHITECTURES)
     assert help_of("train", "tasks").endswith(f"[default: {default_tasks(100)}, two classes each at least]")
     defaults = TrainConfig("digits", "x").to_json()
-    for option in ("learner", "distill", "query", "epochs", "batch-size", "learning-rate", "alpha", "tau"):
+    for option in ("learner", "distill", "query", "epochs", "batch-size", "learning-rate", "alpha"):
         stated = re.search(r"\[default: ([^\],]+)", help_of("train", option)).group(1)
         assert stated == str(defaults[option.replace("-", "_")]).removesuffix(".0"), option
+    others = sorted({f"{n} {kind.tau:g}" for n, kind in DISTILLERS.items() if kind.tau != Distiller.tau})
+    assert help_of("train", "tau").endswith(f"[default: the distiller's, {'; '.join([f'{Distiller.tau:g}', *others])}]")
+    assert help_of("train", "query-regulariser").endswith(f"[default: {defaults['query_regulariser']:g}]")
     for option in ("kd-blocks", "kd-length", "seed", "teacher", "student", "precision", "devices"):
         stated = re.search(r"\[default: ([^\],]+)", help_of("train", option)).group(1)
         assert stated == str(defaults[option.replace("-", "_")]), option
@@ -169,6 +172,13 @@ def test_wrong_usage_is_two(cli, arguments):
         (["--alpha", "2"], ["--alpha is out of range"]),
         (["--seed", "-1"], ["--seed is out of range"]),
         (["--kd-length", "3"], ["even --kd-length"]),
+        (["--query-regulariser", "-1"], ["--query-regulariser is out of range"]),
+        (
+            ["--learner", "apt", "--distill", "cdl-prompt"],
+            ["--distill cdl-prompt", "--learner apt", "l2p | dualprompt"],
+        ),
+        (["--learner", "finetune", "--distill", "kdp"], ["--distill kdp", "--learner finetune", "l2p | dualprompt"]),
+        (["--teachers", __file__], ["not a folder", "--teachers"]),
     ],
 )
 def test_bad_training_input_writes_nothing(cli, tmp_path, options, words):
@@ -421,6 +431,27 @@ def test_report_refuses(cli, tmp_path):
     out = tmp_path / "page.html"
     cli("report", tmp_path, "--out", out).assert_refused("neither a finished run nor a bundle")
     assert not out.exists()
+
+
+# -- several processes, see also train/test_distributed.py ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "world", "talks"), [("0", "2", True), ("1", "2", False), ("1", "1", True)])
+def test_of_several_processes_one_answers(cli, monkeypatch, rank, world, talks):
+    # A scheduler may number processes that have nothing to do with each other: RANK alone says nothing.
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert (cli("doctor", "--json").out != "") == talks
+
+
+def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
+    slept = []
+    monkeypatch.setattr("cdl_edge.cli.time.sleep", slept.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        cli("train", "--data", "digits", "--out", "x", "--alpha", "2").assert_refused("--alpha")
+    assert slept == [10]  # in which torchrun ends it; an error of its own comes out after all
 
 
 def test_a_bug_keeps_its_trace(monkeypatch):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,6 +233,49 @@ def test_of_classes_and_take():
     assert part.labels.tolist() == [0, 2, 0, 2] and part.items.ravel().tolist() == [0, 2, 3, 5]
     assert split.take(np.array([5, 0])).items.ravel().tolist() == [5, 0]
     assert len(split.of_classes([])) == 0
+
+
+# -- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_of_arrays_is_their_bytes():
+    data = load_dataset("digits")
+    print_ = data.fingerprint()
+    assert len(print_) == 64 and load_dataset("digits").fingerprint() == print_
+    for part in ("train", "val"):
+        split = getattr(data, part)
+        items, labels = split.items.copy(), split.labels.copy()
+        items[3, 0, 0, 0] ^= 1
+        labels[0] = (labels[0] + 1) % 10
+        for changed in (Split(items, split.labels), Split(split.items, labels), split.take(np.arange(50))):
+            assert replace(data, **{part: changed}).fingerprint() != print_
+    assert replace(data, classes=tuple("ABCDEFGHIJ")).fingerprint() != print_
+    assert replace(data, source="elsewhere").fingerprint() == print_
+    assert replace(data, train=data.train.limited(3, seed=0)).fingerprint() != print_
+
+
+def test_the_fingerprint_of_files_is_names_and_sizes(tmp_path, image_folder, photo):
+    root = image_folder(tmp_path / "p", train={"a": 3, "b": 2}, val={"a": 1, "b": 1})
+
+    def of(folder):
+        return load_dataset(f"folder:{folder}").fingerprint()
+
+    before = of(root)
+    moved = shutil.copytree(root, tmp_path / "moved")
+    assert of(moved) == before  # what a folder is called, and when it was made, is of no account
+    path = moved / "train" / "a" / "001.png"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert of(moved) != before
+    shutil.rmtree(moved)
+    for change in (("train/a/000.png", "train/a/zzz.png"), ("val/b", "val/c"), ("train/a/000.png", "train/b/000x.png")):
+        moved = shutil.copytree(root, tmp_path / "moved")
+        (moved / change[0]).rename(moved / change[1])
+        if change[0] == "val/b":
+            (moved / "train" / "b").rename(moved / "train" / "c")
+        assert of(moved) != before, change
+        shutil.rmtree(moved)
+    photo(root / "val" / "a" / "more.png", 7)
+    assert of(root) != before
 
 
 # -- CIFAR-100 and ImageNet-R -----------------------------------------------------------------------------------------

@@ -302,3 +302,15 @@ def test_from_python(fakes, tmp_path):
     document = api.sweep(tmp_path / "s", parallel=1, say=lambda line: None, data="digits", learners="l2p", seeds=0)
     assert [r["distiller"] for r in document["rows"]] == ["none", "kd", "kdp"]
     assert document["schema"] == module.SCHEMA
+
+
+def test_help_names_exactly_what_there_is():
+    from cdl_edge.cli import cli as group
+    from cdl_edge.sweep.grid import LISTS, SEEDS
+    from cdl_edge.sweep.presets import PRESETS
+
+    text = {p.name: p.help for p in group.commands["sweep"].params}
+    for name, (_, _, default) in LISTS.items():
+        assert text[name].endswith(f"[default: {','.join(default)}]")
+    assert text["seeds"].endswith(f"[default: {','.join(map(str, SEEDS))}]")
+    assert text["preset"].partition(":")[0].split(" | ") == list(PRESETS)

@@ -1,9 +1,9 @@
 """Two implementations, one number: training forward and optimiser steps against the formulas of ALGORITHMS.md, redone.
 
-The second implementation is the plainest there is: one image, one head, one entry at a time, autograd of torch in double
+The second implementation is the plainest there is: one image, one head, one entry at a time, torch's autograd in double
 precision, Adam by hand. It shares nothing with train/ but the numbers it starts from. The product's own code runs in
-double precision too: Adam divides a gradient by its own size, which makes rounding of the smallest ones as large as a
-step.
+double precision too: Adam divides a gradient by its own size, which would make rounding of the smallest ones as large
+as a step.
 """
 
 from __future__ import annotations
@@ -133,9 +133,7 @@ class Formulas:
         if self.learner == "coda" and i <= 4:
             rows = [torch.zeros(self.width, dtype=torch.float64) for _ in range(8)]
             for k in range(POOL_PER_TASK * (TASK + 1)):
-                component, key, attention = (
-                    self.p[f"learner.{n}.{i}"][k] for n in ("prompt", "key", "attention")
-                )
+                component, key, attention = (self.p[f"learner.{n}.{i}"][k] for n in ("prompt", "key", "attention"))
                 if k < POOL_PER_TASK * TASK:  # earlier tasks' components take part and do not learn
                     component, key, attention = component.detach(), key.detach(), attention.detach()
                 weight = cos(q * attention, key)
@@ -263,9 +261,7 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
     config = TrainConfig("digits", "x", learner=learner, distill=distill, query=query, learning_rate=RATE, alpha=ALPHA)
     spec = DistillSpec(ALPHA, TAU, 16, 6, 2, 24, 6, 2, CLASSES, ((0, 2), (2, 4), (4, 6)), 0)
     models = {"student": model}
-    phase = Phase(
-        config, Engine("cpu", "fp32"), models, "student", TASK, (LOW, HIGH), False, DISTILLERS[distill](spec)
-    )
+    phase = Phase(config, Engine("cpu", "fp32"), models, "student", TASK, (LOW, HIGH), False, DISTILLERS[distill](spec))
     tokens = model.prepare(images)
     asked = model.query(tokens) if model.two_pass else None
     batch = Batch(np.arange(2), torch.tensor(labels), {"student": tokens}, {"student": asked})

@@ -52,7 +52,7 @@ def finish(process):
 def end(process):
     """Launcher and workers, whatever they are doing."""
     try:
-        family = [process_ for process_ in psutil.Process(process.pid).children(recursive=True)]
+        family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return
     for member in [*family, process]:
@@ -105,12 +105,12 @@ def together(tmp_path_factory, make_config):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path, make_config, together, counts):
-    folder, code, out, err = together
+    folder, code, _, err = together
     assert code == 0, err
     train(make_config(tmp_path / "one", learner="coda", distill="kdp", **OPTIONS), quiet=True)
     assert_close(folder, tmp_path / "one", counts)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["processes"] == 2 and metrics["device"] == "cpu"
+    assert metrics["processes"] == 2 and metrics["device"].startswith("cpu")
     assert json.loads((tmp_path / "one" / "metrics.json").read_text())["processes"] == 1
 
 
@@ -146,13 +146,13 @@ def test_killed_and_resumed(tmp_path, make_config, counts):
             assert process.poll() is None and time.monotonic() < until
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != last:
                 last = checkpoint.stat().st_mtime_ns
-                if tuple(load_state(checkpoint)["position"]) >= (1, "student", 1):
+                if load_state(checkpoint)["position"][:2] == [1, "student"]:
                     break
             time.sleep(0.003)
     finally:
         end(process)
     task, side, epochs = load_state(checkpoint)["position"]
-    assert (task, side) == (1, "student") and 1 <= epochs < 3
+    assert (task, side) == (1, "student") and epochs < 3
     assert not (tmp_path / "broken" / "metrics.json").exists()
     code, _, err = finish(start(broken, "--resume"))
     assert code == 0, err

@@ -197,6 +197,7 @@ def test_a_pass_may_start_in_the_middle(make_model, tokens, learner, one_pass):
 
 def cosines(model, learner, block, q):
     """Of one query to each entry in use, by hand."""
+
     def cos(a, b):
         return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 

@@ -10,7 +10,7 @@ from .base import BlockPrompt, Learner
 
 
 class FineTune(Learner):
-    """The stem, positions, blocks and last norm learn with a linear head; the class of pre-training's head is left out.
+    """The stem, positions, blocks and last norm learn with a linear head; pre-training's own head is left out.
 
     Nothing protects what was learnt before, unless the distiller does.
     """

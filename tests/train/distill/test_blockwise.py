@@ -49,7 +49,9 @@ def stones(distiller, teacher, hidden):
     found = []
     vit = teacher.backbone
     for connector, (run, skipped) in zip(distiller.connectors, distiller.cuts, strict=True):
-        x = torch.stack([torch.stack([connector.weight @ t + connector.bias for t in image]) for image in hidden[run - 1]])
+        x = torch.stack(
+            [torch.stack([connector.weight @ t + connector.bias for t in image]) for image in hidden[run - 1]]
+        )
         for block in vit.blocks[skipped:]:
             x = block(x)
         found.append(teacher.head(vit.norm(x)[:, 0])[:, slice(*SPAN)])
@@ -139,7 +141,5 @@ def test_a_teacher_of_another_grid(spec, lesson, tokens, tiny_vit):
         maps = nn.functional.adaptive_avg_pool2d(block[:, 1:].transpose(1, 2).reshape(3, 16, 3, 3), 2)
         coarse.append(torch.cat([block[:, :1], maps.flatten(2).transpose(1, 2)], dim=1))
     # A Linear on all tokens and a mean over patches may change places.
-    one, two = (
-        distiller.loss(lesson(cls, LABELS, None, said, SPAN, h, (), teacher)).item() for h in (fine, coarse)
-    )
+    one, two = (distiller.loss(lesson(cls, LABELS, None, said, SPAN, h, (), teacher)).item() for h in (fine, coarse))
     assert one == pytest.approx(two, rel=1e-4) and len(seen) == 6
