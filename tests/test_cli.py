@@ -444,6 +444,19 @@ def test_of_several_processes_one_answers(cli, monkeypatch, rank, world, talks):
     assert (cli("doctor", "--json").out != "") == talks
 
 
+@pytest.mark.parametrize(("rank", "reports"), [("0", 1), ("1", 0)])
+def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank, reports):
+    from cdl_edge import api
+
+    written = []
+    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_: {"config": {"out": str(tmp_path)}})
+    monkeypatch.setattr("cdl_edge.report.write_report", lambda path, run: written.append(path))
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    api.train(data="digits", out=str(tmp_path))
+    assert len(written) == reports
+
+
 def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
     slept = []
     monkeypatch.setattr("cdl_edge.cli.time.sleep", slept.append)

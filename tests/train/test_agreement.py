@@ -299,7 +299,7 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
                 assert (value - learnt[name]).abs().max() <= 1e-5, f"{name} after step {step}"
 
     for name, value in learnt.items():  # otherwise the agreement says little
-        assert (start[name] - value).abs().max() > RATE / 2, name
+        assert (start[name] - value).abs().max() > RATE / 10, name
 
 
 @pytest.mark.parametrize(("learner", "distill", "query"), CASES)

@@ -6,6 +6,7 @@ import torch
 
 from cdl_edge.errors import InputError
 from cdl_edge.train.batches import Images, Side
+from cdl_edge.train.engine import Engine, Share
 from cdl_edge.train.evaluate import accuracy, evaluate_run, logits_of
 from cdl_edge.train.loop import train
 
@@ -65,6 +66,30 @@ def test_corrupt_validation_images_are_named(finished, photos, tmp_path):
     (root / "val" / "b" / "000.png").write_bytes(b"no")
     got = evaluate_run(finished[0], f"folder:{root}")
     assert got["images"] == 15 and len(got["skipped"]) == 1 and "b/000.png" in got["skipped"][0]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 40])
+def test_processes_count_each_image_once(backbone, make_model, processes):
+    from cdl_edge.data import Split
+
+    device = torch.device("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
+    sides = {"student": Side(make_model("coda"), backbone.preprocessing, device)}
+    images = Images(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
+    assert accuracy(images, "student", 6) == 100.0  # every label is what the model says
+    engine = Engine("cpu", "fp32")
+    parts = []
+    engine.sum = lambda value: parts.append(float(value)) or value
+    for rank in range(processes):
+        engine.share = Share(rank, processes)
+        accuracy(images, "student", 6, engine)
+    assert len(parts) == processes and sum(parts) == 25
+
+
+def logits_labels(pixels, sides, device):
+    from cdl_edge.data import Split
+
+    return logits_of(Images(Split(pixels, np.zeros(len(pixels), np.int64)), sides, device), "student").argmax(1)
 
 
 def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):

@@ -154,6 +154,11 @@ def test_what_a_teacher_depends_on(key, change):
     assert key().name != key(**change).name
 
 
+def test_the_seed_counts_where_the_class_order_does_not_show_it(key):
+    one, two = key(compat=True), key(compat=True, seed=1)  # the authors never shuffle
+    assert one.classes == two.classes and one.name != two.name
+
+
 def test_backbones_are_known_by_their_weights(key, tiny_vit, tmp_path):
     base = key()
     assert key(teacher=tiny_vit("teacher", 24, seed=1)).name != base.name

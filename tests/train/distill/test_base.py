@@ -131,7 +131,8 @@ def test_a_task_of_one_class_and_of_two_is_defined(name, classes, spec, scene):
     assert math.isfinite(value.item()) and torch.isfinite(made.student.cls_logits.grad).all()
 
 
-@pytest.mark.parametrize("name", [n for n, d in DISTILLERS.items() if not d.needs_tail])
+# Not those that make logits of their own, which cannot be masked from outside: stepping stones, an auxiliary head.
+@pytest.mark.parametrize("name", [n for n, d in DISTILLERS.items() if not d.needs_tail and n != "m2kd"])
 def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec, lesson, tokens):
     # The papers set the logits of other classes to -inf; here the columns are cut out.
     generator = torch.Generator().manual_seed(1)

@@ -113,7 +113,8 @@ def test_the_teacher_is_a_whole_network_that_stands_still_while_the_student_lear
 
 
 def test_it_learns(tmp_path, config):
-    metrics = train(config(tmp_path / "run", distill="none", tasks=1, epochs=8, limit_per_class=20), quiet=True)
+    options = {"distill": "none", "tasks": 1, "epochs": 8, "limit_per_class": 20, "learning_rate": 0.1}
+    metrics = train(config(tmp_path / "run", **options), quiet=True)
     assert metrics["student"]["average_accuracy"] > 60
 
 
