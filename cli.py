@@ -45,7 +45,7 @@ def main() -> None:
         cli(prog_name="cdl-edge")
     except InputError as error:
         if not first_process():  # it says the same, and torchrun ends the others; unless the error is ours alone
-            time.sleep(10)
+            time.sleep(60)
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
 

@@ -464,7 +464,7 @@ def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         cli("train", "--data", "digits", "--out", "x", "--alpha", "2").assert_refused("--alpha")
-    assert slept == [10]  # in which torchrun ends it; an error of its own comes out after all
+    assert slept == [60]  # in which torchrun ends it; an error of its own comes out after all
 
 
 def test_a_bug_keeps_its_trace(monkeypatch):
