@@ -19,6 +19,7 @@ def load(
     threads: int | None = None,
     graph: str = "student",
     verify: bool = True,
+    precision: str | None = None,
 ) -> Runner:
     """Open a bundle and load one of its graphs.
 
@@ -27,9 +28,10 @@ def load(
 
     Args:
         bundle: a folder, or what `open_bundle` returned.
-        backend: "onnxruntime" (also "ort", "cpu", "auto") or "cuda".
+        backend: "onnxruntime" (also "ort", "cpu", "auto"), "cuda", "openvino" or "tensorrt".
         threads: CPU threads; None means every core this process may use.
         graph: name in the manifest's "graphs".
+        precision: key of runtime.runner.PRECISIONS; None: fp32.
         verify: check every file's hash first; False trusts the disk.
 
     Raises: InputError for a bundle that is not whole, an unknown backend, or a backend that cannot run here.
@@ -37,4 +39,4 @@ def load(
     from .backends import open_runner
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify)
-    return open_runner(opened, backend, graph, threads)
+    return open_runner(opened, backend, graph, threads, precision)

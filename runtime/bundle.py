@@ -22,6 +22,20 @@ SELECTIONS = ("top-k", "weighted", "none")
 _AGAIN = "copy the bundle again, or export it again"
 
 
+Shape = tuple[Any, ...]
+"sizes; the first axis is the batch, None when it is free"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a graph takes and gives."""
+
+    images: str
+    "the input that takes pictures, uint8 (B, S, S, 3); all other values are float32"
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle whose manifest has been checked; see `open_bundle`."""
@@ -66,6 +80,21 @@ class Bundle:
     def size_bytes(self) -> int:
         """Bytes of all listed files, the manifest left out."""
         return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+
+    def signature(self, name: str = "student") -> Signature:
+        """Inputs and outputs of one of the graphs."""
+        fields, signatures = self.manifest["input"], self.manifest.get("signatures") or {}
+        images = str(fields.get("name", "images"))
+        default = {"inputs": {images: fields["shape"]}, "outputs": self.manifest["outputs"]}
+        free = bool(fields.get("dynamic_batch"))
+        inputs, outputs = (
+            {
+                n: (None if free else fields["shape"][0], *shape[1:])
+                for n, shape in signatures.get(name, default)[k].items()
+            }
+            for k in ("inputs", "outputs")
+        )
+        return Signature(images, inputs, outputs)
 
     def graph(self, name: str = "student") -> Path:
         """Path of one of the graphs. Raises: InputError when the bundle has no such graph."""

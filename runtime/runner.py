@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import platform
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, choose
 from .bundle import Bundle
+from .external import external_files
+from .machine import usable_cores
+
+PRECISIONS = {
+    "fp32": "as trained",
+    "fp16": "half precision, LayerNorm and softmax in fp32",
+    "bf16": "bfloat16, LayerNorm and softmax in fp32",
+    "int8": "8-bit linear layers, made by `cdl-edge calibrate`",
+}
 
 
 @dataclass(frozen=True)
@@ -23,30 +36,124 @@ class Outputs:
     "float32 (B, L, K): L prompted blocks, K learnt entries; None when the learner has no prompt selection"
 
 
-class Runner(Protocol):
-    """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block."""
+class Runner(ABC):
+    """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block.
 
-    bundle: Bundle
-    load_ms: float
-    "time to create the session, the check of the bundle's hashes left out"
+    A backend opens the graph, computes one call, describes itself and frees what it holds; all else is shared.
+    """
 
-    def run(self, images: np.ndarray) -> Outputs:
-        """Compute uint8 (B, S, S, 3). Raises: InputError for another shape or dtype."""
+    int8: ClassVar[str] = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-trt"
+    "the flavour of 8-bit graph that this backend runs well: U8 activations on x86, symmetric S8 elsewhere"
+    hints: ClassVar[tuple[str, ...]] = ()
+    "precisions that the engine computes the fp32 graph in by itself"
 
-    def infer(self, images: np.ndarray) -> np.ndarray:
-        """`run`, the logits only: float32 (B, C)."""
+    def __init__(self, bundle: Bundle, graph: str = "student", precision: str | None = None) -> None:
+        """graph: "student", "query" or "prompted". precision: a key of PRECISIONS; None: fp32.
 
+        Raises: InputError when the bundle has no such graph, or the graph reads a file that no hash covers.
+        """
+        if precision is not None:
+            choose("precision", precision, PRECISIONS)
+        self.bundle, self.precision = bundle, precision or "fp32"
+        own = self.int8 if precision == "int8" else self.precision
+        self.key = graph if own in ("fp32", *self.hints) else f"{graph}.{own}"
+        self.path = bundle.graph(self.key)
+        self.signature = bundle.signature(self.key)
+        check_external(bundle, self.path)
+        begin = time.perf_counter()
+        self._open()
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+        "time to create the session, the check of the bundle's hashes left out"
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Load `path` and compare it with `signature`. Raises: InputError."""
+
+    @abstractmethod
+    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call of the graph: contiguous inputs of a batch that it takes -> outputs by name."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """{"backend", "providers" (as resolved), "threads", "version"}."""
+        """{"backend", "providers" (as resolved), "threads", "version", "precision"}."""
 
+    @abstractmethod
     def close(self) -> None:
         """Free the session; a second call does nothing."""
 
-    def __enter__(self) -> Runner: ...
+    def compute(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Any number B of images through the graph: its inputs by name, (B, ...) each -> its outputs by name.
+
+        Raises: InputError for inputs of other names, shapes or types, RuntimeError once closed.
+        """
+        wanted = self.signature.inputs
+        if set(feeds) != set(wanted):
+            raise InputError(f"{self.path.name}: inputs of other names", got=sorted(feeds), expected=sorted(wanted))
+        images = feeds[self.signature.images]
+        check_images(images, wanted[self.signature.images][1])
+        for name, value in feeds.items():
+            if name != self.signature.images:
+                expected = (len(images), *wanted[name][1:])
+                if value.dtype != np.float32 or value.shape != expected:
+                    got = f"{value.dtype} {value.shape}"
+                    raise InputError(f"{self.path.name}: input {name!r}", got=got, expected=f"float32 {expected}")
+        if len(images) == 0:
+            return {name: np.zeros((0, *shape[1:]), np.float32) for name, shape in self.signature.outputs.items()}
+        if self.bundle.batch is None:
+            return self._call({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+        return in_batches(self._call, feeds, self.bundle.batch)
+
+    def run(self, images: np.ndarray, **selection: np.ndarray) -> Outputs:
+        """Compute uint8 (B, S, S, 3); selection: the other inputs of a "prompted" graph, "prompt_weights" (B, L, K).
+
+        Raises: InputError for another shape or type, or for a graph without logits.
+        """
+        if "logits" not in self.signature.outputs:
+            raise InputError(f"graph {self.key!r} gives no logits", got=list(self.signature.outputs), fix="use compute")
+        outputs = self.compute({self.signature.images: images, **selection})
+        return Outputs(outputs["logits"], outputs.get("prompt_weights"))
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """`run`, the logits only: float32 (B, C)."""
+        return self.run(images).logits
+
+    def mismatch(self, what: str, got: object, expected: object) -> InputError:
+        """The error for a graph that is not what its manifest says."""
+        return InputError(
+            f"{self.path}: the graph does not fit its manifest: {what}",
+            got=got,
+            expected=expected,
+            fix="export the bundle again",
+        )
+
+    def __enter__(self) -> Runner:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
+
+
+def check_threads(threads: int | None) -> int:
+    """CPU threads to use; None: every core this process may use. Raises: InputError below 1."""
+    if threads is not None and threads < 1:
+        raise InputError("the number of threads is wrong", got=threads, expected="1 or more")
+    return threads or usable_cores()
+
+
+def check_external(bundle: Bundle, path: Path) -> None:
+    """Every file that a graph takes its constants from has to be under the manifest's hashes. Raises: InputError."""
+    folder = path.parent.relative_to(bundle.path)
+    listed = bundle.manifest["files"]
+    for location in external_files(path):
+        if (folder / location).as_posix() not in listed:
+            raise InputError(
+                f"{path}: the graph reads a file that the manifest does not list",
+                got=repr(location),
+                expected="one of " + ", ".join(listed),
+                fix="do not use this bundle; export it again",
+            )
 
 
 def check_images(images: np.ndarray, size: int) -> None:
@@ -61,13 +168,16 @@ def check_images(images: np.ndarray, size: int) -> None:
         )
 
 
-def in_batches(compute: Callable[[np.ndarray], list[np.ndarray]], images: np.ndarray, batch: int) -> list[np.ndarray]:
+def in_batches(
+    compute: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], feeds: dict[str, np.ndarray], batch: int
+) -> dict[str, np.ndarray]:
     """Feed a graph of fixed batch size: cut (B, ...) into pieces of `batch`, the last filled with zeros, and join."""
-    pieces: list[list[np.ndarray]] = []
-    for start in range(0, len(images), batch):
-        piece = images[start : start + batch]
-        real = len(piece)
+    pieces: list[dict[str, np.ndarray]] = []
+    count = len(next(iter(feeds.values())))
+    for start in range(0, count, batch):
+        real = min(batch, count - start)
+        piece = {name: np.ascontiguousarray(value[start : start + batch]) for name, value in feeds.items()}
         if real < batch:
-            piece = np.concatenate([piece, np.zeros((batch - real, *piece.shape[1:]), piece.dtype)])
-        pieces.append([output[:real] for output in compute(piece)])
-    return [np.concatenate(column) for column in zip(*pieces, strict=True)]
+            piece = {n: np.concatenate([v, np.zeros((batch - real, *v.shape[1:]), v.dtype)]) for n, v in piece.items()}
+        pieces.append({name: output[:real] for name, output in compute(piece).items()})
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -9,19 +9,19 @@ from ..bundle import Bundle
 from ..runner import Runner
 
 
-def _cpu(bundle: Bundle, graph: str, threads: int | None) -> Runner:
+def _cpu(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
     from .onnxruntime import OrtRunner
 
-    return OrtRunner(bundle, graph, "cpu", threads)
+    return OrtRunner(bundle, graph, "cpu", threads, precision)
 
 
-def _cuda(bundle: Bundle, graph: str, threads: int | None) -> Runner:
+def _cuda(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
     from .onnxruntime import OrtRunner
 
-    return OrtRunner(bundle, graph, "cuda", threads)
+    return OrtRunner(bundle, graph, "cuda", threads, precision)
 
 
-BACKENDS: dict[str, Callable[[Bundle, str, int | None], Runner]] = {
+BACKENDS: dict[str, Callable[[Bundle, str, int | None, str | None], Runner]] = {
     # "auto" is the CPU: it is there on every machine, and a GPU that cannot be used must be an error, not a surprise.
     "auto": _cpu,
     "onnxruntime": _cpu,
@@ -31,6 +31,8 @@ BACKENDS: dict[str, Callable[[Bundle, str, int | None], Runner]] = {
 }
 
 
-def open_runner(bundle: Bundle, backend: str, graph: str = "student", threads: int | None = None) -> Runner:
+def open_runner(
+    bundle: Bundle, backend: str, graph: str = "student", threads: int | None = None, precision: str | None = None
+) -> Runner:
     """Load a graph of a checked bundle. Raises: InputError for an unknown backend or one that cannot run here."""
-    return BACKENDS[choose("backend", backend, BACKENDS)](bundle, graph, threads)
+    return BACKENDS[choose("backend", backend, BACKENDS)](bundle, graph, threads, precision)

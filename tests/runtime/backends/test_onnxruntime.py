@@ -89,6 +89,7 @@ def test_description(bundle):
             "providers": ["CPUExecutionProvider"],
             "threads": 1,
             "version": onnxruntime.__version__,
+            "precision": "fp32",
         }
         assert runner.load_ms > 0
     with load(bundle) as runner:
