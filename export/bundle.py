@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
+from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +16,17 @@ import onnx
 from ..data import Dataset, load_dataset
 from ..errors import InputError
 from ..runtime import load
-from ..runtime.bundle import open_bundle, write_bundle
+from ..runtime.bundle import Bundle, open_bundle, write_bundle
 from ..runtime.evaluate import evaluate
 from ..train.run import Run, load_run
-from .graph import OPSET, StudentGraph
+from .graph import StudentGraph
 from .model import assemble
-from .parity import check, sample
-from .profiles import check_profile
+from .nodes import Graph
+from .parity import compare, logits_of, logits_of_passes, sample, student_logits
+from .profiles import Profile, get_profile
+
+SELFTEST, SELFTEST_IMAGES = "selftest.npz", 8
+RANGES = "ranges.npz"
 
 
 def export(
@@ -37,34 +43,34 @@ def export(
 
     Raises: InputError for a run or data source that is not there; ParityError when the graph differs from the student.
     """
-    check_profile(profile)
+    dialect = get_profile(profile)
     out = Path(out)
     _check_target(out)
     opened = load_run(Path(run))
     dataset = load_dataset(opened.config.data)
     pixels = _real_images(opened, dataset, images)
-    classes = opened.metrics["classes"]
-    builder = StudentGraph(opened.student, opened.preprocessing, len(classes), None if dynamic_batch else 1)
-    graph = builder.build()
-    outputs: dict[str, list[int]] = {"logits": [len(classes)]}
-    if builder.weights:
-        outputs["prompt_weights"] = [len(builder.weights), builder.entries]
-    metadata = {"classes": classes, "preprocessing": opened.preprocessing.to_json()}
-    artefact = assemble(graph, opened.preprocessing.size, outputs, metadata)
-    manifest = _manifest(opened, out.name, profile, dynamic_batch, outputs, builder.entries)
+    expected = student_logits(opened, pixels, len(opened.metrics["classes"]))
+    graphs = _graphs(opened, dialect, None if dynamic_batch else 1)
+    metadata = {"classes": opened.metrics["classes"], "preprocessing": opened.preprocessing.to_json()}
+    artefact = assemble(graphs, metadata)
+    files: dict[str, Path | bytes] = {f"{name}.onnx": model for name, model in artefact.models.items()}
+    files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
+    if (opened.path / RANGES).is_file():
+        files[RANGES] = opened.path / RANGES
+    manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
-        files: dict[str, Path | bytes] = {"student.onnx": artefact.model, **artefact.constants}
         draft = write_bundle(Path(folder) / out.name, manifest, files)
-        onnx.checker.check_model(str(draft.graph()), full_check=True)
+        parities = _prove(draft, graphs, pixels, expected)
         with load(draft, "onnxruntime") as runner:
-            parity = check(opened, runner, pixels).to_json()
             measured = evaluate(runner, opened.config.data)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
         accuracy = {**{k: measured[k] for k in keep}, "source": opened.config.data}
-        bundle = write_bundle(out, {**manifest, "parity": parity, "accuracy": accuracy}, files)
+        parity = parities["student"]
+        proven = {"parity": parity, "graph_parity": parities, "accuracy": accuracy}
+        bundle = write_bundle(out, {**manifest, **proven}, files)
     return {
         "bundle": str(bundle.path),
         "parity": parity,
@@ -72,6 +78,47 @@ def export(
         "bytes": {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()},
         "manifest_sha256": bundle.manifest["manifest_sha256"],
     }
+
+
+def _graphs(run: Run, profile: Profile, batch: int | None) -> dict[str, Graph]:
+    """Name -> graph: the student, of a two-pass student also its passes apart, in every precision of the profile."""
+    graphs = {}
+    parts = ("student", "query", "prompted") if run.student.two_pass else ("student",)
+    for precision in profile.precisions:
+        for part in parts:
+            builder = StudentGraph(
+                run.student, run.preprocessing, len(run.metrics["classes"]), batch, profile, precision
+            )
+            graphs[part if precision == "fp32" else f"{part}.{precision}"] = builder.build(part)
+    return graphs
+
+
+def _selftest(pixels: np.ndarray, logits: np.ndarray) -> bytes:
+    """A few real images and what the student says about them: the device checks itself with them."""
+    chosen = np.linspace(0, len(pixels) - 1, min(SELFTEST_IMAGES, len(pixels))).round().astype(int)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, images=pixels[chosen], logits=logits[chosen])
+    return stream.getvalue()
+
+
+def _prove(draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: ParityError."""
+    proven = {}
+    for name in graphs:
+        part, _, precision = name.partition(".")
+        precision = precision or "fp32"
+        onnx.checker.check_model(str(draft.graph(name)), full_check=True)
+        if part == "query":
+            continue  # proven together with the prompted graph
+        with ExitStack() as stack:
+            runner = stack.enter_context(load(draft, "onnxruntime", graph=part, precision=precision))
+            if part == "prompted":
+                query = stack.enter_context(load(draft, "onnxruntime", graph="query", precision=precision))
+                got = logits_of_passes(query, runner, pixels)
+            else:
+                got = logits_of(runner, pixels)
+        proven[name] = compare(expected, got, precision, f"the graph {name!r}").to_json()
+    return proven
 
 
 def _check_target(out: Path) -> None:
@@ -98,10 +145,10 @@ def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:
     return pixels
 
 
-def _manifest(
-    run: Run, name: str, profile: str, dynamic_batch: bool, outputs: dict[str, list[int]], entries: int
-) -> dict[str, Any]:
+def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs: dict[str, Graph]) -> dict[str, Any]:
     config, student, size = run.config, run.student, run.preprocessing.size
+    outputs = graphs["student"].outputs
+    entries = outputs["prompt_weights"][1] if "prompt_weights" in outputs else 0
     learner = student.learner
     query = "none" if not learner.needs_query else config.query
     training = {k: v for k, v in run.metrics.items() if k not in ("student", "teacher")}
@@ -139,13 +186,23 @@ def _manifest(
             "depth": run.backbone.depth,
             "heads": int(run.backbone.model.blocks[0].attn.num_heads),
         },
-        "profile": profile,
-        "opset": OPSET,
+        "profile": profile.name,
+        "opset": profile.opset,
         "precision": "fp32",
         "quantisation": None,
-        "graphs": {"student": "student.onnx"},
+        "graphs": {name: f"{name}.onnx" for name in graphs},
+        "signatures": {
+            name: {
+                "inputs": {key: [1, *shape] for key, (_, shape) in graph.inputs.items()},
+                "outputs": {key: [1, *shape] for key, shape in graph.outputs.items()},
+            }
+            for name, graph in graphs.items()
+        },
+        "selftest": SELFTEST,
+        "ranges": RANGES if (run.path / RANGES).is_file() else None,
         "accuracy": None,
         "parity": None,
+        "graph_parity": None,
         "training": training,
         "versions": {package: version(package) for package in ("cdl-edge", "torch", "timm", "onnx", "onnxruntime")},
     }

@@ -1,12 +1,11 @@
 """The student's graph, written by hand: what its eval mode computes, with all that is constant folded.
 
-Exactness-preserving rewrites: image normalisation in the first convolution, attention scale in Q, layer scale in the
-projections; stem, LayerNorm and QKV of block 0 shared by the query pass and the prompted pass; the last block only for
-the rows that are read; keys normalised; pools and heads cut to what has been learnt; CODA's cosines as two matrix
-products for all blocks; the teacher's entries mapped beforehand; both heads and alpha in one matrix.
+`rewrites.py` lists the exactness-preserving rewrites, `profiles.py` the dialects. Three graphs come from here: the
+whole student, and its two passes apart for a runtime that keeps or is told the selection: "query" (images -> prompt
+weights) and "prompted" (images, prompt weights -> logits).
 
-Tokens travel as (B * N, D), so that every linear layer is one Gemm with its bias; attention is ONNX `Attention`
-(opset 23) on (B, N, D), extra key and value rows are concatenated in front of it.
+Tokens travel as (B * N, D), so that every linear layer is one Gemm with its bias; extra key and value rows are
+concatenated behind those of the tokens.
 
 Measured: onnxruntime 1.31.1, one thread of an EPYC (AVX512), ViT-T/16 at 224, CODA + KDP, batch 1, CPU time of the
 thread, medians of 60 interleaved calls, 2026-11-21. MatMul-Softmax-MatMul takes 1.03 of what `Attention` takes
@@ -16,187 +15,211 @@ thread, medians of 60 interleaved calls, 2026-11-21. MatMul-Softmax-MatMul takes
 from __future__ import annotations
 
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
 from ..train.student import PromptedViT
 from .nodes import FROZEN, LEARNT, Graph
+from .profiles import PROFILES, Profile
 from .prompts import PromptRows, Rows
-
-OPSET = 23
-
-
-def normalised(layer: nn.Conv2d, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float64, with x * scale + shift (by channel) in front of them."""
-    weight = layer.weight.detach().double()
-    bias = layer.bias.detach().double() if layer.bias is not None else torch.zeros(len(weight), dtype=torch.float64)
-    if scale is None or shift is None:
-        return weight, bias
-    return weight * scale.view(1, 3, 1, 1), bias + torch.einsum("ocij,c->o", weight, shift)
+from .rewrites import ALL, LAST_TOKENS, Rewrites
+from .selection import Selection
+from .stem import Stem
 
 
 class StudentGraph:
     """Builds one graph from one student."""
 
-    def __init__(self, student: PromptedViT, preprocessing: Preprocessing, classes: int, batch: int | None) -> None:
+    def __init__(
+        self,
+        student: PromptedViT,
+        preprocessing: Preprocessing,
+        classes: int,
+        batch: int | None,
+        profile: Profile = PROFILES["ort"],
+        precision: str = "fp32",
+        rewrites: Rewrites = ALL,
+    ) -> None:
+        """classes: learnt so far. batch: images a call, None: any number. precision: key of nodes.TYPES."""
         self.student, self.preprocessing, self.classes = student, preprocessing, classes
+        self.rewrites = rewrites
         self.vit = student.backbone
-        self.g = Graph(batch)
+        self.g = Graph(batch, profile, precision)
         self.width = int(self.vit.embed_dim)
+        self.depth = len(self.vit.blocks)
         self.tokens = int(self.vit.pos_embed.shape[1])
-        self.prompts = PromptRows(self.g, student)
+        self.stem = Stem(self.g, self.vit, preprocessing, rewrites.input)
 
-    @property
-    def weights(self) -> list[str]:
-        """Prompt weights (B, K) of each query-dependent block."""
-        return self.prompts.weights
-
-    @property
-    def entries(self) -> int:
-        """K, learnt entries a block."""
-        return self.prompts.entries
-
-    # -- parts of the backbone ----------------------------------------------------------------------------------------
-
-    def stem(self) -> str:
-        """uint8 (B, S, S, 3) -> (B, N, D) tokens with positions."""
-        g, vit = self.g, self.vit
-        embed = vit.patch_embed
-        layers = [embed.proj]
-        if hasattr(embed, "backbone"):
-            if not isinstance(embed.backbone, nn.Sequential):
-                raise InputError(
-                    "the stem cannot be exported", got=type(embed.backbone).__name__, expected="Sequential"
-                )
-            layers = [*embed.backbone, embed.proj]
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
-        scale, shift = (1 / (255 * std)), -mean / std
-        if len(layers) == 1 and layers[0].stride == layers[0].kernel_size and not any(layers[0].padding):
-            x = self.patches(layers[0], scale, shift)
-        else:
-            x = self.convolutions(layers, scale, shift)
-        x = g.op("Add", x, g.constant("pos_embed", vit.pos_embed[:, 1:], FROZEN))
-        cls = vit.cls_token + vit.pos_embed[:, :1]
-        if g.batch is not None:
-            first_row = g.constant("cls_token", cls.expand(g.batch, -1, -1), FROZEN)
-        else:
-            size = g.op("Concat", g.op("Shape", x, start=0, end=1), g.shape(1, self.width), axis=0)
-            first_row = g.op("Expand", g.constant("cls_token", cls, FROZEN), size)
-        return g.op("Concat", first_row, x, axis=1)
-
-    def patches(self, layer: nn.Conv2d, scale: Tensor, shift: Tensor) -> str:
-        """A plain patch embedding as one Gemm over patches unfolded while they are bytes: (B, N - 1, D)."""
-        g, (high, wide) = self.g, layer.kernel_size
-        rows, columns = (self.preprocessing.size // s for s in (high, wide))
-        x = g.op("Transpose", g.reshape("images", -1, rows, high, columns, wide * 3), perm=[0, 1, 3, 2, 4])
-        x = g.op("Cast", g.reshape(x, -1, high * wide * 3), to=TensorProto.FLOAT)
-        weight, bias = normalised(layer, scale, shift)
-        x = g.linear("stem.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias)
-        return g.reshape(x, -1, rows * columns, self.width)
-
-    def convolutions(self, layers: list[nn.Module], scale: Tensor, shift: Tensor) -> str:
-        """A convolutional stem: (B, N - 1, D)."""
-        g = self.g
-        x = g.op("Transpose", g.op("Cast", "images", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.ReLU):
-                x = g.op("Relu", x)
-                continue
-            if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or set(layer.dilation) != {1}:
-                raise InputError("the stem cannot be exported", got=str(layer), expected="plain Conv2d and ReLU")
-            weight, bias = normalised(layer, None, None)
-            if i == 0 and any(layer.padding):
-                # Padding is zero behind the normalisation: only what multiplies can move into this convolution.
-                weight = weight * scale.view(1, 3, 1, 1)
-                if torch.any(shift != 0):
-                    x = g.op("Add", x, g.constant("input.shift", (shift / scale).view(1, 3, 1, 1), FROZEN))
-            elif i == 0:
-                weight, bias = normalised(layer, scale, shift)
-            x = g.op(
-                "Conv",
-                x,
-                g.constant(f"stem.{i}.weight", weight, FROZEN),
-                g.constant(f"stem.{i}.bias", bias, FROZEN),
-                kernel_shape=list(layer.kernel_size),
-                strides=list(layer.stride),
-                pads=[*layer.padding, *layer.padding],
-            )
-        return g.op("Transpose", g.reshape(x, -1, self.width, self.tokens - 1), perm=[0, 2, 1])
+    # -- one block ----------------------------------------------------------------------------------------------------
 
     def qkv_weights(self, index: int) -> tuple[Tensor, Tensor]:
-        """(3D, D) and (3D,) with the attention scale in Q."""
+        """(3D, D) and (3D,), with the attention scale in Q."""
         attention = self.vit.blocks[index].attn
         factor = torch.ones(3 * self.width, 1)
-        factor[: self.width] = attention.scale
+        if self.rewrites.scale:
+            factor[: self.width] = attention.scale
         bias = attention.qkv.bias if attention.qkv.bias is not None else torch.zeros(3 * self.width)
         return attention.qkv.weight * factor, bias * factor[:, 0]
+
+    def scaled(self, name: str, x: str, layer: nn.Linear, scale: nn.Module, shift: Tensor | None = None) -> str:
+        """A linear layer and the layer scale behind it, where there is one. shift: what its input lacks, (in,)."""
+        gamma = getattr(scale, "gamma", None)
+        weight = layer.weight
+        lacking = (weight.double() @ shift.double()).float() if shift is not None else 0
+        bias = layer.bias + lacking
+        if gamma is None or not self.rewrites.scale:
+            x = self.g.linear(name, x, weight, bias)
+            return x if gamma is None else self.g.op("Mul", x, self.g.weight(f"{name}.gamma", gamma, FROZEN))
+        return self.g.linear(name, x, weight * gamma[:, None], bias * gamma)
+
+    def pick(self, x: str, rows: list[int]) -> str:
+        """(B, N, D) -> (B, len(rows), D)."""
+        return self.g.concat([self.g.slice(x, r, r + 1, 1) for r in rows], axis=1)
+
+    def normed(self, index: int, x: str) -> str:
+        """First LayerNorm of a block: (B, N, D) -> (B * N, D)."""
+        h = self.g.norm(f"blocks.{index}.norm1", self.g.reshape(x, -1, self.width), self.vit.blocks[index].norm1)
+        return self.g.compute(h)
+
+    def qkv(self, index: int, x: str, count: int, keep: list[int] | None = None) -> tuple[str, ...]:
+        """LayerNorm, then Q, K and V, (B, count, D) each; Q only of the rows in `keep`."""
+        g, width = self.g, self.width
+        weight, bias = self.qkv_weights(index)
+        h = self.normed(index, x)
+        parts = []
+        for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
+            rows, number = h, count
+            if part == "q" and keep is not None:
+                rows, number = g.reshape(self.pick(g.reshape(h, -1, count, width), keep), -1, width), len(keep)
+            parts.append(g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b), -1, number, width))
+        return tuple(parts)
+
+    def first_rows(self, name: str, row: Tensor, count: int) -> str:
+        """A row (1, D) for the class token and zeros for the others: (count, D), made by the engine when it loads."""
+        mask = self.g.weight(f"cls_mask.{count}", torch.eye(count, 1), "")
+        return self.g.op("Mul", mask, self.g.weight(name, row, LEARNT))
+
+    def attend(self, index: int, qkv: tuple[str, ...], count: int, rows: Rows | None) -> str:
+        """Attention of (B, n, D) each with the extra rows of a block."""
+        g = self.g
+        q, k, v = qkv
+        if rows is not None and rows.cls_key is not None and rows.cls_value is not None:
+            k = g.op("Add", k, self.first_rows(f"apt.{index}.key", rows.cls_key, count))
+            v = g.op("Add", v, self.first_rows(f"apt.{index}.value", rows.cls_value, count))
+        if rows is not None and rows.keys:
+            k, v = g.op("Concat", k, *rows.keys, axis=1), g.op("Concat", v, *rows.values, axis=1)
+        attention = self.vit.blocks[index].attn
+        scale = 1.0 if self.rewrites.scale else float(attention.scale)
+        return g.attention(q, k, v, attention.num_heads, self.width, scale)
+
+    def last(self, index: int, x: str, count: int, rows: Rows | None, keep: list[int]) -> tuple[str, Tensor]:
+        """Attention of a few rows without keys and values of the tokens: (B, len(keep), D), and what it lacks (D,).
+
+        A head's scores are q W_k . h_j + q . b_k. A softmax does not see what all scores share: b_k is taken off the
+        extra rows instead of being added to all tokens. Its weights sum to 1: b_v is taken off the extra rows too and
+        added once behind, by the bias of the projection.
+        """
+        g, width, heads = self.g, self.width, self.vit.blocks[index].attn.num_heads
+        size, name, asked = width // heads, f"blocks.{index}", len(keep)
+        weight, bias = self.qkv_weights(index)
+        (w_q, w_k, w_v), (b_q, b_k, b_v) = weight.chunk(3), bias.chunk(3)
+        if not self.rewrites.scale:
+            w_q, b_q = (t * self.vit.blocks[index].attn.scale for t in (w_q, b_q))
+        h = g.reshape(self.normed(index, x), -1, count, width)
+        q = g.linear(f"{name}.q", g.reshape(self.pick(h, keep), -1, width), w_q, b_q)
+        q = g.heads(g.reshape(q, -1, asked, width), heads, width)  # (B, H, R, D / H)
+        w_k = w_k.reshape(1, heads, size, width)
+        w_v = w_v.reshape(heads, size, width).transpose(1, 2)[None]
+        u = g.reshape(g.op("MatMul", q, g.weight(f"{name}.k.heads", w_k, FROZEN)), -1, heads * asked, width)
+        scores = g.op("MatMul", u, g.op("Transpose", h, perm=[0, 2, 1]))
+        scores = g.reshape(scores, -1, heads, asked, count)
+        if rows is not None and rows.cls_key is not None:
+            row = g.weight(f"apt.{index}.key.heads", rows.cls_key.reshape(1, heads, size, 1), LEARNT)
+            mask = g.weight(f"cls_mask.row.{count}", torch.eye(1, count), "")
+            scores = g.op("Add", scores, g.op("Mul", g.op("MatMul", q, row), mask))
+        values, parts, sizes = [], [scores], [count]
+        # Made whether or not there are extra rows: backbone.bin depends on the backbone only.
+        b_key, b_value = (g.weight(f"{name}.{n}.bias", b, FROZEN) for n, b in (("k", b_k), ("v", b_v)))
+        extra = zip(rows.keys, rows.values, rows.lengths, strict=True) if rows is not None else ()
+        for key, value, length in extra:
+            key = g.op("Sub", key, b_key)
+            value = g.op("Sub", value, b_value)
+            parts.append(g.op("MatMul", q, g.heads(key, heads, width, keys=True)))
+            values.append(g.heads(value, heads, width))
+            sizes.append(length)
+        shares = g.split(g.softmax(g.concat(parts, axis=3)), sizes, axis=3)
+        mixed = g.op("MatMul", g.reshape(shares[0], -1, heads * asked, count), h)
+        out = g.op("MatMul", g.reshape(mixed, -1, heads, asked, width), g.weight(f"{name}.v.heads", w_v, FROZEN))
+        if rows is not None and rows.cls_value is not None:
+            row = g.weight(f"apt.{index}.value.heads", rows.cls_value.reshape(1, heads, 1, size), LEARNT)
+            out = g.op("Add", out, g.op("Mul", g.slice(shares[0], 0, 1, 3), row))
+        for share, value in zip(shares[1:], values, strict=True):
+            out = g.op("Add", out, g.op("MatMul", share, value))
+        return g.reshape(g.op("Transpose", out, perm=[0, 2, 1, 3]), -1, asked, width), b_v
 
     def block(
         self, index: int, x: str, count: int, rows: Rows | None, keep: list[int] | None, qkv: tuple[str, ...] | None
     ) -> str:
         """One block. x: (B, count, D) -> (B, count, D), or the rows in `keep`. qkv: what `qkv` gave, if shared."""
         g, block, width = self.g, self.vit.blocks[index], self.width
-        name = f"blocks.{index}"
-        q, k, v = qkv or self.qkv(index, x, count, keep)
-        if keep is not None:
-            x, count = self.pick(x, keep), len(keep)
-        if rows is not None:
-            if rows.cls_key is not None and rows.cls_value is not None:
-                k, v = g.op("Add", k, rows.cls_key), g.op("Add", v, rows.cls_value)
-            if rows.keys:
-                k, v = g.op("Concat", k, *rows.keys, axis=1), g.op("Concat", v, *rows.values, axis=1)
-        heads = block.attn.num_heads
-        mixed = g.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads, scale=1.0)
-        proj, fc2 = self.scaled(block.attn.proj, block.ls1), self.scaled(block.mlp.fc2, block.ls2)
-        flat = g.op("Add", g.reshape(x, -1, width), g.linear(f"{name}.proj", g.reshape(mixed, -1, width), *proj))
-        h = g.norm(f"{name}.norm2", flat, block.norm2)
-        h = g.op("Gelu", g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias))
-        return g.reshape(g.op("Add", flat, g.linear(f"{name}.fc2", h, *fc2)), -1, count, width)
-
-    def qkv(self, index: int, x: str, count: int, keep: list[int] | None = None) -> tuple[str, ...]:
-        """LayerNorm, then Q, K and V, (B, count, D) each; Q only of the rows in `keep`."""
-        g, width, name = self.g, self.width, f"blocks.{index}"
-        weight, bias = self.qkv_weights(index)
-        h = g.norm(f"{name}.norm1", g.reshape(x, -1, width), self.vit.blocks[index].norm1)
-        parts = []
-        for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
-            rows, number = h, count
-            if part == "q" and keep is not None:
-                rows, number = g.reshape(self.pick(g.reshape(h, -1, count, width), keep), -1, width), len(keep)
-            parts.append(g.reshape(g.linear(f"{name}.{part}", rows, w, b), -1, number, width))
-        return tuple(parts)
-
-    @staticmethod
-    def scaled(layer: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
-        """Weight and bias with the layer scale behind them, where there is one."""
-        gamma = getattr(scale, "gamma", None)
-        if gamma is None:
-            return layer.weight, layer.bias
-        return layer.weight * gamma[:, None], layer.bias * gamma
-
-    def pick(self, x: str, rows: list[int]) -> str:
-        """(B, N, D) -> (B, len(rows), D)."""
-        g = self.g
-        parts = [g.op("Slice", x, g.shape(r), g.shape(r + 1), g.shape(1)) for r in rows]
-        return parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
+        name, shift = f"blocks.{index}", None
+        read = keep if self.rewrites.last_rows else None
+        if qkv is None and read is not None and self.rewrites.last_products and self.tokens >= LAST_TOKENS:
+            mixed, shift = self.last(index, x, count, rows, read)
+        else:
+            mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows)
+        if read is not None:
+            x, count = self.pick(x, read), len(read)
+        added = self.scaled(f"{name}.proj", g.reshape(mixed, -1, width), block.attn.proj, block.ls1, shift)
+        flat = g.op("Add", g.reshape(x, -1, width), added)
+        h = g.compute(g.norm(f"{name}.norm2", flat, block.norm2))
+        h = g.gelu(g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias))
+        x = g.reshape(g.op("Add", flat, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2)), -1, count, width)
+        return x if keep is None or read is not None else self.pick(x, keep)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
-    def build(self) -> Graph:
-        """Nodes from `images` to `logits` (and `prompt_weights`)."""
-        g, student, count = self.g, self.student, self.tokens
-        depth = len(self.vit.blocks)
-        tokens = self.stem()
-        shared = self.qkv(0, tokens, count) if depth > 1 else None
+    def build(self, part: str = "student") -> Graph:
+        """Nodes from the inputs to the outputs of "student", "query" or "prompted"."""
+        g, student = self.g, self.student
+        if part != "student" and not student.two_pass:
+            raise InputError(f"there is no {part} graph", got="a student of one pass", expected="a two-pass learner")
+        size = self.preprocessing.size
+        g.input("images", TensorProto.UINT8, size, size, 3)
+        selection = Selection(g, self.rewrites, given=part == "prompted", one_query=not student.one_pass)
+        prompts = PromptRows(g, student, selection)
+        g.scope = "query" if student.two_pass and part != "prompted" else "prompted"
+        tokens = self.stem.tokens()
+        shared = self.qkv(0, tokens, self.tokens) if self.depth > 1 else None
         query = None
-        if student.two_pass:
+        if student.two_pass and part != "prompted":
             x = tokens
-            for i in range(depth):
-                x = self.block(i, x, count, None, [0] if i == depth - 1 else None, shared if i == 0 else None)
+            for i in range(self.depth):
+                x = self.block(
+                    i, x, self.tokens, None, [0] if i == self.depth - 1 else None, shared if i == 0 else None
+                )
             query = g.norm("norm", g.reshape(x, -1, self.width), self.vit.norm)
-        x, qkv = tokens, shared
+            g.scope = "prompted"
+            if not self.rewrites.shared_stem:
+                tokens, shared = self.stem.tokens(), None
+        if part == "query":
+            for pool in prompts.pools.values():
+                g.output(f"{pool.name}_weights", selection.stacked(pool, query), len(pool.blocks), len(pool.learnt))
+            return g
+        weights = self.prompted(tokens, shared, query, prompts)
+        if weights and part == "student":
+            pool = prompts.pools["prompt"]
+            g.output("prompt_weights", selection.joined(weights), len(weights), len(pool.learnt))
+        return g
+
+    def prompted(
+        self, tokens: str, shared: tuple[str, ...] | None, query: str | None, prompts: PromptRows
+    ) -> list[str]:
+        """The prompted pass to `logits`; returns the weights (B, K) of each block that has some."""
+        g, student, count = self.g, self.student, self.tokens
+        x, qkv, weights = tokens, shared, []
         if student.kd is not None:
             token = student.kd.token.detach().cpu()
             x = g.op("Concat", x, g.rows("kd.token", token, tokens), axis=1)
@@ -207,47 +230,50 @@ class StudentGraph:
                 qkv = tuple(g.op("Concat", s, r, axis=1) for s, r in zip(shared, added, strict=True))
             count += 1
         read = [0] if student.kd is None else [0, count - 1]
-        for i in range(depth):
+        for i in range(self.depth):
             if student.one_pass and i in student.learner.blocks():
-                query = g.reshape(self.pick(x, [0]), -1, self.width)
-            rows = self.prompts.at_block(i, count, query, tokens)
-            x = self.block(i, x, count, rows, read if i == depth - 1 else None, qkv if i == 0 else None)
+                query = g.single(g.reshape(self.pick(x, [0]), -1, self.width))
+            rows = prompts.at_block(i, query, tokens)
+            if i in student.learner.blocks():
+                weights.append(prompts.selection.weights(prompts.pools["prompt"], i, query))
+            x = self.block(i, x, count, rows, read if i == self.depth - 1 else None, qkv if i == 0 else None)
         self.heads(g.norm("norm", x, self.vit.norm), len(read))
-        if self.weights:
-            stacked = [g.op("Unsqueeze", w, g.shape(1)) for w in self.weights]
-            joined = stacked[0] if len(stacked) == 1 else g.op("Concat", *stacked, axis=1)
-            g.nodes.append(helper.make_node("Identity", [joined], ["prompt_weights"], name="prompt_weights"))
-        return g
+        return weights
 
     def heads(self, x: str, rows: int) -> None:
-        """(B, rows, D) -> `logits` (B, C)."""
-        g, student, classes = self.g, self.student, self.classes
+        """(B, rows, D) in fp32 -> `logits` (B, C) in fp32."""
+        g, student = self.g, self.student
+        classes = self.classes if self.rewrites.learnt else student.classes
         sides = [(student.head, 1.0)]
         if student.kd_head is not None:
             sides = [(student.head, 1 - student.alpha), (student.kd_head, student.alpha)]
-        parts, weights, bias = [], [], torch.zeros(classes)
+        parts, weights, biases = [], [], []
         for i, (head, share) in enumerate(sides):
-            weight, b, norm = head.folded()
-            weights.append(share * weight[:classes].detach())
-            bias = bias + share * b[:classes].detach().cpu()
+            weight, bias, norm = head.folded()
+            weights.append(weight[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
+            biases.append(bias[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
+            part = self.pick(x, [i]) if norm is not None or not self.rewrites.heads else ""
             if norm is not None:
-                part = self.pick(x, [i])
                 scale, shift = (
                     g.constant(f"head.{i}.norm.{k}", t, LEARNT) for k, t in zip(("w", "b"), norm[:2], strict=True)
                 )
-                parts.append(g.op("LayerNormalization", part, scale, shift, axis=-1, epsilon=norm[2]))
-        if parts:
-            x = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=1)
-        flat = g.reshape(x, -1, rows * self.width)
-        g.nodes.append(
-            helper.make_node(
-                "Gemm",
-                [
-                    flat,
-                    g.constant("head.weight", torch.cat(weights, dim=1).t(), LEARNT),
-                    g.constant("head.bias", bias, LEARNT),
-                ],
-                ["logits"],
-                name="logits",
-            )
-        )
+                part = g.op("LayerNormalization", part, scale, shift, axis=-1, epsilon=norm[2])
+            parts.append(part)
+        if self.rewrites.heads:
+            if all(parts):
+                x = g.concat(parts, axis=1)
+            flat = g.reshape(x, -1, rows * self.width)
+            weight = g.constant("head.weight", torch.cat(weights, dim=1).t(), LEARNT)
+            logits = g.op("Gemm", flat, weight, g.constant("head.bias", torch.stack(biases).sum(0), LEARNT))
+        else:
+            answers = []
+            for i, (part, weight, bias) in enumerate(zip(parts, weights, biases, strict=True)):
+                constants = [
+                    g.constant(f"head.{i}.{k}", t, LEARNT) for k, t in (("weight", weight.t()), ("bias", bias))
+                ]
+                answer = g.op("Gemm", g.reshape(part, -1, self.width), *constants)
+                answers.append(g.op("Mul", answer, g.constant(f"head.{i}.share", torch.tensor(sides[i][1]), LEARNT)))
+            logits = answers[0] if len(answers) == 1 else g.op("Add", *answers)
+        if classes > self.classes:
+            logits = g.slice(logits, 0, self.classes, 1)
+        g.output("logits", logits, self.classes)

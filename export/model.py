@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +11,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from .graph import FROZEN, LEARNT, OPSET, Graph
+from .nodes import FROZEN, LEARNT, Graph
 
 ALIGNMENT = 64
 "bytes: a cache line, so that an engine may map the file and use it in place"
-IR_VERSION = 11
-"what onnxruntime 1.23, the oldest we allow, still reads with opset 23"
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """The files of a graph, in memory."""
+    """The files of one or more graphs, in memory."""
 
-    model: bytes
-    "student.onnx"
+    models: dict[str, bytes]
+    "name of the graph -> the graph without its constants"
     constants: dict[str, bytes]
     "file name -> content"
 
@@ -40,33 +39,48 @@ def pack(constants: dict[str, np.ndarray]) -> tuple[bytes, dict[str, tuple[int, 
     return bytes(content), where
 
 
-def assemble(graph: Graph, size: int, outputs: dict[str, list[int]], metadata: dict[str, Any]) -> Artefact:
-    """The files of a graph. size: side of the input in pixels; outputs: name -> shape behind the batch axis."""
-    batch: int | str = graph.batch if graph.batch is not None else "batch"
+def assemble(graphs: Mapping[str, Graph], metadata: dict[str, Any]) -> Artefact:
+    """Graphs that share their files of constants. metadata: for whoever has only a graph, kept in it as JSON."""
     files: dict[str, bytes] = {}
-    initializers: list[onnx.TensorProto] = []
+    where: dict[str, tuple[str, int, int]] = {}
     for place in (FROZEN, LEARNT):
-        files[place], where = pack({n: a for n, a in graph.constants.items() if graph.places[n] == place})
-        for name, (offset, length) in where.items():
-            array = graph.constants[name]
-            tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
-            tensor.data_location = TensorProto.EXTERNAL
-            for key, value in (("location", place), ("offset", offset), ("length", length)):
-                tensor.external_data.add(key=key, value=str(value))
-            initializers.append(tensor)
-    initializers += [
-        numpy_helper.from_array(array, name) for name, array in graph.constants.items() if graph.places[name] == ""
-    ]
+        constants: dict[str, np.ndarray] = {}
+        for graph in graphs.values():
+            for name, array in graph.constants.items():
+                if graph.places[name] == place and not np.array_equal(constants.setdefault(name, array), array):
+                    raise ValueError(f"two graphs have different constants of the name {name!r}")
+        files[place], offsets = pack(constants)
+        where |= {name: (place, *span) for name, span in offsets.items()}
+    return Artefact({name: _model(name, graph, where, metadata) for name, graph in graphs.items()}, files)
+
+
+def _model(name: str, graph: Graph, where: dict[str, tuple[str, int, int]], metadata: dict[str, Any]) -> bytes:
+    batch: int | str = graph.batch if graph.batch is not None else "batch"
+    initializers: list[onnx.TensorProto] = []
+    read = {name for node in graph.nodes for name in node.input}
+    for constant, array in graph.constants.items():
+        if constant not in read:
+            continue
+        if graph.places[constant] == "":
+            initializers.append(numpy_helper.from_array(array, constant))
+            continue
+        tensor = TensorProto(name=constant, data_type=TensorProto.FLOAT, dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in zip(("location", "offset", "length"), where[constant], strict=True):
+            tensor.external_data.add(key=key, value=str(value))
+        initializers.append(tensor)
     proto = helper.make_graph(
         graph.nodes,
-        "student",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, size, size, 3])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *shape]) for name, shape in outputs.items()],
+        name,
+        [helper.make_tensor_value_info(n, kind, [batch, *shape]) for n, (kind, shape) in graph.inputs.items()],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [batch, *shape]) for n, shape in graph.outputs.items()],
         initializers,
     )
     model = helper.make_model(
-        proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="cdl-edge"
+        proto,
+        opset_imports=[helper.make_opsetid("", graph.profile.opset)],
+        ir_version=graph.profile.ir,
+        producer_name="cdl-edge",
     )
-    # For whoever has only the graph: class names and preprocessing travel inside it as JSON.
     helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
-    return Artefact(model.SerializeToString(), files)
+    return bytes(model.SerializeToString())

@@ -7,34 +7,63 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from .profiles import PROFILES, Profile
+
 FROZEN, LEARNT = "backbone.bin", "prompts.bin"
+TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 @dataclass
 class Graph:
-    """Nodes and constants as they are added."""
+    """Nodes and constants as they are added.
+
+    Constants are always kept in fp32 and cast in the graph, so that graphs of all precisions share their files: every
+    engine folds a cast of a constant when it loads. What selects prompts, normalises or answers stays in fp32.
+    """
 
     batch: int | None
     "images a call; None: any number"
+    profile: Profile = PROFILES["ort"]
+    precision: str = "fp32"
+    "of tokens and weights: a key of TYPES"
+    inputs: dict[str, tuple[int, list[Any]]] = field(default_factory=dict)
+    "name -> type, shape behind the batch"
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    "name -> shape behind the batch, fp32"
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     "constant -> FROZEN, LEARNT, or empty for what is structure and stays in the graph"
+    scope: str = ""
+    "the pass that is built, in front of the names of its linear layers: `prompted.blocks.3.fc1`"
     count: int = 0
+    _cast: dict[str, str] = field(default_factory=dict)
+    "constant -> the same in the graph's precision"
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output; returns the output's name."""
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
-    def ops(self, kind: str, outputs: int, *inputs: str, **attributes: Any) -> list[str]:
+    def ops(self, kind: str, outputs: int, *inputs: str, name: str = "", **attributes: Any) -> list[str]:
         """Add a node with several outputs."""
         self.count += 1
         names = [f"{kind.lower()}_{self.count}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{self.count}", **attributes))
+        name = name or f"{kind}_{self.count}"
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=name, **attributes))
         return names
+
+    def input(self, name: str, kind: int, *shape: int) -> str:
+        """Declare an input (B, *shape)."""
+        self.inputs[name] = (kind, list(shape))
+        return name
+
+    def output(self, name: str, x: str, *shape: int) -> None:
+        """Declare a value as an output (B, *shape)."""
+        self.outputs[name] = list(shape)
+        self.nodes.append(helper.make_node("Identity", [x], [name], name=name))
 
     def constant(self, name: str, value: Tensor | np.ndarray, place: str) -> str:
         """Add a float32 constant once; a second call with the name returns it."""
@@ -44,33 +73,97 @@ class Graph:
             self.places[name] = place
         return name
 
+    def weight(self, name: str, value: Tensor | np.ndarray, place: str) -> str:
+        """A constant in the graph's precision."""
+        name = self.constant(name, value, place)
+        if self.precision != "fp32" and name not in self._cast:
+            self._cast[name] = self.compute(name)
+        return self._cast.get(name, name)
+
+    def compute(self, x: str) -> str:
+        """fp32 -> the graph's precision."""
+        return x if self.precision == "fp32" else self.op("Cast", x, to=TYPES[self.precision])
+
+    def single(self, x: str) -> str:
+        """The graph's precision -> fp32."""
+        return x if self.precision == "fp32" else self.op("Cast", x, to=TensorProto.FLOAT)
+
     def shape(self, *sizes: int) -> str:
         """An int64 vector for Reshape and Split."""
-        name = "shape_" + "_".join(str(s).replace("-", "m") for s in sizes)
+        name = "sizes_" + "_".join(str(s).replace("-", "m") for s in sizes)
         self.constants[name] = np.asarray(sizes, dtype=np.int64)
         self.places[name] = ""
         return name
 
+    def indices(self, *values: int) -> str:
+        """An int64 vector for Gather."""
+        return self.shape(*values)
+
     def reshape(self, x: str, *sizes: int) -> str:
-        """Reshape to sizes, at most one -1."""
+        """Reshape to sizes, at most one -1; 0 keeps the size that is there."""
         return self.op("Reshape", x, self.shape(*sizes))
 
-    def rows(self, name: str, value: Tensor, like: str) -> str:
-        """A learnt constant (1, n, D) for every image of the batch; `like`: any value whose first axis is the batch."""
+    def split(self, x: str, sizes: list[int], axis: int) -> list[str]:
+        """Cut an axis."""
+        if len(sizes) == 1:
+            return [x]
+        return self.ops("Split", len(sizes), x, self.shape(*sizes), axis=axis)
+
+    def slice(self, x: str, start: int, end: int, axis: int) -> str:
+        """x[start:end] of an axis."""
+        return self.op("Slice", x, self.shape(start), self.shape(end), self.shape(axis))
+
+    def concat(self, parts: list[str], axis: int) -> str:
+        """Join; one part is itself."""
+        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)
+
+    def rows(self, name: str, value: Tensor, like: str, place: str = LEARNT) -> str:
+        """A constant (1, n, D) for every image of the batch; `like`: any value whose first axis is the batch."""
         if self.batch is not None:
-            return self.constant(name, value.expand(self.batch, -1, -1), LEARNT)
-        size = self.op("Shape", like, start=0, end=1)
-        full = self.op("Concat", size, self.shape(*value.shape[1:]), axis=0)
-        return self.op("Expand", self.constant(name, value, LEARNT), full)
+            return self.weight(name, value.expand(self.batch, -1, -1), place)
+        size = self.slice(self.op("Shape", like), 0, 1, 0)
+        return self.op(
+            "Expand", self.weight(name, value, place), self.op("Concat", size, self.shape(*value.shape[1:]), axis=0)
+        )
 
     def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None, place: str = FROZEN) -> str:
         """(M, in) -> (M, out); weight as torch has it, (out, in)."""
-        inputs = [x, self.constant(f"{name}.weight", weight.detach().t(), place)]
+        inputs = [x, self.weight(f"{name}.weight", weight.detach().t(), place)]
         if bias is not None:
-            inputs.append(self.constant(f"{name}.bias", bias, place))
-        return self.op("Gemm", *inputs)
+            inputs.append(self.weight(f"{name}.bias", bias, place))
+        return self.op("Gemm", *inputs, name=".".join(filter(None, (self.scope, name))))
 
     def norm(self, name: str, x: str, layer: nn.LayerNorm, place: str = FROZEN) -> str:
-        """LayerNorm over the last axis."""
+        """LayerNorm over the last axis, computed and given in fp32: `compute` what goes into a linear layer."""
         scale, shift = (self.constant(f"{name}.{k}", getattr(layer, k), place) for k in ("weight", "bias"))
-        return self.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=layer.eps)
+        return self.op("LayerNormalization", self.single(x), scale, shift, axis=-1, epsilon=layer.eps)
+
+    def gelu(self, x: str) -> str:
+        """x / 2 (1 + erf(x / sqrt 2))."""
+        if self.profile.gelu:
+            return self.op("Gelu", x)
+        half, one, root = (
+            self.weight(f"gelu.{n}", np.array(v), "") for n, v in (("half", 0.5), ("one", 1.0), ("root", 0.5**0.5))
+        )
+        return self.op("Mul", self.op("Mul", x, half), self.op("Add", self.op("Erf", self.op("Mul", x, root)), one))
+
+    def heads(self, x: str, count: int, width: int, keys: bool = False) -> str:
+        """(B, n, D) -> (B, H, n, D / H); keys: (B, H, D / H, n)."""
+        return self.op(
+            "Transpose", self.reshape(x, 0, 0, count, width // count), perm=[0, 2, 3, 1] if keys else [0, 2, 1, 3]
+        )
+
+    def softmax(self, x: str) -> str:
+        """Over the last axis, in fp32."""
+        return self.compute(self.op("Softmax", self.single(x), axis=-1))
+
+    def attention(self, q: str, k: str, v: str, heads: int, width: int, scale: float) -> str:
+        """softmax(q k^T scale) v of (B, n, D) each -> (B, n, D)."""
+        if self.profile.attention:
+            safe = {} if self.precision == "fp32" else {"softmax_precision": int(TensorProto.FLOAT)}
+            return self.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads, scale=scale, **safe)
+        scores = self.op("MatMul", self.heads(q, heads, width), self.heads(k, heads, width, keys=True))
+        if scale != 1:
+            scores = self.op("Mul", scores, self.weight("scale", np.array(scale), ""))
+        mixed = self.op("MatMul", self.softmax(scores), self.heads(v, heads, width))
+        return self.reshape(self.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, width)

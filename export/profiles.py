@@ -1,12 +1,46 @@
-"""Which graph suits which runtime."""
+"""Which form of graph suits which runtime (design/EDGE.md, 2)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import choose
 
-PROFILES = {"ort": "ONNX Runtime 1.23 or newer: opset 23, fused Attention"}
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
-def check_profile(name: str) -> str:
-    """Return the name. Raises: InputError for an unknown profile, with the closest match."""
-    return choose("export profile", name, PROFILES)
+@dataclass(frozen=True)
+class Profile:
+    """The dialect of ONNX that a runtime fuses best."""
+
+    name: str
+    runtimes: str
+    "what reads it"
+    opset: int
+    "17 at least: LayerNormalization has to be one operator, decomposed it loses its precision in fp16"
+    ir: int
+    "ONNX IR version: the oldest runtime named above still reads it"
+    attention: bool
+    "the operator `Attention`; otherwise MatMul, Softmax, MatMul, which TensorRT and OpenVINO fuse themselves"
+    gelu: bool
+    "the operator `Gelu`; otherwise its definition with Erf"
+    byte_layout: bool
+    "bytes may be moved before they are cast (TensorRT takes a byte input to a Cast only)"
+    precisions: tuple[str, ...]
+    "of the graphs that an export writes; fp32 always first"
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile("ort", "ONNX Runtime 1.23 or newer", 23, 11, True, True, True, ("fp32",)),
+        Profile("trt10", "TensorRT 10.3 (JetPack 6) or newer", 17, 8, False, False, False, ("fp32", "fp16")),
+        Profile("trt11", "TensorRT 10.14, 11 or newer (JetPack 7)", 23, 11, True, True, False, ("fp32", "fp16")),
+        Profile("openvino", "OpenVINO 2025 or newer", 20, 9, False, True, True, ("fp32",)),
+    )
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile of a name. Raises: InputError for an unknown one, with the closest match."""
+    return PROFILES[choose("export profile", name, PROFILES)]

@@ -51,7 +51,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 
 def make_backbone(
-    stem: str = "plain", depth: int = 6, layer_scale: bool = False, qkv_bias: bool = True, seed: int = 0
+    stem: str = "plain", depth: int = 6, layer_scale: bool = False, qkv_bias: bool = True, seed: int = 0, patch: int = 8
 ) -> VisionTransformer:
     """32 pixels, patches of 8 (stems: stride 4), width 32, 2 heads."""
     if STEMS[stem]:
@@ -59,7 +59,7 @@ def make_backbone(
     else:
         model = VisionTransformer(
             img_size=SIDE,
-            patch_size=8,
+            patch_size=patch,
             embed_dim=32,
             depth=depth,
             num_heads=2,
@@ -124,7 +124,7 @@ class Exported:
 
 def digests(artefact: Artefact) -> dict[str, str]:
     """File name -> SHA-256: what tests compare, since pytest takes minutes to explain how two blobs differ."""
-    files = {"student.onnx": artefact.model, **artefact.constants}
+    files = {"student.onnx": artefact.models["student"], **artefact.constants}
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
@@ -157,21 +157,19 @@ class Lab:
         classes: int = CLASSES,
         batch: int | None = 1,
         preprocessing: Preprocessing = PREPROCESSING,
+        part: str = "student",
+        **options: Any,
     ) -> tuple[Artefact, dict[str, list[int]]]:
         """student.onnx and its constants in memory, and the outputs' shapes behind the batch."""
-        builder = StudentGraph(student, preprocessing, classes, batch)
-        graph = builder.build()
-        outputs = {"logits": [classes]}
-        if builder.weights:
-            outputs["prompt_weights"] = [len(builder.weights), builder.entries]
-        return assemble(graph, SIDE, outputs, {"classes": ["a"]}), outputs
+        graph = StudentGraph(student, preprocessing, classes, batch, **options).build(part)
+        return assemble({"student": graph}, {"classes": ["a"]}), graph.outputs
 
     def export(self, student: PromptedViT, **options: Any) -> Exported:
         """Build, write, check, load."""
         artefact, outputs = self.artefact(student, **options)
         folder = self.folder / str(next(self.numbers))
         folder.mkdir()
-        (folder / "student.onnx").write_bytes(artefact.model)
+        (folder / "student.onnx").write_bytes(artefact.models["student"])
         for name, content in artefact.constants.items():
             (folder / name).write_bytes(content)
         onnx.checker.check_model(str(folder / "student.onnx"), full_check=True)
@@ -180,7 +178,7 @@ class Lab:
         session = onnxruntime.InferenceSession(
             str(folder / "student.onnx"), settings, providers=["CPUExecutionProvider"]
         )
-        return Exported(artefact, onnx.load_from_string(artefact.model), outputs, session)
+        return Exported(artefact, onnx.load_from_string(artefact.models["student"]), outputs, session)
 
     @torch.no_grad()
     def truth(

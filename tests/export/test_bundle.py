@@ -91,7 +91,17 @@ def test_result_and_manifest(bundle, make_run):
     run = load_run(make_run(learner="coda", distill="kdp"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert Path(result["bundle"]) == out
-    assert result["bytes"] == {f: (out / f).stat().st_size for f in ("student.onnx", "backbone.bin", "prompts.bin")}
+    graphs = ("student.onnx", "query.onnx", "prompted.onnx")
+    files = {*graphs, "backbone.bin", "prompts.bin", "selftest.npz", "ranges.npz"}
+    assert set(result["bytes"]) <= files and files - set(result["bytes"]) <= {"ranges.npz"}
+    assert result["bytes"] == {name: (out / name).stat().st_size for name in result["bytes"]}
+    assert manifest["graphs"] == {name.removesuffix(".onnx"): name for name in graphs}
+    assert manifest["graph_parity"].keys() == {"student", "prompted"}
+    assert manifest["graph_parity"]["prompted"]["max_abs_error"] <= 1e-4
+    assert manifest["signatures"]["prompted"] == {
+        "inputs": {"images": [1, 16, 16, 3], "prompt_weights": [1, 5, 100]},
+        "outputs": {"logits": [1, 10]},
+    }
     assert result["manifest_sha256"] == manifest["manifest_sha256"]
     assert manifest["classes"] == run.metrics["classes"]
     assert manifest["tasks"] == run.metrics["tasks"]

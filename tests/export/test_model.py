@@ -87,7 +87,7 @@ def test_prompts_bin_holds_learnt_values_only(lab, learner):
 
 def test_class_names_and_preprocessing_travel_inside(lab):
     artefact, _ = lab.artefact(lab.student("apt"))
-    props = {p.key: json.loads(p.value) for p in onnx.load_from_string(artefact.model).metadata_props}
+    props = {p.key: json.loads(p.value) for p in onnx.load_from_string(artefact.models["student"]).metadata_props}
     assert props["classes"] == ["a"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cdl_edge.data import Split
-from cdl_edge.export.parity import TOLERANCE, ParityError, check, sample, student_logits
+from cdl_edge.export.parity import TOLERANCE, ParityError, compare, logits_of, sample, student_logits
 
 
 @dataclass
@@ -36,6 +36,10 @@ class FakeRunner:
 class FakeRun:
     student: object
     preprocessing: object
+
+
+def check(run, runner, pixels):
+    return compare(student_logits(run, pixels, 7), logits_of(runner, pixels))
 
 
 @pytest.fixture
