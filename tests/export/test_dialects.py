@@ -47,7 +47,7 @@ def test_profiles(lab, many_tokens, learner, profile):
     assert "LayerNormalization" in kinds
 
 
-@pytest.mark.parametrize("profile", ["trt10", "trt11"])
+@pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
 def test_bytes_go_to_a_cast_only(lab, profile):
     """TensorRT takes a byte input to nothing else."""
     graph = lab.export(lab.student("apt"), profile=PROFILES[profile])
