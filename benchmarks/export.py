@@ -1,19 +1,24 @@
-"""What a prompted student costs on the device, relative to one pass of its bare backbone.
+"""What a prompted student costs on the device, relative to one pass of its bare backbone, and to the generic exports.
 
-    python benchmarks/export.py [--model TAG] [--tasks 10] [--threads 1] [--rounds 40] [--learners coda,apt,...]
+    python benchmarks/export.py [--models tiny,small,base] [--batches 1,8] [--threads 1,2] [--learners coda,apt,...]
+                                [--engines ort,openvino,openvino-bf16,torch,compile] [--rewrites] [--tasks 10]
 
-Compared in one process, batch 1, ONNX Runtime CPU, one image of each graph in turn, so that whatever else the machine
-does hits all of them alike:
-- bare:       the timm ViT without head, exported by torch.onnx, float32 input already normalised (= 1.00);
-- straight:   the two-pass CODA + KDP student exported by torch.onnx, the same input;
-- the others: our graphs, uint8 input, normalisation inside.
-A student is in the state it has after all tasks, with random prompts: the weights do not change the cost. Every graph
-is compared with torch first. The floor of a two-pass learner is 2 passes less what both share, of a one-pass learner 1.
+One image batch of each graph in turn, in one process, so that whatever else the machine does hits all of them alike.
+Every ratio is to the same thing: one pass of the bare timm ViT without head, as torch.onnx exports it, in ONNX Runtime
+fp32 (= 1.00). For each engine:
+- bare:      that ViT, the floor of a one-pass student. Two passes less what both share are the floor of the others;
+- straight:  the student as torch.onnx exports it ("coda" has two passes, "apt" one), fp32 input, normalised outside;
+- others:    our graph of that learner in the engine's profile, uint8 input, normalisation inside.
+`torch` and `compile` run the plain module, eager and by torch.compile (inductor).
+--rewrites: our two-pass CODA graph in ONNX Runtime with one rewrite switched off at a time, and with none of them.
 
-With one thread the clock is the CPU time of the calling thread, which does the whole work then: being preempted by
-another process does not count. With more threads it is wall time, and the machine has to be idle.
+A student is in the state it has after all tasks, with random prompts, norms and biases: a fresh ViT's norms are ones
+and zeros, which OpenVINO folds away. Every graph is compared with torch; the last column is |difference of logits|.
 
-Prints a table; the last line of stdout is JSON, null where a graph could not be made.
+With one thread the clock is the CPU time of the process, which one thread spends then: being preempted by another
+process does not count. With more threads it is wall time, and the machine has to be idle.
+
+Prints tables; the last line of stdout is JSON, null where a graph could not be made.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ import sys
 import tempfile
 import time
 import warnings
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,8 +44,11 @@ import torch
 
 from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import assemble
+from cdl_edge.export.profiles import PROFILES
+from cdl_edge.export.rewrites import ALL, Rewrites
+from cdl_edge.runtime.machine import cpu_model
 from cdl_edge.train.augment import Normalise
-from cdl_edge.train.backbone import load_backbone
+from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.learners.l2p import L2P
 from cdl_edge.train.student import PromptedViT
 
@@ -52,6 +62,10 @@ VARIANTS = {
     "apt": ("apt", True, False),
     "apt-no-kd": ("apt", False, False),
 }
+STRAIGHT = ("coda", "apt")
+ENGINES = ("ort", "openvino", "openvino-bf16", "torch", "compile")
+Call = Callable[[], np.ndarray]
+"one batch -> logits (or the class token of the bare ViT)"
 
 
 class Straight(torch.nn.Module):
@@ -80,6 +94,17 @@ class Bare(torch.nn.Module):
 
 
 @torch.no_grad()
+def backbone_of(name: str) -> Backbone:
+    """A ViT with norms and biases that no engine can fold away."""
+    backbone = load_backbone(f"random:vit_{name}_patch16_224")
+    generator = torch.Generator().manual_seed(0)
+    for key, value in backbone.model.state_dict().items():
+        if "norm" in key or key.endswith("bias"):
+            value += 0.05 * torch.randn(value.shape, generator=generator)
+    return backbone
+
+
+@torch.no_grad()
 def trained(backbone: Any, learner: str, kd: bool, one_pass: bool, tasks: int) -> PromptedViT:
     """A student with all tasks behind it, its learnt values random."""
     student = PromptedViT(backbone.model, learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, one_pass=one_pass)
@@ -94,14 +119,33 @@ def trained(backbone: Any, learner: str, kd: bool, one_pass: bool, tasks: int) -
     return student.eval().requires_grad_(False)
 
 
-def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def ort(path: Path, feed: dict[str, np.ndarray], threads: int) -> Call:
     """As runtime/backends/onnxruntime.py opens it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     if threads == 1:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feed)[0]
+
+
+def openvino(path: Path, feed: dict[str, np.ndarray], threads: int, precision: str) -> Call:
+    """As runtime/backends/openvino.py opens it. Raises: ImportError without OpenVINO."""
+    import openvino as ov
+
+    core = ov.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise RuntimeError("this CPU has no bf16")
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "ENABLE_CPU_PINNING": False,
+    }
+    compiled = core.compile_model(str(path), "CPU", settings)
+    request, output = compiled.create_infer_request(), compiled.output(0)
+    return lambda: request.infer(feed)[output]
 
 
 def cosine_similarity(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
@@ -117,102 +161,180 @@ def by_torch(module: torch.nn.Module, x: torch.Tensor, path: Path) -> None:
         torch.onnx.export(module.eval(), (x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
 
 
-def ours(student: PromptedViT, preprocessing: Any, folder: Path) -> Path:
+def ours(student: PromptedViT, backbone: Backbone, batch: int, folder: Path, profile: str, rewrites: Rewrites) -> Path:
     """student.onnx with its two files of constants."""
-    builder = StudentGraph(student, preprocessing, CLASSES, 1)
-    graph = builder.build()
-    outputs = {"logits": [CLASSES]}
-    if builder.weights:
-        outputs["prompt_weights"] = [len(builder.weights), builder.entries]
-    artefact = assemble(graph, preprocessing.size, outputs, {})
+    builder = StudentGraph(student, backbone.preprocessing, CLASSES, batch, PROFILES[profile], rewrites=rewrites)
+    artefact = assemble({"student": builder.build()}, {})
     folder.mkdir()
-    for name, content in {"student.onnx": artefact.model, **artefact.constants}.items():
+    for name, content in {"student.onnx": artefact.models["student"], **artefact.constants}.items():
         (folder / name).write_bytes(content)
     return folder / "student.onnx"
 
 
-def race(sessions: dict[str, tuple[Any, dict[str, np.ndarray]]], rounds: int, threads: int) -> dict[str, list[float]]:
-    """Milliseconds of each, one call of each in turn."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for i in range(rounds + 3):
-        for name, (graph, feed) in sessions.items():
-            begin = clock()
-            graph.run(None, feed)
-            if i >= 3:
-                times[name].append((clock() - begin) * 1e3)
-    return times
+class Field:
+    """All who take part in one race: a model, a batch, a number of threads."""
+
+    def __init__(self, model: str, batch: int, threads: int, tasks: int, folder: Path) -> None:
+        self.batch, self.threads, self.tasks, self.folder = batch, threads, tasks, folder
+        self.backbone = backbone_of(model)
+        side = self.backbone.preprocessing.size
+        self.pixels = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+        self.x = Normalise(self.backbone.preprocessing, torch.device("cpu"))(self.pixels)
+        self.calls: dict[str, Call] = {}
+        self.truth: dict[str, np.ndarray] = {}
+        self.missing: list[str] = []
+        self.exported: dict[str, Path] = {}
+
+    def add(self, label: str, truth: np.ndarray, make: Callable[[], Call]) -> None:
+        """One more; what cannot be made is said and listed."""
+        try:
+            call = make()
+            call()
+        except (ImportError, RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+            print(f"{label}: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
+            self.missing.append(label)
+            return
+        self.calls[label], self.truth[label] = call, truth
+
+    def generic(self, module: torch.nn.Module, name: str) -> Path:
+        """The file of the generic exporter, made once."""
+        if name not in self.exported:
+            by_torch(module, self.x, self.folder / f"{name}.onnx")
+            self.exported[name] = self.folder / f"{name}.onnx"
+        return self.exported[name]
+
+    @torch.no_grad()
+    def enter(self, engine: str, learners: list[str]) -> None:
+        """The bare ViT, the plain exports and our graphs in an engine."""
+        plain: dict[str, torch.nn.Module] = {"bare": Bare(self.backbone.model)}
+        students = {n: trained(self.backbone, *VARIANTS[n], self.tasks) for n in dict.fromkeys([*learners, *STRAIGHT])}
+        plain |= {f"straight {n}": Straight(students[n]) for n in STRAIGHT if n in learners}
+        for name, module in plain.items():
+            truth = module(self.x).numpy()
+            feed = {"x": self.x.numpy()}
+            if engine == "torch":
+                self.add(f"torch {name}", truth, lambda m=module: lambda: m(self.x).numpy())
+            elif engine == "compile":
+                compiled = torch.compile(module)
+                self.add(f"compile {name}", truth, lambda m=compiled: lambda: m(self.x).numpy())
+            else:
+                self.add(
+                    f"{engine} {name}",
+                    truth,
+                    lambda m=module, n=name, f=feed: self.open(engine, self.generic(m, n.replace(" ", "-")), f),
+                )
+        if engine in ("torch", "compile"):
+            return
+        profile = "ort" if engine == "ort" else "openvino"
+        for name in learners:
+            self.graph(f"{engine} {name}", engine, students[name], profile, ALL)
+
+    def graph(self, label: str, engine: str, student: PromptedViT, profile: str, rewrites: Rewrites) -> None:
+        """Our graph of a student."""
+        path = ours(student, self.backbone, self.batch, self.folder / label.replace(" ", "-"), profile, rewrites)
+        truth = student.combine(student(student.prepare(self.x))).numpy()
+        self.add(label, truth, lambda: self.open(engine, path, {"images": self.pixels}))
+
+    @torch.no_grad()
+    def without(self) -> None:
+        """The two-pass CODA student with one rewrite switched off at a time, and without any."""
+        student = trained(self.backbone, *VARIANTS["coda"], self.tasks)
+        names = [f.name for f in fields(Rewrites)]
+        for name in names:
+            self.graph(f"ort coda without {name}", "ort", student, "ort", replace(ALL, **{name: False}))
+        self.graph("ort coda without all", "ort", student, "ort", Rewrites(**dict.fromkeys(names, False)))
+
+    def open(self, engine: str, path: Path, feed: dict[str, np.ndarray]) -> Call:
+        """A loaded graph."""
+        if engine == "ort":
+            return ort(path, feed, self.threads)
+        return openvino(path, feed, self.threads, "bf16" if engine.endswith("bf16") else "f32")
+
+    @torch.no_grad()
+    def race(self, rounds: int) -> dict[str, list[float]]:
+        """Milliseconds of each, one call of each in turn."""
+        clock = time.process_time if self.threads == 1 else time.perf_counter
+        times: dict[str, list[float]] = {name: [] for name in self.calls}
+        for i in range(rounds + 3):
+            for name, call in self.calls.items():
+                begin = clock()
+                call()
+                if i >= 3:
+                    times[name].append((clock() - begin) * 1e3)
+        return times
+
+    def table(self, rounds: int) -> dict[str, Any]:
+        """Race, print, and give the rows."""
+        times = self.race(rounds)
+        rows: dict[str, dict[str, float | None] | None] = dict.fromkeys(self.missing)
+        print(f"{'graph':34s} {'ms':>8s} {'p10':>8s} {'ratio':>7s}  max |difference to torch|")
+        for label, values in times.items():
+            # Ratios within one round: a slow round is slow for both.
+            base = times.get("ort bare")
+            ratio = statistics.median(a / b for a, b in zip(values, base, strict=True)) if base else None
+            low, middle = float(np.percentile(values, 10)), statistics.median(values)
+            error = float(np.abs(self.calls[label]() - self.truth[label]).max())
+            rows[label] = {"median_ms": middle, "p10_ms": low, "ratio": ratio, "error": error}
+            shown = "-" if ratio is None else f"{ratio:.3f}"
+            print(f"{label:34s} {middle:8.2f} {low:8.2f} {shown:>7s}  {error:.1e}", flush=True)
+        return rows
 
 
-@torch.no_grad()
+def numbers(text: str) -> list[int]:
+    """ "1,8" -> [1, 8]."""
+    return [int(part) for part in text.split(",")]
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random:vit_tiny_patch16_224", help="backbone, as for `cdl-edge train`")
+    parser.add_argument("--models", default="tiny", help="tiny, small, base: ViT/16 at 224")
+    parser.add_argument("--batches", type=numbers, default=[1])
+    parser.add_argument("--threads", type=numbers, default=[1])
     parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40, help="calls of each graph")
     parser.add_argument("--learners", default=",".join(VARIANTS), help=", ".join(VARIANTS))
+    parser.add_argument("--engines", default="ort,openvino,openvino-bf16", help=", ".join(ENGINES))
+    parser.add_argument("--rewrites", action="store_true", help="also what each rewrite is worth (ONNX Runtime)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    engines = arguments.engines.split(",")
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"unknown engines {sorted(unknown)}; there are {', '.join(ENGINES)}")
 
-    backbone = load_backbone(arguments.model)
-    side = backbone.preprocessing.size
-    pixels = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
-    x = Normalise(backbone.preprocessing, torch.device("cpu"))(pixels)
-    errors: dict[str, float] = {}
-    sessions: dict[str, tuple[Any, dict[str, np.ndarray]]] = {}
-    missing: list[str] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        generic = {
-            "bare": Bare(backbone.model),
-            "straight": Straight(trained(backbone, "coda", True, False, arguments.tasks)),
-        }
-        for label, module in generic.items():
-            try:
-                by_torch(module, x, folder / f"{label}.onnx")
-            except (torch.onnx.errors.OnnxExporterError, RuntimeError, ImportError) as error:
-                print(f"{label}: torch.onnx failed: {str(error).splitlines()[0]}", file=sys.stderr)
-                missing.append(label)
-                continue
-            graph = session(folder / f"{label}.onnx", arguments.threads)
-            sessions[label] = (graph, {"x": x.numpy()})
-            errors[label] = float(np.abs(graph.run(None, sessions[label][1])[0] - module(x).numpy()).max())
-        for label in arguments.learners.split(","):
-            student = trained(backbone, *VARIANTS[label], arguments.tasks)
-            graph = session(ours(student, backbone.preprocessing, folder / label), arguments.threads)
-            sessions[label] = (graph, {"images": pixels})
-            expected = student.combine(student(student.prepare(x))).numpy()
-            errors[label] = float(np.abs(graph.run(None, sessions[label][1])[0] - expected).max())
-        times = race(sessions, arguments.rounds, arguments.threads)
-
-    rows: dict[str, dict[str, float | None] | None] = dict.fromkeys(missing)
-    print(f"{arguments.model}, batch 1, {arguments.threads} thread(s), median of {arguments.rounds} interleaved calls")
-    print(f"{'graph':16s} {'ms':>8s} {'p10':>8s} {'ratio':>7s}  max |difference to torch|")
-    for label, values in times.items():
-        # Ratios within one round: a slow round is slow for both.
-        pairs = zip(values, times["bare"], strict=True) if "bare" in times else None
-        ratio = statistics.median(a / b for a, b in pairs) if pairs else None
-        low = float(np.percentile(values, 10))
-        rows[label] = {"median_ms": statistics.median(values), "p10_ms": low, "ratio": ratio, "error": errors[label]}
-        print(
-            f"{label:16s} {statistics.median(values):8.2f} {low:8.2f} "
-            f"{'-' if ratio is None else f'{ratio:.3f}':>7s}  {errors[label]:.1e}"
-        )
-    versions = {p: version(p) for p in ("cdl-edge", "onnxruntime", "torch", "timm")}
+    races = []
+    for model in arguments.models.split(","):
+        for batch in arguments.batches:
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                print(f"ViT-{model}/16, batch {batch}, {threads} thread(s), {arguments.tasks} tasks")
+                with tempfile.TemporaryDirectory() as name:
+                    field = Field(model, batch, threads, arguments.tasks, Path(name))
+                    for engine in engines:
+                        field.enter(engine, arguments.learners.split(","))
+                    if arguments.rewrites:
+                        field.without()
+                    races.append(
+                        {"model": model, "batch": batch, "threads": threads, "graphs": field.table(arguments.rounds)}
+                    )
+                print()
     print(
         json.dumps(
             {
                 "benchmark": "export",
-                "model": arguments.model,
-                "threads": arguments.threads,
-                "clock": "CPU time of the thread" if arguments.threads == 1 else "wall",
+                "races": races,
+                "clock": "1 thread: CPU time of the process; more: wall",
                 "rounds": arguments.rounds,
                 "tasks": arguments.tasks,
-                "graphs": rows,
-                "machine": platform.processor() or platform.machine(),
-                "versions": versions,
+                "machine": cpu_model() or platform.machine(),
+                "versions": {p: version_of(p) for p in ("cdl-edge", "onnxruntime", "openvino", "torch", "timm")},
             }
         )
     )

@@ -74,17 +74,17 @@ class StudentGraph:
             return x if gamma is None else self.g.op("Mul", x, self.g.weight(f"{name}.gamma", gamma, FROZEN))
         return self.g.linear(name, x, weight * gamma[:, None], bias * gamma)
 
-    def pick(self, x: str, rows: list[int]) -> str:
-        """(B, N, D) -> (B, len(rows), D)."""
-        return self.g.concat([self.g.slice(x, r, r + 1, 1) for r in rows], axis=1)
+    def pick(self, x: str, count: int, rows: list[int]) -> str:
+        """(B * count, D) -> (B * len(rows), D)."""
+        x = self.g.reshape(x, -1, count, self.width)
+        return self.g.reshape(self.g.concat([self.g.slice(x, r, r + 1, 1) for r in rows], axis=1), -1, self.width)
 
     def normed(self, index: int, x: str) -> str:
-        """First LayerNorm of a block: (B, N, D) -> (B * N, D)."""
-        h = self.g.norm(f"blocks.{index}.norm1", self.g.reshape(x, -1, self.width), self.vit.blocks[index].norm1)
-        return self.g.compute(h)
+        """First LayerNorm of a block."""
+        return self.g.compute(self.g.norm(f"blocks.{index}.norm1", x, self.vit.blocks[index].norm1))
 
     def qkv(self, index: int, x: str, count: int, keep: list[int] | None = None) -> tuple[str, ...]:
-        """LayerNorm, then Q, K and V, (B, count, D) each; Q only of the rows in `keep`."""
+        """LayerNorm of (B * count, D), then Q, K and V, (B, count, D) each; Q only of the rows in `keep`."""
         g, width = self.g, self.width
         weight, bias = self.qkv_weights(index)
         h = self.normed(index, x)
@@ -92,7 +92,7 @@ class StudentGraph:
         for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
             rows, number = h, count
             if part == "q" and keep is not None:
-                rows, number = g.reshape(self.pick(g.reshape(h, -1, count, width), keep), -1, width), len(keep)
+                rows, number = self.pick(h, count, keep), len(keep)
             parts.append(g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b), -1, number, width))
         return tuple(parts)
 
@@ -115,7 +115,7 @@ class StudentGraph:
         return g.attention(q, k, v, attention.num_heads, self.width, scale)
 
     def last(self, index: int, x: str, count: int, rows: Rows | None, keep: list[int]) -> tuple[str, Tensor]:
-        """Attention of a few rows without keys and values of the tokens: (B, len(keep), D), and what it lacks (D,).
+        """Attention of a few of (B * count, D) rows without keys and values: (B, len(keep), D), and what it lacks (D,).
 
         A head's scores are q W_k . h_j + q . b_k. A softmax does not see what all scores share: b_k is taken off the
         extra rows instead of being added to all tokens. Its weights sum to 1: b_v is taken off the extra rows too and
@@ -127,8 +127,9 @@ class StudentGraph:
         (w_q, w_k, w_v), (b_q, b_k, b_v) = weight.chunk(3), bias.chunk(3)
         if not self.rewrites.scale:
             w_q, b_q = (t * self.vit.blocks[index].attn.scale for t in (w_q, b_q))
-        h = g.reshape(self.normed(index, x), -1, count, width)
-        q = g.linear(f"{name}.q", g.reshape(self.pick(h, keep), -1, width), w_q, b_q)
+        h = self.normed(index, x)
+        q = g.linear(f"{name}.q", self.pick(h, count, keep), w_q, b_q)
+        h = g.reshape(h, -1, count, width)
         q = g.heads(g.reshape(q, -1, asked, width), heads, width)  # (B, H, R, D / H)
         w_k = w_k.reshape(1, heads, size, width)
         w_v = w_v.reshape(heads, size, width).transpose(1, 2)[None]
@@ -162,7 +163,7 @@ class StudentGraph:
     def block(
         self, index: int, x: str, count: int, rows: Rows | None, keep: list[int] | None, qkv: tuple[str, ...] | None
     ) -> str:
-        """One block. x: (B, count, D) -> (B, count, D), or the rows in `keep`. qkv: what `qkv` gave, if shared."""
+        """One block of (B * count, D) tokens -> the same, or the rows in `keep`. qkv: what `qkv` gave, if shared."""
         g, block, width = self.g, self.vit.blocks[index], self.width
         name, shift = f"blocks.{index}", None
         read = keep if self.rewrites.last_rows else None
@@ -171,13 +172,17 @@ class StudentGraph:
         else:
             mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows)
         if read is not None:
-            x, count = self.pick(x, read), len(read)
+            x = self.pick(x, count, read)
         added = self.scaled(f"{name}.proj", g.reshape(mixed, -1, width), block.attn.proj, block.ls1, shift)
-        flat = g.op("Add", g.reshape(x, -1, width), added)
-        h = g.compute(g.norm(f"{name}.norm2", flat, block.norm2))
+        x = g.op("Add", x, added)
+        h = g.compute(g.norm(f"{name}.norm2", x, block.norm2))
         h = g.gelu(g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias))
-        x = g.reshape(g.op("Add", flat, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2)), -1, count, width)
-        return x if keep is None or read is not None else self.pick(x, keep)
+        x = g.op("Add", x, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2))
+        return x if keep is None or read is not None else self.pick(x, count, keep)
+
+    def flat(self, x: str) -> str:
+        """(B, N, D) -> (B * N, D)."""
+        return self.g.reshape(x, -1, self.width)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
@@ -192,15 +197,15 @@ class StudentGraph:
         prompts = PromptRows(g, student, selection)
         g.scope = "query" if student.two_pass and part != "prompted" else "prompted"
         tokens = self.stem.tokens()
-        shared = self.qkv(0, tokens, self.tokens) if self.depth > 1 else None
+        shared = self.qkv(0, self.flat(tokens), self.tokens) if self.depth > 1 else None
         query = None
         if student.two_pass and part != "prompted":
-            x = tokens
+            x = self.flat(tokens)
             for i in range(self.depth):
                 x = self.block(
                     i, x, self.tokens, None, [0] if i == self.depth - 1 else None, shared if i == 0 else None
                 )
-            query = g.norm("norm", g.reshape(x, -1, self.width), self.vit.norm)
+            query = g.norm("norm", x, self.vit.norm)
             g.scope = "prompted"
             if not self.rewrites.shared_stem:
                 tokens, shared = self.stem.tokens(), None
@@ -229,10 +234,11 @@ class StudentGraph:
                 added = (g.rows(f"kd.token.{p}", r, tokens) for p, r in zip("qkv", row.chunk(3, dim=2), strict=True))
                 qkv = tuple(g.op("Concat", s, r, axis=1) for s, r in zip(shared, added, strict=True))
             count += 1
+        x = self.flat(x)
         read = [0] if student.kd is None else [0, count - 1]
         for i in range(self.depth):
             if student.one_pass and i in student.learner.blocks():
-                query = g.single(g.reshape(self.pick(x, [0]), -1, self.width))
+                query = g.single(self.pick(x, count, [0]))
             rows = prompts.at_block(i, query, tokens)
             if i in student.learner.blocks():
                 weights.append(prompts.selection.weights(prompts.pools["prompt"], i, query))
@@ -241,7 +247,7 @@ class StudentGraph:
         return weights
 
     def heads(self, x: str, rows: int) -> None:
-        """(B, rows, D) in fp32 -> `logits` (B, C) in fp32."""
+        """(B * rows, D) in fp32 -> `logits` (B, C) in fp32."""
         g, student = self.g, self.student
         classes = self.classes if self.rewrites.learnt else student.classes
         sides = [(student.head, 1.0)]
@@ -252,7 +258,7 @@ class StudentGraph:
             weight, bias, norm = head.folded()
             weights.append(weight[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
             biases.append(bias[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
-            part = self.pick(x, [i]) if norm is not None or not self.rewrites.heads else ""
+            part = self.pick(x, rows, [i]) if norm is not None or not self.rewrites.heads else ""
             if norm is not None:
                 scale, shift = (
                     g.constant(f"head.{i}.norm.{k}", t, LEARNT) for k, t in zip(("w", "b"), norm[:2], strict=True)
@@ -260,18 +266,16 @@ class StudentGraph:
                 part = g.op("LayerNormalization", part, scale, shift, axis=-1, epsilon=norm[2])
             parts.append(part)
         if self.rewrites.heads:
-            if all(parts):
-                x = g.concat(parts, axis=1)
-            flat = g.reshape(x, -1, rows * self.width)
+            x = g.concat(parts, axis=1) if all(parts) else g.reshape(x, -1, rows * self.width)
             weight = g.constant("head.weight", torch.cat(weights, dim=1).t(), LEARNT)
-            logits = g.op("Gemm", flat, weight, g.constant("head.bias", torch.stack(biases).sum(0), LEARNT))
+            logits = g.op("Gemm", x, weight, g.constant("head.bias", torch.stack(biases).sum(0), LEARNT))
         else:
             answers = []
             for i, (part, weight, bias) in enumerate(zip(parts, weights, biases, strict=True)):
                 constants = [
                     g.constant(f"head.{i}.{k}", t, LEARNT) for k, t in (("weight", weight.t()), ("bias", bias))
                 ]
-                answer = g.op("Gemm", g.reshape(part, -1, self.width), *constants)
+                answer = g.op("Gemm", part, *constants)
                 answers.append(g.op("Mul", answer, g.constant(f"head.{i}.share", torch.tensor(sides[i][1]), LEARNT)))
             logits = answers[0] if len(answers) == 1 else g.op("Add", *answers)
         if classes > self.classes:

@@ -25,7 +25,7 @@ class Profile:
     gelu: bool
     "the operator `Gelu`; otherwise its definition with Erf"
     byte_layout: bool
-    "bytes are laid out as patches before they are cast (TensorRT takes a byte input to a Cast only; OpenVINO is slower)"
+    "bytes become patches before they are cast: TensorRT takes a byte input to a Cast only, OpenVINO is slower so"
     precisions: tuple[str, ...]
     "of the graphs that an export writes; fp32 always first"
 
