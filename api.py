@@ -61,12 +61,35 @@ def sweep(
 
 
 def export(
-    run: Path | str, out: Path | str, profile: str = "ort", dynamic_batch: bool = False, images: int = 500
+    run: Path | str,
+    out: Path | str,
+    profile: str = "ort",
+    dynamic_batch: bool = False,
+    images: int = 500,
+    target: str = "bundle",
 ) -> dict[str, Any]:
-    """RUN -> BUNDLE, see export.bundle.export. Raises also: export.ParityError."""
+    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError."""
+    from .errors import choose
     from .export.bundle import export as fold
 
-    return fold(run, out, profile, dynamic_batch, images)
+    if choose("target", target, ("bundle", "triton")) == "bundle":
+        return fold(run, out, profile, dynamic_batch, images)
+    import tempfile
+
+    from .export.triton import write_repository
+    from .runtime import open_bundle
+
+    with tempfile.TemporaryDirectory(prefix="cdl-edge-") as folder:
+        result = fold(run, Path(folder) / Path(run).resolve().name, profile, dynamic_batch, images)
+        write_repository(open_bundle(result["bundle"]), Path(out))
+    return {**result, "bundle": None, "repository": str(out)}
+
+
+def calibrate(bundle: Path | str, out: Path | str, **options: Any) -> dict[str, Any]:
+    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: calibrate.GateError."""
+    from .calibrate.bundle import calibrate as run
+
+    return run(bundle, out, **options)
 
 
 def evaluate(
@@ -75,6 +98,7 @@ def evaluate(
     limit_per_class: int | None = None,
     backend: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend."""
     if (Path(source) / "config.json").is_file():
@@ -84,7 +108,7 @@ def evaluate(
     from .runtime import load
     from .runtime.evaluate import evaluate as run
 
-    with load(source, backend, threads) as runner:
+    with load(source, backend, threads, precision=precision) as runner:
         return run(runner, data, limit_per_class)
 
 
@@ -95,12 +119,13 @@ def predict(
     top: int = 1,
     backend: str = "auto",
     threads: int | None = None,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load."""
     from .runtime import load
     from .runtime.predict import predict as run
 
-    with load(bundle, backend, threads) as runner:
+    with load(bundle, backend, threads, precision=precision) as runner:
         return run(runner, images, task, top)
 
 
@@ -118,11 +143,11 @@ def inspect(bundle: Path | str) -> dict[str, Any]:
     return run(bundle)
 
 
-def validate(bundle: Path | str, backend: str = "auto") -> dict[str, Any]:
+def validate(bundle: Path | str, backend: str = "auto", precision: str | None = None) -> dict[str, Any]:
     """Check every hash, load the graph, run a picture through it."""
     from .runtime.inspect import validate as run
 
-    return run(bundle, backend)
+    return run(bundle, backend, precision=precision)
 
 
 def report(

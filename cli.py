@@ -18,7 +18,12 @@ from .files import first_process
 Command = TypeVar("Command", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
-backend_option = click.option("--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda")
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda | openvino | tensorrt"
+)
+precision_option = click.option(
+    "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -30,6 +35,7 @@ def cli() -> None:
     train      teacher and student, task by task            images  -> RUN
     sweep      many trainings and their comparison          images  -> table
     export     the student as a static graph, proven equal  RUN     -> BUNDLE
+    calibrate  8 bits, without the images of earlier tasks  BUNDLE  -> BUNDLE
     predict, evaluate, profile, report                      BUNDLE  -> answers
 
     Start with `cdl-edge quickstart`. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
@@ -148,6 +154,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")
+@click.option("--range-images", type=int, help="images a task whose ranges are kept, for INT8; 0: none [default: 256]")
 @click.option("--devices", help="auto | cpu | cuda [default: auto]; several processes: see README, torchrun")
 @click.option(
     "--config",
@@ -209,24 +216,56 @@ sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="bundle folder to write")
-@click.option("--profile", default="ort", show_default=True, help="ort")
+@click.option("--profile", default="ort", show_default=True, help="ort | trt10 | trt11 | openvino: what will run it")
+@click.option("--target", default="bundle", show_default=True, help="bundle | triton (a model repository)")
 @click.option("--dynamic-batch", is_flag=True, help="a graph for any batch size (slower on one image)")
 @click.option(
     "--images", type=click.IntRange(1), default=500, show_default=True, help="real images for the parity gate"
 )
 @json_option
-def export(run: Path, out: Path, profile: str, dynamic_batch: bool, images: int, as_json: bool) -> None:
-    """Fold a run's student into a static ONNX graph, prove it equal, write a BUNDLE."""
+def export(run: Path, out: Path, profile: str, target: str, dynamic_batch: bool, images: int, as_json: bool) -> None:
+    """Fold a run's student into static ONNX graphs, prove them equal, write a BUNDLE."""
     from . import api
     from .display import parity_line
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images)
+        result = api.export(run, out, profile, dynamic_batch, images, target)
     except ParityError as error:
         click.echo(f"failed: {error}", err=True)
         sys.exit(1)
-    emit(result, as_json, f"{parity_line(result['parity'])}\nbundle: {out}\nnext: cdl-edge predict {out} IMAGE")
+    if target == "triton":
+        text = f"model repository: {out}\nnext: tritonserver --model-repository {out}"
+    else:
+        text = f"bundle: {out}\nnext: cdl-edge predict {out} IMAGE"
+    emit(result, as_json, f"{parity_line(result['parity'])}\n{text}")
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="bundle folder to write")
+@click.option("--data", help="image source: all classes, or those whose images are still there [default: none needed]")
+@click.option("--ranges", default="auto", show_default=True, help="auto | kept | images: where ranges come from")
+@click.option("--method", default="max", show_default=True, help="max | percentile | entropy | mse: choice of scales")
+@click.option("--smooth", type=float, help="0 to 1: even out channels behind LayerNorms [default: not at all]")
+@click.option("--flavour", "flavours", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="training images of each task")
+@click.option("--max-drop", type=float, help="points that a task, and the average, may lose; needs --data")
+@click.option("--search/--no-search", "searching", default=True, help="leave layers in float until --max-drop is met")
+@click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
+@json_option
+def calibrate(bundle: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Add INT8 graphs to a bundle, from ranges kept while learning: the images of earlier tasks are not needed."""
+    from . import api
+    from .calibrate import GateError
+    from .display import quantisation_table
+
+    try:
+        result = api.calibrate(bundle, out, say=say, **options)
+    except GateError as error:
+        click.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+    emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
 
 
 @cli.command()
@@ -234,17 +273,24 @@ def export(run: Path, out: Path, profile: str, dynamic_batch: bool, images: int,
 @click.option("--data", required=True, help="image source, see `train --help`")
 @click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
 @backend_option
+@precision_option
 @threads_option
 @json_option
 def evaluate(
-    source: Path, data: str, limit_per_class: int | None, backend: str, threads: int | None, as_json: bool
+    source: Path,
+    data: str,
+    limit_per_class: int | None,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Accuracy per task on the validation images, of a trained RUN (torch) or a BUNDLE (as deployed)."""
     from . import api
 
     if (source / "config.json").is_file():
         set_threads(threads)
-    result = api.evaluate(source, data, limit_per_class, backend, threads)
+    result = api.evaluate(source, data, limit_per_class, backend, threads, precision)
     per_task = " ".join(f"{a:.1f}" for a in result["per_task"])
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images\n"
@@ -258,15 +304,23 @@ def evaluate(
 @click.option("--task", type=int, help="only the classes of this task compete (from 0)")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
 @backend_option
+@precision_option
 @threads_option
 @json_option
 def predict(
-    bundle: Path, images: tuple[Path, ...], task: int | None, top: int, backend: str, threads: int | None, as_json: bool
+    bundle: Path,
+    images: tuple[Path, ...],
+    task: int | None,
+    top: int,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Classify images; says which prompts were selected."""
     from . import api
 
-    result = api.predict(bundle, images, task, top, backend, threads)
+    result = api.predict(bundle, images, task, top, backend, threads, precision)
     lines = []
     for p in result["predictions"]:
         lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")
@@ -280,6 +334,7 @@ def predict(
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="real image(s) to use in turn")
 @click.option("--trace", type=click.Path(path_type=Path), help="write every sample as JSON")
 @backend_option
+@precision_option
 @threads_option
 @json_option
 def profile(
@@ -288,6 +343,7 @@ def profile(
     images: tuple[Path, ...],
     trace: Path | None,
     backend: str,
+    precision: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -295,10 +351,11 @@ def profile(
     from .display import latency_table
     from .runtime.profile import profile as run
 
-    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace)
+    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
     context = result["context"]
     flags = ", ".join(result["flags"]) or "none"
-    text = f"{latency_table(result)}\nbackend {result['backend']}, threads {context.get('threads')}, flags: {flags}"
+    how = f"backend {result['backend']}, {context['precision']}, threads {context.get('threads')}, flags: {flags}"
+    text = f"{latency_table(result)}\n{how}"
     emit(result, as_json, text)
 
 
@@ -319,12 +376,13 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @backend_option
+@precision_option
 @json_option
-def validate(bundle: Path, backend: str, as_json: bool) -> None:
+def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
     """Check every hash, load the graph, run a picture through it."""
     from .runtime.inspect import validate as run
 
-    result = run(bundle, backend)
+    result = run(bundle, backend, precision=precision)
     emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
 
 

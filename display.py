@@ -44,3 +44,25 @@ def parity_line(parity: dict[str, Any]) -> str:
         f"over {parity['images']} real images (tolerance {parity['tolerance']:.0e}), "
         f"top-1 agreement {parity['top1_agreement']:.2f} %"
     )
+
+
+def quantisation_table(result: dict[str, Any]) -> str:
+    """What `calibrate` found, a line for each flavour and each precision."""
+    lines = []
+    for name, found in result["flavours"].items():
+        line = f"{name}: {found['layers_int8']} layers in 8 bits, {len(found['layers_float'])} left in float"
+        line += f"; same answer as fp32 on {found['agreement']:.2f} % of {found['images']} images"
+        if found["after"] is not None:
+            drop = found["drop"]["average"]
+            line += (
+                f"; accuracy {found['before']['average_accuracy']:.2f} -> {found['after']['average_accuracy']:.2f} %"
+            )
+            worst = max(d for d in found["drop"]["per_task"] if d is not None)
+            line += f" (loses {drop:.2f} points, the worst task {worst:.2f})"
+        lines.append(line)
+    for entry in result["latency"]:
+        label = f"{entry['backend']} {entry['precision']}"
+        lines.append(f"{label:20s} {entry['compute_ms']:8.2f} ms  {1 / entry['ratio']:.2f}x")
+    advice = result["recommended"]
+    lines.append(f"fastest here: --backend {advice['backend']} --precision {advice['precision']}")
+    return "\n".join(lines)

@@ -11,10 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..packing import pack
 from .nodes import FROZEN, LEARNT, Graph
-
-ALIGNMENT = 64
-"bytes: a cache line, so that an engine may map the file and use it in place"
 
 
 @dataclass(frozen=True)
@@ -25,18 +23,6 @@ class Artefact:
     "name of the graph -> the graph without its constants"
     constants: dict[str, bytes]
     "file name -> content"
-
-
-def pack(constants: dict[str, np.ndarray]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """One file, and name -> (offset, length). Sorted by name: the same constants give the same bytes."""
-    content = bytearray()
-    where: dict[str, tuple[int, int]] = {}
-    for name in sorted(constants):
-        content += b"\0" * (-len(content) % ALIGNMENT)
-        data = constants[name].tobytes()
-        where[name] = (len(content), len(data))
-        content += data
-    return bytes(content), where
 
 
 def assemble(graphs: Mapping[str, Graph], metadata: dict[str, Any]) -> Artefact:

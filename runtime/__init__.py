@@ -31,7 +31,7 @@ def load(
         backend: "onnxruntime" (also "ort", "cpu", "auto"), "cuda", "openvino" or "tensorrt".
         threads: CPU threads; None means every core this process may use.
         graph: name in the manifest's "graphs".
-        precision: key of runtime.runner.PRECISIONS; None: fp32.
+        precision: key of runtime.runner.PRECISIONS; None: what the bundle recommends for this backend, else fp32.
         verify: check every file's hash first; False trusts the disk.
 
     Raises: InputError for a bundle that is not whole, an unknown backend, or a backend that cannot run here.

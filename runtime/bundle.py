@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
+
+import numpy as np
 
 from ..errors import InputError
 from ..files import atomic_folder, sha256
@@ -95,6 +98,18 @@ class Bundle:
             for k in ("inputs", "outputs")
         )
         return Signature(images, inputs, outputs)
+
+    def selftest(self) -> tuple[np.ndarray, np.ndarray]:
+        """Real images uint8 (n, S, S, 3) and what the student says about them in fp32, (n, C).
+
+        Raises: InputError for a bundle without them.
+        """
+        name = self.manifest.get("selftest")
+        try:
+            with np.load(self.path / str(name), allow_pickle=False) as stored:
+                return stored["images"], stored["logits"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"{self.path}: no self-test", got=str(error), fix="export the bundle again") from error
 
     def graph(self, name: str = "student") -> Path:
         """Path of one of the graphs. Raises: InputError when the bundle has no such graph."""

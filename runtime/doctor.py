@@ -10,6 +10,8 @@ import sys
 import tempfile
 from typing import Any
 
+from ..errors import InputError
+from .backends.openvino import DEVICE, import_openvino, precisions
 from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, usable_cores, version_of
 
 Check = dict[str, Any]
@@ -43,7 +45,7 @@ def doctor() -> dict[str, Any]:
         _onnxruntime(),
         *(_tool(name, purpose) for name, purpose in _TOOLS.items()),
         _cuda(),
-        _optional("openvino", "openvino", "Intel CPUs and GPUs", "pip install 'cdl-edge[openvino]'"),
+        _openvino(),
         _optional("tensorrt", "tensorrt", "NVIDIA engines", _tensorrt_fix()),
         _cpu(),
         _threads(),
@@ -131,6 +133,19 @@ def _optional(name: str, module: str, purpose: str, fix: str) -> Check:
     if version is not None:
         return check(name, "ok", version)
     return check(name, "ok", f"not installed (optional, for {purpose})", fix)
+
+
+def _openvino() -> Check:
+    fix = "pip install 'cdl-edge[openvino]'"
+    found = _optional("openvino", "openvino", "x86 CPUs", fix)
+    if found["fix"] is not None:
+        return found
+    try:
+        core = import_openvino().Core()
+    except InputError as error:
+        return check("openvino", "warn", f"cannot be imported: {error.__cause__}", f"{fix} --force-reinstall")
+    name = core.get_property(DEVICE, "FULL_DEVICE_NAME")
+    return check("openvino", "ok", f"{found['detail']}, device {DEVICE} ({name}): {', '.join(precisions(core))}")
 
 
 def _tensorrt_fix() -> str:

@@ -93,7 +93,7 @@ def evaluate(
         "per_task": per_task,
         "images": int(seen.sum()),
         "backend": runner.describe()["backend"],
-        "precision": bundle.manifest.get("precision"),
+        "precision": runner.describe()["precision"],
         "skipped": skipped,
         "left_out": {
             "classes": len(set(dataset.classes) - set(bundle.classes)),

@@ -31,6 +31,7 @@ _COPIED = (
     "graphs",
     "accuracy",
     "parity",
+    "graph_parity",
     "versions",
     "files",
     "manifest_sha256",
@@ -58,7 +59,9 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
     }
 
 
-def validate(path: Path | str, backend: str = "auto", threads: int | None = None) -> dict[str, Any]:
+def validate(
+    path: Path | str, backend: str = "auto", threads: int | None = None, precision: str | None = None
+) -> dict[str, Any]:
     """Check every hash, load the graph, classify a picture; black and white inputs show an overflow if there is one.
 
     Returns: {"valid": True, "path", "files": how many were hashed, "size_bytes", "load_ms", "checks": [what was done],
@@ -68,7 +71,7 @@ def validate(path: Path | str, backend: str = "auto", threads: int | None = None
     """
     bundle = open_bundle(path, verify=True)
     size = bundle.preprocessing.size
-    with load(bundle, backend, threads) as runner:
+    with load(bundle, backend, threads, precision=precision) as runner:
         extremes = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
         pixels = np.concatenate([bundle.preprocessing.read(synthetic_jpeg())[None], extremes])
         outputs = runner.run(pixels)

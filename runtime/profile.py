@@ -47,11 +47,12 @@ def profile(
     images: Sequence[Path | str | bytes] | None = None,
     warmup: int = 20,
     trace: Path | str | None = None,
+    precision: str | None = None,
 ) -> dict[str, Any]:
     """Load a bundle and time it, one picture a call, as a camera would.
 
     Args:
-        backend, threads: see `cdl_edge.runtime.load`.
+        backend, threads, precision: see `cdl_edge.runtime.load`.
         runs: timed calls; below 100 the p99 is the slowest call.
         images: encoded pictures (files are read before the clock starts), used in turn; None takes `synthetic_jpeg`.
         warmup: calls after the first one that are not counted.
@@ -71,7 +72,7 @@ def profile(
     check_ms = None if isinstance(bundle, Bundle) else (time.perf_counter() - begin) * 1e3
     encoded, described = _encoded(opened, images)
 
-    with load(opened, backend, threads) as runner:
+    with load(opened, backend, threads, precision=precision) as runner:
         first = opened.preprocessing.read(encoded[0])[None]
         begin = time.perf_counter()
         runner.run(first)
@@ -81,13 +82,13 @@ def profile(
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         samples = np.array([_timed(runner, encoded[i % len(encoded)]) for i in range(runs)])  # (runs, 3)
         resolved = runner.describe()
-        load_ms = runner.load_ms
+        load_ms, key = runner.load_ms, runner.key
 
     stages = dict(zip(("preprocess_ms", "compute_ms", "end_to_end_ms"), samples.T, strict=True))
     if trace is not None:
         write_json(Path(trace), {name: values.tolist() for name, values in stages.items()})
     table = {name: statistics(values) for name, values in stages.items()}
-    graph = str(opened.manifest["graphs"]["student"])
+    graph = str(opened.manifest["graphs"][key])
     return {
         "end_to_end_ms": table["end_to_end_ms"],
         "preprocess_ms": table["preprocess_ms"],
@@ -98,7 +99,7 @@ def profile(
         "flags": flags(table["end_to_end_ms"]),
         "context": {
             "bundle": opened.name,
-            "precision": opened.manifest.get("precision"),
+            "precision": resolved["precision"],
             "batch": 1,
             "runs": runs,
             "warmup": warmup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError, choose
-from .bundle import Bundle
+from .bundle import Bundle, Shape
 from .external import external_files
 from .machine import usable_cores
 
@@ -36,26 +36,38 @@ class Outputs:
     "float32 (B, L, K): L prompted blocks, K learnt entries; None when the learner has no prompt selection"
 
 
+@dataclass(frozen=True)
+class Value:
+    """Type and shape of an input or output, as the engine read them from the file."""
+
+    dtype: str
+    "numpy's name, or the engine's own for a type that numpy lacks"
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}"
+
+
 class Runner(ABC):
     """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block.
 
     A backend opens the graph, computes one call, describes itself and frees what it holds; all else is shared.
     """
 
-    int8: ClassVar[str] = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-trt"
-    "the flavour of 8-bit graph that this backend runs well: U8 activations on x86, symmetric S8 elsewhere"
+    int8: ClassVar[str] = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-arm"
+    "the flavour of 8-bit graph that this backend runs well: U8 activations on x86, symmetric S8 on ARM"
     hints: ClassVar[tuple[str, ...]] = ()
     "precisions that the engine computes the fp32 graph in by itself"
 
     def __init__(self, bundle: Bundle, graph: str = "student", precision: str | None = None) -> None:
-        """graph: "student", "query" or "prompted". precision: a key of PRECISIONS; None: fp32.
+        """graph: "student", "query" or "prompted". precision: a key of PRECISIONS; None: the bundle's choice, or fp32.
 
         Raises: InputError when the bundle has no such graph, or the graph reads a file that no hash covers.
         """
         if precision is not None:
             choose("precision", precision, PRECISIONS)
-        self.bundle, self.precision = bundle, precision or "fp32"
-        own = self.int8 if precision == "int8" else self.precision
+        self.bundle, self.precision = bundle, precision or self._recommended(bundle, graph)
+        own = self.int8 if self.precision == "int8" else self.precision
         self.key = graph if own in ("fp32", *self.hints) else f"{graph}.{own}"
         self.path = bundle.graph(self.key)
         self.signature = bundle.signature(self.key)
@@ -64,6 +76,12 @@ class Runner(ABC):
         self._open()
         self.load_ms = (time.perf_counter() - begin) * 1e3
         "time to create the session, the check of the bundle's hashes left out"
+
+    def _recommended(self, bundle: Bundle, graph: str) -> str:
+        """What `calibrate` found fastest, where this backend has a graph for it; fp32 otherwise."""
+        advice = (bundle.manifest.get("quantisation") or {}).get("recommended") or {}
+        made = f"{graph}.{self.int8}" in bundle.manifest["graphs"]
+        return "int8" if advice.get("precision") == "int8" and made else "fp32"
 
     @abstractmethod
     def _open(self) -> None:
@@ -116,6 +134,25 @@ class Runner(ABC):
     def infer(self, images: np.ndarray) -> np.ndarray:
         """`run`, the logits only: float32 (B, C)."""
         return self.run(images).logits
+
+    def check_signature(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
+        """Compare what the engine found in the file with what the manifest says. Raises: InputError."""
+        wanted = self.signature
+        if set(inputs) != set(wanted.inputs):
+            raise self.mismatch("inputs", list(inputs), list(wanted.inputs))
+        for name, shape in wanted.inputs.items():
+            expected = Value("uint8" if name == wanted.images else "float32", shape)
+            if inputs[name] != expected:
+                raise self.mismatch(f"input {name!r}", inputs[name], expected)
+        for name, shape in wanted.outputs.items():
+            if name not in outputs:
+                raise self.mismatch("outputs", list(outputs), list(wanted.outputs))
+            got = outputs[name]
+            if name == "logits" and got.shape[-1:] != (len(self.bundle.classes),):
+                raise self.mismatch("class count mismatch", f"logits {got}", f"{len(self.bundle.classes)} classes")
+            # The batch axis of an output follows from the inputs; not every engine derives it.
+            if got.dtype != "float32" or len(got.shape) != len(shape) or got.shape[1:] != shape[1:]:
+                raise self.mismatch(f"output {name!r}", got, Value("float32", shape))
 
     def mismatch(self, what: str, got: object, expected: object) -> InputError:
         """The error for a graph that is not what its manifest says."""

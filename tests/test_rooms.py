@@ -15,7 +15,7 @@ SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
     for p in [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
 )
-BASE = ("errors.py", "images.py", "files.py", "data.py")
+BASE = ("errors.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
 "what every room stands on"
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
 
@@ -87,12 +87,14 @@ def test_the_ground_floor_imports_no_room(source):
     assert outside & HEAVY <= allowed
 
 
-def test_the_runtime_needs_numpy_pillow_and_onnxruntime_only():
+def test_the_runtime_needs_numpy_pillow_and_one_engine_only():
     for source in SOURCES:
         if source.startswith("runtime/"):
             outside, _ = imports(source)
             foreign = {n for n in outside if n not in sys.stdlib_module_names}
-            assert foreign <= {"numpy", "PIL", "onnxruntime"}, f"{source} imports {foreign}"
+            engine = "openvino" if source == "runtime/backends/openvino.py" else "onnxruntime"
+            assert foreign <= {"numpy", "PIL", engine} or source == "runtime/doctor.py", f"{source} imports {foreign}"
+            assert foreign <= {"numpy", "PIL", "onnxruntime", "openvino"}, f"{source} imports {foreign}"
 
 
 def test_onnxruntime_is_imported_only_where_a_session_is_made():
@@ -101,7 +103,8 @@ def test_onnxruntime_is_imported_only_where_a_session_is_made():
         for node in tree.body:  # module level
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            assert not {n.split(".")[0] for n in names} & {"onnxruntime", "sklearn"}, source
+            heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn"}
+            assert not heavy or source == "calibrate/session.py", source  # that file is a session
 
 
 def test_nothing_is_pickled():
@@ -112,8 +115,11 @@ def test_nothing_is_pickled():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = f"{node.value.id}.{node.attr}"
-                assert name not in ("torch.load", "torch.save", "np.load", "numpy.load"), f"{source}: {name}"
-            assert not (isinstance(node, ast.keyword) and node.arg == "allow_pickle"), source
+                assert name not in ("torch.load", "torch.save", "numpy.load"), f"{source}: {name}"
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, source
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
+                assert "allow_pickle" in {k.arg for k in node.keywords}, f"{source}: np.load without allow_pickle=False"
 
 
 def test_no_error_is_swallowed():

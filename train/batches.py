@@ -88,7 +88,7 @@ class Images:
         chunks = [np.arange(i, min(i + chunk, len(self))) for i in range(0, len(self), chunk)]
         for name in wanted:
             if name not in self._inputs:
-                self._inputs[name] = torch.cat([self._prepare(name, index) for index in chunks])
+                self._inputs[name] = torch.cat([self.prepare(name, index) for index in chunks])
         for name in sources - set(self._queries):
             model = self.sides[name].model
             with precision():
@@ -101,7 +101,9 @@ class Images:
             return 12 * side.preprocessing.size**2
         return 4 * int(side.model.backbone.pos_embed[0].numel())
 
-    def _prepare(self, name: str, index: np.ndarray) -> Tensor:
+    @torch.no_grad()
+    def prepare(self, name: str, index: np.ndarray) -> Tensor:
+        """What the forward of model `name` takes of the images at `index`, computed now."""
         side = self.sides[name]
         return side.model.prepare(side.normalise(self._pixels[side.decoding][index]))
 

@@ -61,6 +61,8 @@ class TrainConfig:
     "the authors' behaviour where it differs: see docs in README, `--compat`"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
+    range_images: int = 256
+    "training images of each task whose ranges are kept for INT8 (ranges.npz); 0: none"
     teachers: str | None = None
     "folder of trained teachers, filled and used by every run with the same teacher; None: train it anew"
     devices: str = "auto"
@@ -89,6 +91,7 @@ class TrainConfig:
             ("query_regulariser", 0 <= self.query_regulariser < float("inf"), "0 or more"),
             ("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0"),
             ("seed", self.seed >= 0, "0 or more"),
+            ("range_images", self.range_images >= 0, "0 or more"),
         ):
             if not holds:
                 option = name.replace("_", "-")

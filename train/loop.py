@@ -31,6 +31,7 @@ from .evaluate import accuracy
 from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
+from .ranges import RangeKeeper
 from .run import SCHEMA, build_model, preprocessing_of, save_learnt
 from .scenario import default_tasks, make_scenario
 from .student import PromptedViT
@@ -92,6 +93,10 @@ class _Training:
         self.trained_images: dict[str, int] = dict.fromkeys(self.models, 0)
         self.reused: list[int] = []
         "tasks whose teacher came from --teachers"
+        # Of the one process that writes: every process holds all images and the same student.
+        self.ranges: RangeKeeper | None = None
+        if config.range_images and self.engine.is_main:
+            self.ranges = RangeKeeper(self.out / "ranges.npz", config.range_images)
         self.skipped: list[str] = []
         self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
@@ -190,6 +195,8 @@ class _Training:
         config, model = self.config, self.models[name]
         resumed = self.position[2] if self.position[:2] == (task, name) else 0
         if resumed == 0:
+            if name == "student" and self.ranges is not None:
+                self.ranges.begin(images)
             model.learner.begin_task(task)
             if name == "student":
                 self.distiller.begin_task(task, model, self.models.get("teacher"))
@@ -212,6 +219,8 @@ class _Training:
             model.learner.end_task(task)
         if name == "student":
             self.distiller.end_task(task, model)
+            if self.ranges is not None:
+                self.ranges.end(images)
         self.position = (task, "student", 0) if name == "teacher" else (task, "measure", 0)
         if name == "teacher":
             self._checkpoint(started, None)
@@ -285,6 +294,7 @@ class _Training:
                 "trained_images": self.trained_images,
                 "skipped": self.skipped,
                 "reused": self.reused,
+                "tails_before": self.ranges.before if self.ranges is not None else {},
                 "position": list(self.position),
                 "elapsed": time.perf_counter() - started,
             },
@@ -309,6 +319,8 @@ class _Training:
         self.trained_images, self.reused = state["trained_images"], state["reused"]
         task, side, epochs = state["position"]
         self.position, self.optimiser_state = (task, side, epochs), state["optimiser"]
+        if self.ranges is not None:
+            self.ranges.restore(task, state["tails_before"])
         self._say(f"resumed in task {task + 1}" + (f", {side}, after epoch {epochs}" if side else ""))
         return float(state["elapsed"])
 

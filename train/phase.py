@@ -74,13 +74,20 @@ class Phase:
         self.parameters = [*self.model.trainable(), *(distiller.parameters() if self.is_student else ())]
         # A distiller's snapshots and copies do not learn.
         self.parameters = [p for p in self.parameters if p.requires_grad]
-        network = {id(p) for p in self.model.backbone.parameters()}
-        groups = [
-            {"params": [p for p in self.parameters if (id(p) in network) == inside], "share": share}
-            for inside, share in ((False, 1.0), (True, self.model.learner.network_rate))
-        ]
-        learning = [group for group in groups if group["params"]]
-        self.optimiser = torch.optim.Adam(learning, lr=config.learning_rate, betas=(0.9, 0.999))
+        learning: dict[float, list[torch.nn.Parameter]] = {}
+        for parameter in self.parameters:
+            learning.setdefault(self._share(parameter), []).append(parameter)
+        groups = [{"params": parameters, "share": share} for share, parameters in learning.items()]
+        self.optimiser = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999))
+
+    def _share(self, parameter: torch.nn.Parameter) -> float:
+        """Of the learning rate that a parameter learns at."""
+        network, mapped = self.model.backbone, self.model.mapped
+        if any(parameter is p for p in network.parameters()):
+            return self.model.learner.network_rate
+        if mapped is not None and any(parameter is p for p in mapped.parameters()):
+            return mapped.rate
+        return 1.0
 
     def epochs(self, images: Images, done: int, answers: Answers | None) -> Iterator[EpochDone]:
         """Train from epoch `done` on. answers: the teacher's, of every image, where they are known already."""

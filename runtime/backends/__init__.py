@@ -21,6 +21,18 @@ def _cuda(bundle: Bundle, graph: str, threads: int | None, precision: str | None
     return OrtRunner(bundle, graph, "cuda", threads, precision)
 
 
+def _openvino(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
+    from .openvino import OpenVinoRunner
+
+    return OpenVinoRunner(bundle, graph, threads, precision)
+
+
+def _tensorrt(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
+    from .tensorrt import TensorRTRunner
+
+    return TensorRTRunner(bundle, graph, precision)
+
+
 BACKENDS: dict[str, Callable[[Bundle, str, int | None, str | None], Runner]] = {
     # "auto" is the CPU: it is there on every machine, and a GPU that cannot be used must be an error, not a surprise.
     "auto": _cpu,
@@ -28,6 +40,10 @@ BACKENDS: dict[str, Callable[[Bundle, str, int | None, str | None], Runner]] = {
     "ort": _cpu,
     "cpu": _cpu,
     "cuda": _cuda,
+    "openvino": _openvino,
+    "ov": _openvino,
+    "tensorrt": _tensorrt,
+    "trt": _tensorrt,
 }
 
 

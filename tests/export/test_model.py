@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from cdl_edge.export.model import ALIGNMENT, pack
+from cdl_edge.packing import ALIGNMENT, pack
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.external import external_files
+from cdl_edge.runtime.external import external_files, external_records, graph_digest
 
 
 def outside(name: str, location: str) -> TensorProto:
@@ -63,3 +64,60 @@ def test_broken_bytes(tmp_path, tiny, read):
     for bad in (good[:-1], good[: len(good) // 2], b"\xff" * 20, b"\x3a\x7f"):
         with pytest.raises(InputError, match=r"graph\.onnx: not an ONNX graph"):
             read(bad)
+
+
+def test_records_tell_where_each_constant_stands(tmp_path, tiny):
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(tiny.make_graph(tmp_path))
+    records = {record.name: record for record in external_records(path)}
+    assert set(records) == {"head", "bias", "query", "scale"}
+    for own, value in (("head", tiny.HEAD), ("bias", tiny.BIAS), ("query", tiny.QUERY)):
+        assert (records[own].location, records[own].dims, records[own].dtype) == ("prompts.bin", value.shape, "float32")
+        np.testing.assert_array_equal(records[own].read(tmp_path), value)
+    assert records["scale"].dims == () and records["scale"].read(tmp_path) == np.float32(1 / 255)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_records_read_dims_in_either_form(tmp_path, packed):
+    """protobuf packs repeated numbers in one field or writes one field each; both are valid."""
+    tensor = outside("a", "x.bin")
+    dims = b"\x0a\x02\x02\x03" if packed else b"\x08\x02\x08\x03"
+    del tensor.dims[:]
+    content = dims + tensor.SerializeToString()
+    graph = b"\x2a" + bytes([len(content)]) + content
+    (tmp_path / "graph.onnx").write_bytes(b"\x3a" + bytes([len(graph)]) + graph)
+    assert [record.dims for record in external_records(tmp_path / "graph.onnx")] == [(2, 3)]
+
+
+def test_a_record_longer_than_its_file(tmp_path, tiny):
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(tiny.make_graph(tmp_path))
+    (tmp_path / "prompts.bin").write_bytes((tmp_path / "prompts.bin").read_bytes()[:-4])
+    record = next(r for r in external_records(path) if r.name == "query")
+    with pytest.raises(InputError, match="'query' is not whole"):
+        record.read(tmp_path)
+
+
+def test_records_of_a_type_that_numpy_lacks(tmp_path):
+    tensor = outside("a", "x.bin")
+    tensor.data_type = TensorProto.BFLOAT16
+    (tmp_path / "graph.onnx").write_bytes(model(helper.make_graph([], "g", [], [], [tensor])))
+    with pytest.raises(InputError, match="not an ONNX graph"):
+        external_records(tmp_path / "graph.onnx")
+
+
+def test_a_digest_is_of_what_is_computed(tmp_path, tiny):
+    def digest(changed=lambda proto: None, **options):
+        proto = onnx.load_from_string(tiny.make_graph(tmp_path, **options))
+        changed(proto)
+        (tmp_path / "graph.onnx").write_bytes(proto.SerializeToString())
+        return graph_digest(tmp_path / "graph.onnx")
+
+    same = digest()
+    assert digest(head=tiny.HEAD * 2) == same, "the values stand in another file"
+    assert digest(lambda p: helper.set_model_props(p, {"classes": "others"})) == same
+    wider = np.concatenate([tiny.HEAD, tiny.HEAD], axis=1)
+    assert digest(head=wider, bias=np.tile(tiny.BIAS, 2)) != same
+    assert digest(batch=2) != same
+    assert digest(lambda p: setattr(p.opset_import[0], "version", 19)) != same
+    assert digest(lambda p: setattr(p.graph.node[0], "op_type", "Identity")) != same

@@ -67,6 +67,7 @@ def test_a_word_that_is_none_of_the_choices(key, value, close):
         ("kd_length", 5),
         ("kd_length", -2),
         ("limit_per_class", 0),
+        ("range_images", -1),
         ("alpha", -0.1),
         ("alpha", 1.1),
         ("alpha", math.nan),

@@ -117,7 +117,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, make_config, together, 
 def test_one_of_them_writes_and_talks(together):
     folder, _, out, err = together
     assert sorted(p.name for p in folder.iterdir()) == [
-        *("config.json", "metrics.json", "report.html"),
+        *("config.json", "metrics.json", "ranges.npz", "report.html"),
         *("student.safetensors", "student_matrix.csv", "teacher.safetensors", "teacher_matrix.csv"),
     ]
     assert len(out.strip().splitlines()) == 1 and json.loads(out)["run"] == str(folder)

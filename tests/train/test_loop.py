@@ -40,6 +40,7 @@ def test_a_run_writes_its_folder(tmp_path, make_config):
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "metrics.json",
+        "ranges.npz",
         "student.safetensors",
         "student_matrix.csv",
         "teacher.safetensors",

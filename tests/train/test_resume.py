@@ -31,6 +31,7 @@ def results(folder):
     }
     tensors = {p.name: load_file(p) for p in folder.glob("*.safetensors")}
     texts = {p.name: p.read_text() for p in folder.glob("*.csv")}
+    texts["ranges.npz"] = (folder / "ranges.npz").read_bytes()
     return {"sides": sides, "classes": metrics["classes"], "skipped": metrics["skipped"], **texts}, tensors
 
 

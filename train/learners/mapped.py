@@ -7,6 +7,7 @@ backbone is not: it is asked with the student's query, as it was while the teach
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ class MappedPrompts(nn.Module):
     in use. Ours: L2P's five entries are mapped each on its own, not together, so that every entry has one mapped
     form, which can be computed beforehand.
     """
+
+    rate: ClassVar[float] = 0.01
+    """share of --learning-rate that the attentions learn at: all tasks share them, nothing protects them. Measured
+    (photographs, ten tasks, rate 0.005, seed 0; accuracy / forgetting): L2P 19.0 / 23.7 at 1, 26.9 / 16.3 at 0.1,
+    28.2 / 14.1 at 0.01"""
 
     def __init__(self, kind: type[Learner], spec: LearnerSpec, teacher: tuple[int, int]) -> None:
         """kind, spec: the student's learner and its sizes; teacher: width and depth of the teacher."""

@@ -1,0 +1,48 @@
+"""Ranges of images that are at hand, by the graph itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from ..errors import InputError
+from ..ranges import Histogram, TaskRanges, TensorRange, merge_tensors
+from .quantize import linears
+from .session import Session
+
+BEHIND_NORM = ("qkv", "fc1")
+
+
+def collect(path: Path, pixels: np.ndarray) -> TaskRanges:
+    """Of the inputs of all Linears of a graph over uint8 (N, S, S, 3).
+
+    Raises: InputError when a value is not finite.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    names: dict[str, str] = {}  # tensor of the ranges -> value of the graph
+    for node, layer in linears(path).items():
+        names.setdefault(layer.tensor, nodes[node].input[0])
+    outputs = list(dict.fromkeys(names.values()))
+    for name in outputs:
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = Session(model.SerializeToString(), path.parent)
+    found: dict[str, TensorRange] = {}
+    for chunk in session.chunks(pixels, outputs):
+        values = dict(zip(outputs, chunk, strict=True))
+        for tensor, name in names.items():
+            x = values[name].reshape(-1, values[name].shape[-1])
+            if not np.isfinite(x).all():
+                raise InputError(
+                    f"{tensor}: not finite on these images",
+                    got=f"{int((~np.isfinite(x)).sum())} of {x.size} values NaN or infinite",
+                    expected="finite numbers",
+                    fix="export the run again, or look at the images",
+                )
+            channels = np.stack([x.min(0), x.max(0)]) if tensor.rpartition(".")[2] in BEHIND_NORM else None
+            new = TensorRange(Histogram.of(x), channels)
+            found[tensor] = merge_tensors([found[tensor], new]) if tensor in found else new
+    return TaskRanges(len(pixels), found)

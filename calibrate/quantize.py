@@ -1,0 +1,274 @@
+"""The encoder's Linears in 8 bits: QuantizeLinear and DequantizeLinear around them, and their weights as bytes.
+
+Only what takes the time: Q, K, V, projection and both layers of the MLP, where a Linear sees all tokens. Residual
+sums, LayerNorm, softmax, GELU and both products of the attention stay as they are (design/EDGE.md, 4). Query pass and
+prompted pass have ranges of their own and share the weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from ..ranges import TensorRange
+from .constants import Packed, read
+from .flavours import Flavour
+from .scales import choose_range
+from .smooth import Smoothing
+
+LINEAR = re.compile(r"(query|prompted)\.blocks\.(\d+)\.(q|k|v|proj|fc1|fc2)")
+WEIGHTS = "backbone.int8.bin"
+"bytes and scales of the weights, shared by all flavours and by all updates"
+
+
+def scales_file(flavour: Flavour) -> str:
+    """Name of the file with the scales of activations (and integer biases): they change with what is learnt."""
+    return f"scales.{flavour.name}.bin"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear of one pass."""
+
+    scope: str
+    "query | prompted"
+    block: int
+    part: str
+    "q | k | v | proj | fc1 | fc2"
+
+    @property
+    def tensor(self) -> str:
+        """Name of its input among the ranges."""
+        return f"{self.scope}.blocks.{self.block}.{'qkv' if self.part in 'qkv' else self.part}"
+
+    @property
+    def unit(self) -> str:
+        """What is quantised or not as one: `blocks.3.fc1`, in both passes."""
+        return self.tensor.partition(".")[2]
+
+
+def layer_of(node: onnx.NodeProto) -> Layer | None:
+    """Which Linear a node is, by its name; None for every other node."""
+    match = LINEAR.fullmatch(node.name) if node.op_type == "Gemm" else None
+    return Layer(match[1], int(match[2]), match[3]) if match else None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Graphs and their files of constants, in memory."""
+
+    models: dict[str, bytes]
+    "name of the graph -> the graph"
+    constants: dict[str, bytes]
+    "file name -> content"
+    units: tuple[str, ...]
+    "what is in 8 bits"
+
+
+def quantise(
+    graphs: Mapping[str, Path],
+    ranges: Mapping[str, TensorRange],
+    flavour: Flavour,
+    method: str = "mse",
+    smoothing: Smoothing | None = None,
+    skip: Collection[str] = (),
+) -> Quantised:
+    """Put the Linears of some graphs of one bundle into 8 bits.
+
+    Args:
+        graphs: name -> file of a graph as `export` writes it. ranges: of all inputs of Linears.
+        method: key of scales.METHODS. smoothing: of channels behind LayerNorms; None: none.
+        skip: units that stay as they are.
+
+    Raises: KeyError when a range is missing, ValueError when graphs contradict each other.
+    """
+    weights, scales = Packed(WEIGHTS), Packed(scales_file(flavour))
+    if "query.blocks.0.qkv" in ranges:
+        # Both passes read the same tokens there; the KD token's Q, K and V are constants.
+        ranges = {**ranges, "prompted.blocks.0.qkv": ranges["query.blocks.0.qkv"]}
+    done: dict[str, onnx.ModelProto] = {}
+    units: dict[str, None] = {}
+    for name, path in graphs.items():
+        editor = _Editor(path, flavour, ranges, method, smoothing, set(skip), weights, scales)
+        done[name] = editor.run()
+        units |= dict.fromkeys(editor.units)
+    constants: dict[str, bytes] = {}
+    tensors: dict[str, onnx.TensorProto] = {}
+    for packed in (weights, scales):
+        constants[packed.name], laid = packed.layout()
+        tensors |= laid
+    for model in done.values():
+        used = {name for node in model.graph.node for name in node.input}
+        kept = [t for t in model.graph.initializer if t.name in used]
+        kept += [tensor for name, tensor in tensors.items() if name in used]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(kept)
+    return Quantised({name: model.SerializeToString() for name, model in done.items()}, constants, tuple(units))
+
+
+def linears(path: Path) -> dict[str, Layer]:
+    """Node name -> each Linear of a graph that sees all tokens (others would gain nothing)."""
+    model = onnx.load(str(path), load_external_data=False)
+    return {n.name: layer for n, layer in _candidates(model.graph.node)}
+
+
+def _candidates(nodes: Collection[onnx.NodeProto]) -> list[tuple[onnx.NodeProto, Layer]]:
+    """Those whose input is not a choice of rows: the last block asks for one or two rows only."""
+    made = {name: node for node in nodes for name in node.output}
+    few = ("Slice", "Concat")
+
+    def from_few(name: str) -> bool:
+        node = made.get(name)
+        return node is not None and (node.op_type in few or (node.op_type == "Reshape" and from_few(node.input[0])))
+
+    found = [(node, layer) for node in nodes if (layer := layer_of(node)) is not None]
+    last: dict[str, int] = defaultdict(int)
+    for _, layer in found:
+        last[layer.scope] = max(last[layer.scope], layer.block)
+    chosen = {(la.scope, la.block) for n, la in found if la.part == "q" and from_few(n.input[0])}
+    # Behind a choice of rows (Q of the last block) the projection and the MLP see these rows only.
+    return [(n, la) for n, la in found if (la.scope, la.block) not in chosen or la.part in "kv"]
+
+
+class _Editor:
+    """One graph."""
+
+    def __init__(
+        self,
+        path: Path,
+        flavour: Flavour,
+        ranges: Mapping[str, TensorRange],
+        method: str,
+        smoothing: Smoothing | None,
+        skip: set[str],
+        weights: Packed,
+        scales: Packed,
+    ) -> None:
+        self.model = onnx.load(str(path), load_external_data=False)
+        self.graph, self.folder = self.model.graph, path.parent
+        self.flavour, self.ranges, self.method = flavour, ranges, method
+        self.weights, self.scales = weights, scales
+        self.initial = {t.name: t for t in self.graph.initializer}
+        self.made = {name: node for node in self.graph.node for name in node.output}
+        self.layers = {n.name: la for n, la in _candidates(self.graph.node) if la.unit not in skip}
+        self.units = list(dict.fromkeys(la.unit for la in self.layers.values()))
+        self.factors = self._smooth(smoothing) if smoothing is not None else {}
+        self._activations: dict[str, tuple[str, float]] = {}
+
+    def run(self) -> onnx.ModelProto:
+        """The graph in 8 bits."""
+        nodes: list[onnx.NodeProto] = []
+        for node in self.graph.node:
+            if node.name in self.layers:
+                nodes += self._linear(node, self.layers[node.name])
+            else:
+                nodes.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        return self.model
+
+    def _constant(self, name: str) -> np.ndarray:
+        """Values of an initializer, also behind the Cast of a graph of lower precision."""
+        while name in self.made and self.made[name].op_type == "Cast":
+            name = self.made[name].input[0]
+        return read(self.initial[name], self.folder)
+
+    def _source(self, name: str) -> str:
+        while name in self.made and self.made[name].op_type == "Cast":
+            name = self.made[name].input[0]
+        return name
+
+    def _smooth(self, smoothing: Smoothing) -> dict[str, np.ndarray]:
+        """Tensor -> what its channels are divided by; changes the LayerNorms in front."""
+        readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.graph.node:
+            for name in node.input:
+                readers[name].append(node)
+        found: dict[str, np.ndarray] = {}
+        for node in list(self.graph.node):
+            if node.op_type != "LayerNormalization":
+                continue
+            outputs = [node.output[0]]
+            for reader in readers[node.output[0]]:
+                if reader.op_type == "Cast":
+                    outputs.append(reader.output[0])
+            behind = [r for name in outputs for r in readers[name] if r.op_type != "Cast"]
+            layers = [self.layers.get(r.name) for r in behind]
+            if not layers or any(la is None for la in layers):
+                continue  # somebody else reads it too
+            unit = next(la.unit for la in layers if la is not None)
+            factor = smoothing.factors[unit]
+            for position, what in ((1, "weight"), (2, "bias")):
+                values = self._constant(node.input[position]) / factor
+                node.input[position] = self.weights.add(f"{unit}.norm.{what}", values.astype(np.float32))
+            found |= {la.tensor: factor for la in layers if la is not None}
+        return found
+
+    def _activation(self, x: str, layer: Layer, kind: np.dtype) -> tuple[list[onnx.NodeProto], str, float]:
+        """Q and DQ of a tensor, once: nodes, name behind them, scale."""
+        if x in self._activations:
+            return [], *self._activations[x]
+        kept, flavour = self.ranges[layer.tensor], self.flavour
+        low, high = choose_range(kept.histogram, self.method, flavour.symmetric)
+        if layer.tensor in self.factors:
+            assert kept.channels is not None
+            # How far the method clips is known of the tensor as it was; its channels' ends are known exactly.
+            share = [
+                chosen / end if end else 1.0 for chosen, end in ((low, kept.histogram.low), (high, kept.histogram.high))
+            ]
+            channels = kept.channels / self.factors[layer.tensor]
+            low, high = (min(float(channels[0].min()), 0.0), max(float(channels[1].max()), 0.0))
+            low, high = low * min(share[0], 1.0), high * min(share[1], 1.0)
+            if flavour.symmetric:
+                high = max(-low, high)
+                low = -high
+        scale = max(high - low, 1e-12) / flavour.levels
+        zero = np.int8(0) if flavour.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+        tag = f"{layer.tensor}.{np.dtype(kind).name}" if kind != np.float32 else layer.tensor
+        names = [self.scales.add(f"{tag}.scale", np.array(scale, kind)), self.scales.add(f"{tag}.zero", np.array(zero))]
+        nodes = [
+            helper.make_node("QuantizeLinear", [x, *names], [f"{x}.q"], name=f"{x}.quantize"),
+            helper.make_node("DequantizeLinear", [f"{x}.q", *names], [f"{x}.d"], name=f"{x}.dequantize"),
+        ]
+        self._activations[x] = f"{x}.d", float(np.array(scale, np.float32))
+        return nodes, *self._activations[x]
+
+    def _linear(self, node: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto]:
+        source = self._source(node.input[1])
+        kind = np.dtype(np.float16 if self.made.get(node.input[1]) is not None else np.float32)
+        nodes, x, scale = self._activation(node.input[0], layer, kind)
+        weight = self._constant(node.input[1])  # (in, out)
+        if layer.tensor in self.factors:
+            weight = weight * self.factors[layer.tensor][:, None]
+        steps = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127
+        stored = [
+            self.weights.add(f"{source}.int8", np.clip(np.rint(weight / steps), -127, 127).astype(np.int8)),
+            self.weights.add(f"{source}.scale" + ("" if kind == np.float32 else ".fp16"), steps.astype(kind)),
+            self.weights.add(f"{source}.zero", np.zeros(len(steps), np.int8)),
+        ]
+        # A DequantizeLinear for each reader: ONNX Runtime fuses those only that are read once.
+        w = f"{node.name}.weight.d"
+        nodes.append(helper.make_node("DequantizeLinear", stored, [w], name=w, axis=1))
+        inputs = [x, w]
+        if len(node.input) > 2 and self.flavour.integer_bias:
+            step = (scale * steps.astype(np.float32)).astype(np.float32)
+            bias = np.rint(self._constant(node.input[2]).astype(np.float64) / step)
+            names = [
+                self.scales.add(f"{node.name}.bias", np.clip(bias, -(2**31), 2**31 - 1).astype(np.int32)),
+                self.scales.add(f"{node.name}.bias.scale", step),
+                self.scales.add(f"{node.name}.bias.zero", np.zeros(len(step), np.int32)),
+            ]
+            b = f"{node.name}.bias.d"
+            nodes.append(helper.make_node("DequantizeLinear", names, [b], name=b, axis=0))
+            inputs.append(b)
+        elif len(node.input) > 2:
+            inputs.append(node.input[2])
+        nodes.append(helper.make_node("Gemm", inputs, list(node.output), name=node.name))
+        return nodes

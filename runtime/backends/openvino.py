@@ -1,0 +1,169 @@
+"""OpenVINO on the CPU: what x86 edge boxes run fastest, in fp32, in bf16 where the CPU has it, in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ...errors import InputError
+from ..bundle import Bundle
+from ..machine import usable_cores
+from ..runner import PRECISIONS, Runner, Value, check_threads
+
+DEVICE = "CPU"
+NARROW = 64
+"""width of a backbone up to which one thread has to do without fused kernels: for one thread OpenVINO also fuses layers
+of at most 256 x 256, and where the projection, the residual and the MLP of a few rows meet, its compiler dies of a
+segmentation fault (2026.4.1; TokenizeMLPSeqSnippets). Above, the MLP's 4 x width keep it from trying."""
+CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+"precision -> what OpenVINO calls it in OPTIMIZATION_CAPABILITIES"
+
+
+class OpenVinoRunner(Runner):
+    """One graph of a bundle, compiled by OpenVINO for the CPU; see `runtime.runner.Runner`.
+
+    fp32 is exact: by itself OpenVINO takes bfloat16 on every CPU that has it, and takes bfloat16 for a float16 that the
+    CPU lacks. Here only what was asked for goes, and what was compiled is read back. One call at a time: the request
+    and its memory are made once and used again.
+
+    Args:
+        graph: "student", "query" or "prompted".
+        threads: of the CPU; None means every core this process may use.
+        precision: "fp32", "bf16" (of the fp32 graph, the engine converts it) or "int8" (of a calibrated graph).
+
+    Raises: InputError when openvino is missing, the CPU lacks the precision, the graph cannot be compiled, or its
+        inputs and outputs are not those of the manifest.
+    """
+
+    hints = ("bf16",)
+    _compiled: Any = None
+    _request: Any = None
+
+    def __init__(
+        self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
+    ) -> None:
+        self._threads = check_threads(threads)
+        self._openvino = import_openvino()
+        self._core = self._openvino.Core()
+        offered = precisions(self._core)
+        if precision in PRECISIONS and precision not in offered:
+            raise InputError(
+                f"OpenVINO does not compute in {precision!r} on this CPU",
+                got=self._core.get_property(DEVICE, "FULL_DEVICE_NAME"),
+                expected="one of " + ", ".join(offered),
+                fix="choose another precision, or use --backend onnxruntime",
+            )
+        super().__init__(bundle, graph, precision)
+
+    def _open(self) -> None:
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
+            # Pinned and free took 26.6 and 26.5 ms (ViT-T/16 CODA + KDP, one thread of a 2-core EPYC, 2026-11-21):
+            # free, the system may move a thread away from a core that something else keeps busy.
+            "ENABLE_CPU_PINNING": False,
+        }
+        width = (self.bundle.manifest.get("backbone") or {}).get("width", 0)
+        if width <= NARROW and min(self._threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
+            settings["SNIPPETS_MODE"] = "DISABLE"
+        try:
+            self._compiled = self._core.compile_model(str(self.path), DEVICE, settings)
+            self._request = self._compiled.create_infer_request()
+        except _errors(self._openvino) as error:
+            raise InputError(
+                f"{self.path}: OpenVINO {self._version} cannot compile the graph",
+                got=_reason(error),
+                expected="a graph that OpenVINO's CPU device can run",
+                fix="export it again with --profile openvino, or upgrade openvino",
+            ) from error
+        self.check_signature(
+            _values(self._compiled.inputs, self.signature.inputs),
+            _values(self._compiled.outputs, self.signature.outputs),
+        )
+        if (compiled := self._compiled_precision()) != self.precision:
+            raise self.mismatch("precision of the compiled graph", compiled, self.precision)
+
+    def _compiled_precision(self) -> str:
+        """What was really compiled, by our name."""
+        if self.precision == "int8":
+            # Layers are fused under changing names; weights that stay bytes are what an 8-bit layer cannot do without.
+            nodes = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
+            weights = {i["runtimePrecision"].astype(str) for i in nodes if i["layerType"].astype(str) == "Const"}
+            return "int8" if weights & {"i8", "u8"} else "no weights of 8 bits"
+        hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        return {"f32": "fp32", "f16": "fp16"}.get(hint, str(hint))
+
+    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._request is None:
+            raise RuntimeError("the runner is closed")
+        results = self._request.infer(feeds, share_inputs=True)
+        return {name: results[name] for name in self.signature.outputs}
+
+    @property
+    def _version(self) -> str:
+        """Without the build number."""
+        return str(self._openvino.__version__).split("-")[0]
+
+    def describe(self) -> dict[str, Any]:
+        """{"backend", "providers", "threads", "version", "precision"}, the last two as compiled."""
+        compiled = self._compiled
+        return {
+            "backend": "openvino",
+            "providers": list(compiled.get_property("EXECUTION_DEVICES")) if compiled is not None else [],
+            "threads": compiled.get_property("INFERENCE_NUM_THREADS") if compiled is not None else self._threads,
+            "version": self._version,
+            "precision": self.precision,
+        }
+
+    def close(self) -> None:
+        """Free the compiled graph; a second call does nothing."""
+        self._request = self._compiled = None
+
+
+def import_openvino() -> ModuleType:
+    """The engine. Raises: InputError when it cannot be imported."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise InputError(
+            "openvino cannot be imported",
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            expected="openvino 2025.0 or newer",
+            fix="pip install 'cdl-edge[openvino]'",
+        ) from error
+    return openvino
+
+
+def precisions(core: Any) -> list[str]:
+    """Of CAPABILITIES, those that this CPU computes in by its own instructions."""
+    listed = core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return [name for name, capability in CAPABILITIES.items() if capability in listed]
+
+
+def _errors(openvino: ModuleType) -> tuple[type[BaseException], ...]:
+    """RuntimeError, and the exceptions of OpenVINO's C++ side: they share no base class but Exception."""
+    found = vars(openvino._pyopenvino).values()
+    return (*(v for v in found if isinstance(v, type) and issubclass(v, Exception)), RuntimeError, ValueError)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line that says more than where in OpenVINO's sources it was raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (told or lines or [type(error).__name__])[0]
+
+
+def _values(ports: Sequence[Any], wanted: Collection[str]) -> dict[str, Value]:
+    """Inputs or outputs by name: OpenVINO gives a tensor every name that it has in the graph."""
+    values = {}
+    for port in ports:
+        names = sorted(port.get_names(), key=lambda name: name not in wanted)
+        shape = tuple(size.get_length() if size.is_static else None for size in port.partial_shape)
+        kind = port.element_type.get_type_name()
+        values[names[0]] = Value({"f32": "float32", "u8": "uint8"}.get(kind, kind), shape)
+    return values

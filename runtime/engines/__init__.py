@@ -1,0 +1,6 @@
+"""TensorRT engines: built from a bundle's ONNX graphs, proven, kept beside a sidecar, refitted.
+
+`product` finds TensorRT and the GPU, `build` makes a plan, `achieved` reads what became of it, `gate` compares its
+answers with fp32, `sidecar` remembers all of it, `refit` exchanges what learning changes, `memory`, `graph` and
+`session` run it, `shelf` decides which of these is needed. Nothing here is imported before it is asked for.
+"""
