@@ -13,6 +13,6 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """The verbs, found when first asked for; those that are rooms too (train, export, report) are callable modules."""
-    if name in ("pretrain", "evaluate", "predict", "profile", "inspect", "validate", "doctor"):
+    if name in ("build", "pretrain", "evaluate", "predict", "profile", "inspect", "validate", "doctor"):
         return getattr(import_module(".api", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

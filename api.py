@@ -92,6 +92,22 @@ def calibrate(bundle: Path | str, out: Path | str, **options: Any) -> dict[str, 
     return run(bundle, out, **options)
 
 
+def build(
+    bundle: Path | str,
+    graph: str = "student",
+    precision: str | None = None,
+    rebuild: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """The TensorRT engine of a bundle for this GPU; options: the fields of runtime.engines.build.Options."""
+    from .runtime import open_bundle
+    from .runtime.backends.tensorrt import build_engine
+    from .runtime.engines.build import Options
+
+    result = build_engine(open_bundle(bundle), graph, precision, Options(**options), rebuild)
+    return {**result, "engine": str(result["engine"])}
+
+
 def evaluate(
     source: Path | str,
     data: str,

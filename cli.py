@@ -269,6 +269,28 @@ def calibrate(bundle: Path, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--graph", default="student", show_default=True, help="student | query | prompted")
+@click.option("--precision", help="fp32 | fp16 | int8 [default: what the bundle recommends, else fp32]")
+@click.option("--workspace-mib", type=click.IntRange(1), help="memory the builder may use [default: 1024]")
+@click.option("--level", type=click.IntRange(0, 5), help="how long to look for fast kernels [default: 3]")
+@click.option("--max-batch", type=click.IntRange(1), help="largest batch, with a free batch size [default: 8]")
+@click.option("--unfuse-attention", is_flag=True, help="keep attention in parts, should fused kernels be wrong")
+@click.option("--no-refit", is_flag=True, help="an engine that has to be built again for every update")
+@click.option("--rebuild", is_flag=True, help="whatever engine is there")
+@json_option
+def build(
+    bundle: Path, graph: str, precision: str | None, rebuild: bool, no_refit: bool, as_json: bool, **options: Any
+) -> None:
+    """Build the TensorRT engine of a bundle for the GPU of this device, and prove it; predict would do it unasked."""
+    from . import api
+
+    given = {key: value for key, value in options.items() if value is not None}
+    result = api.build(bundle, graph, precision, rebuild, refit=not no_refit, **given)
+    emit(result, as_json, f"engine: {result['engine']} ({result['seconds']:.0f} s)")
+
+
+@cli.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
 @click.option("--data", required=True, help="image source, see `train --help`")
 @click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")

@@ -113,6 +113,11 @@ def quantise(
     return Quantised({name: model.SerializeToString() for name, model in done.items()}, constants, tuple(units))
 
 
+def positive(scale: float | np.ndarray, kind: type | np.dtype) -> np.ndarray:
+    """A scale as it is kept: zero, what half precision makes of a very small one, is no scale."""
+    return np.asarray(np.maximum(scale, np.finfo(kind).tiny), kind)
+
+
 def linears(path: Path) -> dict[str, Layer]:
     """Node name -> each Linear of a graph that sees all tokens (others would gain nothing)."""
     model = onnx.load(str(path), load_external_data=False)
@@ -157,9 +162,13 @@ class _Editor:
         self.weights, self.scales = weights, scales
         self.initial = {t.name: t for t in self.graph.initializer}
         self.made = {name: node for node in self.graph.node for name in node.output}
-        self.layers = {n.name: la for n, la in _candidates(self.graph.node) if la.unit not in skip}
+        candidates = _candidates(self.graph.node)
+        self.layers = {n.name: la for n, la in candidates if la.unit not in skip}
         self.units = list(dict.fromkeys(la.unit for la in self.layers.values()))
-        self.factors = self._smooth(smoothing) if smoothing is not None else {}
+        every = {n.name: la for n, la in candidates}
+        self.factors = self._smooth(smoothing, every) if smoothing is not None else {}
+        # Also of what is skipped: the file of weights is one for all flavours, which may skip different units.
+        self.steps = {n.name: self._weight(n, la) for n, la in candidates}
         self._activations: dict[str, tuple[str, float]] = {}
 
     def run(self) -> onnx.ModelProto:
@@ -185,8 +194,8 @@ class _Editor:
             name = self.made[name].input[0]
         return name
 
-    def _smooth(self, smoothing: Smoothing) -> dict[str, np.ndarray]:
-        """Tensor -> what its channels are divided by; changes the LayerNorms in front."""
+    def _smooth(self, smoothing: Smoothing, every: Mapping[str, Layer]) -> dict[str, np.ndarray]:
+        """Tensor -> what its channels are divided by; changes the LayerNorms in front of what goes into 8 bits."""
         readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.graph.node:
             for name in node.input:
@@ -200,14 +209,16 @@ class _Editor:
                 if reader.op_type == "Cast":
                     outputs.append(reader.output[0])
             behind = [r for name in outputs for r in readers[name] if r.op_type != "Cast"]
-            layers = [self.layers.get(r.name) for r in behind]
+            layers = [every.get(r.name) for r in behind]
             if not layers or any(la is None for la in layers):
                 continue  # somebody else reads it too
             unit = next(la.unit for la in layers if la is not None)
             factor = smoothing.factors[unit]
             for position, what in ((1, "weight"), (2, "bias")):
                 values = self._constant(node.input[position]) / factor
-                node.input[position] = self.weights.add(f"{unit}.norm.{what}", values.astype(np.float32))
+                name = self.weights.add(f"{unit}.norm.{what}", values.astype(np.float32))
+                if unit in self.units:
+                    node.input[position] = name
             found |= {la.tensor: factor for la in layers if la is not None}
         return found
 
@@ -230,35 +241,41 @@ class _Editor:
                 high = max(-low, high)
                 low = -high
         scale = max(high - low, 1e-12) / flavour.levels
+        stored = positive(scale, kind)
         zero = np.int8(0) if flavour.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
         tag = f"{layer.tensor}.{np.dtype(kind).name}" if kind != np.float32 else layer.tensor
-        names = [self.scales.add(f"{tag}.scale", np.array(scale, kind)), self.scales.add(f"{tag}.zero", np.array(zero))]
+        names = [self.scales.add(f"{tag}.scale", stored), self.scales.add(f"{tag}.zero", np.array(zero))]
         nodes = [
             helper.make_node("QuantizeLinear", [x, *names], [f"{x}.q"], name=f"{x}.quantize"),
             helper.make_node("DequantizeLinear", [f"{x}.q", *names], [f"{x}.d"], name=f"{x}.dequantize"),
         ]
-        self._activations[x] = f"{x}.d", float(np.array(scale, np.float32))
+        self._activations[x] = f"{x}.d", float(stored)
         return nodes, *self._activations[x]
 
-    def _linear(self, node: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto]:
-        source = self._source(node.input[1])
-        kind = np.dtype(np.float16 if self.made.get(node.input[1]) is not None else np.float32)
-        nodes, x, scale = self._activation(node.input[0], layer, kind)
-        weight = self._constant(node.input[1])  # (in, out)
+    def _weight(self, node: onnx.NodeProto, layer: Layer) -> np.ndarray:
+        """Keep a Linear's weights as bytes; returns their steps (out,), in float32."""
+        source, weight = self._source(node.input[1]), self._constant(node.input[1])  # (in, out)
         if layer.tensor in self.factors:
             weight = weight * self.factors[layer.tensor][:, None]
         steps = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127
-        stored = [
-            self.weights.add(f"{source}.int8", np.clip(np.rint(weight / steps), -127, 127).astype(np.int8)),
-            self.weights.add(f"{source}.scale" + ("" if kind == np.float32 else ".fp16"), steps.astype(kind)),
-            self.weights.add(f"{source}.zero", np.zeros(len(steps), np.int8)),
-        ]
+        self.weights.add(f"{source}.int8", np.clip(np.rint(weight / steps), -127, 127).astype(np.int8))
+        self.weights.add(f"{source}.scale", positive(steps, np.float32))
+        self.weights.add(f"{source}.scale.fp16", positive(steps, np.float16))
+        self.weights.add(f"{source}.zero", np.zeros(len(steps), np.int8))
+        return positive(steps, np.float32)
+
+    def _linear(self, node: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto]:
+        source, steps = self._source(node.input[1]), self.steps[node.name]
+        kind = np.dtype(np.float16 if self.made.get(node.input[1]) is not None else np.float32)
+        nodes, x, scale = self._activation(node.input[0], layer, kind)
+        ending = "" if kind == np.float32 else ".fp16"
+        stored = [f"{source}.int8", f"{source}.scale{ending}", f"{source}.zero"]
         # A DequantizeLinear for each reader: ONNX Runtime fuses those only that are read once.
         w = f"{node.name}.weight.d"
         nodes.append(helper.make_node("DequantizeLinear", stored, [w], name=w, axis=1))
         inputs = [x, w]
         if len(node.input) > 2 and self.flavour.integer_bias:
-            step = (scale * steps.astype(np.float32)).astype(np.float32)
+            step = (scale * steps).astype(np.float32)
             bias = np.rint(self._constant(node.input[2]).astype(np.float64) / step)
             names = [
                 self.scales.add(f"{node.name}.bias", np.clip(bias, -(2**31), 2**31 - 1).astype(np.int32)),

@@ -101,8 +101,8 @@ class StudentGraph:
         mask = self.g.weight(f"cls_mask.{count}", torch.eye(count, 1), "")
         return self.g.op("Mul", mask, self.g.weight(name, row, LEARNT))
 
-    def attend(self, index: int, qkv: tuple[str, ...], count: int, rows: Rows | None) -> str:
-        """Attention of (B, n, D) each with the extra rows of a block."""
+    def attend(self, index: int, qkv: tuple[str, ...], count: int, rows: Rows | None, few: bool) -> str:
+        """Attention of (B, n, D) each with the extra rows of a block. few: Q has one or two rows."""
         g = self.g
         q, k, v = qkv
         if rows is not None and rows.cls_key is not None and rows.cls_value is not None:
@@ -112,7 +112,7 @@ class StudentGraph:
             k, v = g.op("Concat", k, *rows.keys, axis=1), g.op("Concat", v, *rows.values, axis=1)
         attention = self.vit.blocks[index].attn
         scale = 1.0 if self.rewrites.scale else float(attention.scale)
-        return g.attention(q, k, v, attention.num_heads, self.width, scale)
+        return g.attention(q, k, v, attention.num_heads, self.width, scale, few)
 
     def last(self, index: int, x: str, count: int, rows: Rows | None, keep: list[int]) -> tuple[str, Tensor]:
         """Attention of a few of (B * count, D) rows without keys and values: (B, len(keep), D), and what it lacks (D,).
@@ -170,7 +170,7 @@ class StudentGraph:
         if qkv is None and read is not None and self.rewrites.last_products and self.tokens >= LAST_TOKENS:
             mixed, shift = self.last(index, x, count, rows, read)
         else:
-            mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows)
+            mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows, read is not None)
         if read is not None:
             x = self.pick(x, count, read)
         added = self.scaled(f"{name}.proj", g.reshape(mixed, -1, width), block.attn.proj, block.ls1, shift)

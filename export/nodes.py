@@ -158,9 +158,9 @@ class Graph:
         """Over the last axis, in fp32."""
         return self.compute(self.op("Softmax", self.single(x), axis=-1))
 
-    def attention(self, q: str, k: str, v: str, heads: int, width: int, scale: float) -> str:
-        """softmax(q k^T scale) v of (B, n, D) each -> (B, n, D)."""
-        if self.profile.attention:
+    def attention(self, q: str, k: str, v: str, heads: int, width: int, scale: float, few: bool = False) -> str:
+        """softmax(q k^T scale) v of (B, n, D) each -> (B, n, D). few: q has one or two rows."""
+        if self.precision in self.profile.attention and (self.profile.attention_rows or not few):
             safe = {} if self.precision == "fp32" else {"softmax_precision": int(TensorProto.FLOAT)}
             return self.op("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads, scale=scale, **safe)
         scores = self.op("MatMul", self.heads(q, heads, width), self.heads(k, heads, width, keys=True))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 VERBS = (
-    *("quickstart", "pretrain", "train", "sweep", "export", "calibrate", "evaluate", "predict"),
+    *("quickstart", "pretrain", "train", "sweep", "export", "calibrate", "build", "evaluate", "predict"),
     *("profile", "inspect", "validate", "report", "doctor"),
 )
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "sklearn", "numpy", "PIL", "safetensors", "jinja2")
