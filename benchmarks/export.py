@@ -1,7 +1,7 @@
 """What a prompted student costs on the device, relative to one pass of its bare backbone, and to the generic exports.
 
     python benchmarks/export.py [--models tiny,small,base] [--batches 1,8] [--threads 1,2] [--learners coda,apt,...]
-                                [--engines ort,openvino,openvino-bf16,torch,compile] [--rewrites] [--tasks 10]
+                                [--engines ort,openvino,openvino-bf16,torch,compile] [--rewrites] [--growth]
 
 One image batch of each graph in turn, in one process, so that whatever else the machine does hits all of them alike.
 Every ratio is to the same thing: one pass of the bare timm ViT without head, as torch.onnx exports it, in ONNX Runtime
@@ -10,6 +10,7 @@ fp32 (= 1.00). For each engine:
 - straight:  the student as torch.onnx exports it ("coda" has two passes, "apt" one), fp32 input, normalised outside;
 - others:    our graph of that learner in the engine's profile, uint8 input, normalisation inside.
 `torch` and `compile` run the plain module, eager and by torch.compile (inductor).
+--growth: our graphs in ONNX Runtime for 100 tasks beside those for --tasks.
 --rewrites: our two-pass CODA graph in ONNX Runtime with one rewrite switched off at a time, and with none of them.
 
 A student is in the state it has after all tasks, with random prompts, norms and biases: a fresh ViT's norms are ones
@@ -53,6 +54,7 @@ from cdl_edge.train.learners.l2p import L2P
 from cdl_edge.train.student import PromptedViT
 
 CLASSES = 100
+MANY_TASKS = 100
 VARIANTS = {
     # name: learner, KD prompts, one-pass
     "coda": ("coda", True, False),
@@ -244,6 +246,13 @@ class Field:
             self.graph(f"ort coda without {name}", "ort", student, "ort", replace(ALL, **{name: False}))
         self.graph("ort coda without all", "ort", student, "ort", Rewrites(**dict.fromkeys(names, False)))
 
+    @torch.no_grad()
+    def grown(self, learners: list[str]) -> None:
+        """Our graphs when ten times as many tasks have been learnt."""
+        for name in learners:
+            student = trained(self.backbone, *VARIANTS[name], MANY_TASKS)
+            self.graph(f"ort {name}, {MANY_TASKS} tasks", "ort", student, "ort", ALL)
+
     def open(self, engine: str, path: Path, feed: dict[str, np.ndarray]) -> Call:
         """A loaded graph."""
         if engine == "ort":
@@ -303,6 +312,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40, help="calls of each graph")
     parser.add_argument("--learners", default=",".join(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--engines", default="ort,openvino,openvino-bf16", help=", ".join(ENGINES))
+    parser.add_argument("--growth", action="store_true", help="also what 100 tasks cost (ONNX Runtime)")
     parser.add_argument("--rewrites", action="store_true", help="also what each rewrite is worth (ONNX Runtime)")
     arguments = parser.parse_args()
     engines = arguments.engines.split(",")
@@ -319,6 +329,8 @@ def main() -> None:
                     field = Field(model, batch, threads, arguments.tasks, Path(name))
                     for engine in engines:
                         field.enter(engine, arguments.learners.split(","))
+                    if arguments.growth:
+                        field.grown(arguments.learners.split(","))
                     if arguments.rewrites:
                         field.without()
                     races.append(

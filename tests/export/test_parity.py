@@ -54,7 +54,7 @@ def test_the_tolerance_is_the_promised_one():
 def test_equal_passes_and_says_what_was_compared(lab, run):
     parity = check(run, FakeRunner(run, 5e-5), lab.pixels(40))
     assert parity.to_json().keys() == {
-        "max_abs_error", "mean_abs_error", "top1_agreement", "images", "tolerance",
+        "max_abs_error", "mean_abs_error", "top1_agreement", "images", "tolerance", "judged",
     }  # fmt: skip
     assert 4e-5 < parity.max_abs_error < 1e-4
     assert 0 < parity.mean_abs_error < 1e-5
@@ -77,3 +77,20 @@ def test_sample_takes_different_images_from_the_whole_split(count, expected):
     taken = sample(Split(items, np.arange(100)), count).labels
     assert len(set(taken.tolist())) == len(taken) == expected
     assert (taken.min(), taken.max()) == (0, 99)
+
+
+def test_lower_precision_is_judged_by_its_mean_and_its_answers():
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(200, 7)) * 3
+    near = expected + rng.normal(size=expected.shape) * 1e-3
+    near[3] += 5 * rng.normal(size=7)  # one image chose another entry
+    parity = compare(expected, near, "fp16")
+    assert parity.judged == "mean_abs_error" and parity.max_abs_error > 0.5 > parity.tolerance
+    with pytest.raises(ParityError, match="mean_abs_error"):
+        compare(expected, expected + 0.5 * rng.normal(size=expected.shape), "fp16")
+    shuffled = expected.copy()
+    shuffled[:10] += np.eye(7)[np.argsort(expected[:10])[:, -2]] * 3  # 5 % other answers, a small mean
+    with pytest.raises(ParityError, match="at least 99 %"):
+        compare(expected, shuffled, "fp16")
+    with pytest.raises(ParityError):
+        compare(expected, near, "fp32")
