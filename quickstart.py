@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .display import accuracy_table, latency_table, parity_line
+from .display import accuracy_table, latency_table, parity_line, quantisation_table
 from .errors import InputError
 from .verb import make_callable
 
 
 def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
-    """Train teacher and student, export, evaluate the bundle, profile it, write the report.
+    """Train teacher and student, export, put it into 8 bits, evaluate and profile the bundle, write the report.
 
     Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
     """
+    from .calibrate.bundle import calibrate
     from .export import export
     from .report import write_report
     from .runtime import load
@@ -28,25 +29,28 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not empty", expected="a new folder", fix="remove it, or give another --out")
     started = time.perf_counter()
-    say("1/4 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
+    say("1/5 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
     # Scans of digits look like nothing the backbones have seen: five times the papers' rate, or minutes become many.
     config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, learning_rate=5e-3)
     metrics = train(config)
-    say("2/4 export: static ONNX graph, compared with the trained student")
+    say("2/5 export: static ONNX graphs, compared with the trained student")
     exported = export(out / "run", out / "bundle")
-    say("3/4 evaluate and profile the bundle, without torch's help")
-    with load(out / "bundle") as runner:
+    say("3/5 calibrate: 8 bits from the ranges kept while learning; images only measure what it costs")
+    quantised = calibrate(out / "bundle", out / "bundle8", data, ranges="kept", say=say)
+    say("4/5 evaluate and profile the bundle, without torch's help")
+    with load(out / "bundle8", precision="fp32") as runner:
         accuracy = evaluate(runner, data)
-    latency = profile(out / "bundle", runs=500)
-    say("4/4 report")
-    report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle", profile=latency)
+    latency = profile(out / "bundle8", runs=500, precision="fp32")
+    say("5/5 report")
+    report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle8", profile=latency)
     document = {
         "student": {k: metrics["student"][k] for k in ("average_accuracy", "forgetting", "matrix")},
         "teacher": {k: metrics["teacher"][k] for k in ("average_accuracy", "forgetting", "matrix")},
         "parity": exported["parity"],
         "evaluate": accuracy,
+        "calibrate": {k: quantised[k] for k in ("flavours", "latency", "recommended")},
         "profile": {k: latency[k] for k in ("end_to_end_ms", "preprocess_ms", "compute_ms", "backend", "flags")},
-        "bundle": str(out / "bundle"),
+        "bundle": str(out / "bundle8"),
         "report": str(report),
         "seconds": time.perf_counter() - started,
     }
@@ -56,9 +60,10 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
             f"bundle on {accuracy['backend']}: average accuracy {accuracy['average_accuracy']:.2f} % "
             f"over {accuracy['images']} images",
             parity_line(exported["parity"]),
+            quantisation_table(quantised),
             latency_table(latency),
-            f"bundle: {out / 'bundle'}   report: {report.resolve()}   ({document['seconds']:.0f} s)",
-            f"next: cdl-edge predict {out / 'bundle'} IMAGE  |  cdl-edge train --data folder:PHOTOS --out runs/mine",
+            f"bundle: {out / 'bundle8'}   report: {report.resolve()}   ({document['seconds']:.0f} s)",
+            f"next: cdl-edge predict {out / 'bundle8'} IMAGE  |  cdl-edge train --data folder:PHOTOS --out runs/mine",
         ]
     )
     return document, text

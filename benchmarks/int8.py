@@ -124,13 +124,12 @@ def add_peer(calls: dict[str, Callable[[], Any]], label: str, path: Path | None,
     calls[label] = call
 
 
-def accuracy(run: Path, data: str, images: int, flavour: str) -> dict[str, Any]:
+def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) -> dict[str, Any]:
     """Of one run: variant -> {"accuracy", "drop", "worst_task", "quantisation_forgetting", "agreement"}."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export(run, folder / "bundle", dynamic_batch=True)  # many images a call: the numbers are the same, and sooner
-        export(run, folder / "peers")
-        bundle, alone = open_bundle(folder / "bundle"), open_bundle(folder / "peers")
+        bundle = open_bundle(folder / "bundle")
         found = images_of(bundle, data, images, None)
         per_task = len(found.training) // len(bundle.tasks)
         last = found.training[-per_task:]
@@ -153,8 +152,10 @@ def accuracy(run: Path, data: str, images: int, flavour: str) -> dict[str, Any]:
             session = Session(made.models["student"], bundle.path, as_written=FLAVOURS[flavour].symmetric)
             logits = session.logits(found.validation)
             rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
-        for label in PEERS:
-            path = peer(label, alone.graph(), found.training, folder)
+        if peers:
+            export(run, folder / "peers")
+        for label in peers:
+            path = peer(label, folder / "peers" / "student.onnx", found.training, folder)
             if path is not None:
                 logits = Session(path.read_bytes(), folder, as_written=True).logits(found.validation)
                 rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
@@ -270,13 +271,16 @@ def main() -> None:
     parser.add_argument("--data", help="image source of the runs")
     parser.add_argument("--images", type=int, default=64, help="training images of each task")
     parser.add_argument("--flavour", default="int8-x86", help=", ".join(FLAVOURS))
+    parser.add_argument("--peers", default="ort,modelopt", help="whose accuracy is measured too: minutes a run")
     parser.add_argument("--no-speed", action="store_true", help="accuracy only")
     parser.add_argument("--rounds", type=int, default=60, help="calls of each graph")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
     for run in arguments.runs:
-        found.append({"run": str(run), **accuracy(run, arguments.data, arguments.images, arguments.flavour)})
+        peers = [p for p in arguments.peers.split(",") if p]
+        rows = accuracy(run, arguments.data, arguments.images, arguments.flavour, peers)
+        found.append({"run": str(run), **rows})
         print(f"{run}: done", file=sys.stderr)
     table = summary(found)
     for learner, variants in table.items():
@@ -288,11 +292,11 @@ def main() -> None:
                 if key in ("accuracy", "drop", "worst_task", "quantisation_forgetting", "agreement")
             )
             print(f"  {variant:10s} {shown}")
-    rows = None
+    timed = None
     if not arguments.no_speed:
-        rows = speed(arguments.rounds)
+        timed = speed(arguments.rounds)
         print(f"{'graph (one thread, batch 1, ViT-T/16 at 224)':44s} {'ms':>8s} {'ratio':>7s} {'faster':>7s}")
-        for label, figures in rows.items():
+        for label, figures in timed.items():
             ratio = figures["ratio"] or 0.0
             print(f"{label:44s} {figures['median_ms']:8.2f} {ratio:7.3f} {1 / ratio:6.2f}x")
     print(
@@ -304,7 +308,7 @@ def main() -> None:
                 "images_per_task": arguments.images,
                 "runs": found,
                 "summary": table,
-                "speed": rows,
+                "speed": timed,
                 "machine": cpu_model(),
                 "versions": {
                     p: version_of(p) for p in ("cdl-edge", "onnxruntime", "openvino", "nvidia-modelopt", "torch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -147,13 +147,15 @@ class Trial:
     smoothing: Smoothing | None
     folder: Path
     "for the constants: an engine reads them from files of one folder"
+    chosen: dict[str, tuple[float, float]] = field(default_factory=dict)
+    "tensor -> ends of its range: chosen once for all trials"
 
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
         """All graphs of the bundle's base precision."""
         base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest["graphs"] else ""
         names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest["graphs"]]
         graphs = {name: self.bundle.graph(name + base) for name in names}
-        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip)
+        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen)
 
     def session(self, skip: Collection[str] = ()) -> Session:
         """The student in 8 bits but for some units."""

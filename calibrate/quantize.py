@@ -79,6 +79,7 @@ def quantise(
     method: str = "mse",
     smoothing: Smoothing | None = None,
     skip: Collection[str] = (),
+    chosen: dict[str, tuple[float, float]] | None = None,
 ) -> Quantised:
     """Put the Linears of some graphs of one bundle into 8 bits.
 
@@ -86,6 +87,7 @@ def quantise(
         graphs: name -> file of a graph as `export` writes it. ranges: of all inputs of Linears.
         method: key of scales.METHODS. smoothing: of channels behind LayerNorms; None: none.
         skip: units that stay as they are.
+        chosen: tensor -> ends, of earlier calls with the same ranges, flavour and method: a search makes many. Filled.
 
     Raises: KeyError when a range is missing, ValueError when graphs contradict each other.
     """
@@ -93,10 +95,11 @@ def quantise(
     if "query.blocks.0.qkv" in ranges:
         # Both passes read the same tokens there; the KD token's Q, K and V are constants.
         ranges = {**ranges, "prompted.blocks.0.qkv": ranges["query.blocks.0.qkv"]}
+    chosen = {} if chosen is None else chosen
     done: dict[str, onnx.ModelProto] = {}
     units: dict[str, None] = {}
     for name, path in graphs.items():
-        editor = _Editor(path, flavour, ranges, method, smoothing, set(skip), weights, scales)
+        editor = _Editor(path, flavour, ranges, method, smoothing, set(skip), weights, scales, chosen)
         done[name] = editor.run()
         units |= dict.fromkeys(editor.units)
     constants: dict[str, bytes] = {}
@@ -155,11 +158,12 @@ class _Editor:
         skip: set[str],
         weights: Packed,
         scales: Packed,
+        chosen: dict[str, tuple[float, float]],
     ) -> None:
         self.model = onnx.load(str(path), load_external_data=False)
         self.graph, self.folder = self.model.graph, path.parent
         self.flavour, self.ranges, self.method = flavour, ranges, method
-        self.weights, self.scales = weights, scales
+        self.weights, self.scales, self.chosen = weights, scales, chosen
         self.initial = {t.name: t for t in self.graph.initializer}
         self.made = {name: node for node in self.graph.node for name in node.output}
         candidates = _candidates(self.graph.node)
@@ -227,7 +231,9 @@ class _Editor:
         if x in self._activations:
             return [], *self._activations[x]
         kept, flavour = self.ranges[layer.tensor], self.flavour
-        low, high = choose_range(kept.histogram, self.method, flavour.symmetric)
+        if layer.tensor not in self.chosen:
+            self.chosen[layer.tensor] = choose_range(kept.histogram, self.method, flavour.symmetric)
+        low, high = self.chosen[layer.tensor]
         if layer.tensor in self.factors:
             assert kept.channels is not None
             # How far the method clips is known of the tensor as it was; its channels' ends are known exactly.

@@ -133,6 +133,52 @@ def check_recorded(bundle: Bundle) -> None:
         _number(value, where, "accuracy.per_task")
 
 
+def check_quantisation(bundle: Bundle) -> None:
+    """Of the manifest's "quantisation", what the page shows. Raises: InputError."""
+    where, tasks = str(bundle.path / "manifest.json"), len(bundle.tasks)
+    found = _object(bundle.manifest.get("quantisation") or {}, where, "quantisation")
+    for key in ("smooth", "max_drop"):
+        if found.get(key) is not None:
+            _number(found[key], where, f"quantisation.{key}")
+    ranges = _object(found.get("ranges") or {}, where, "quantisation.ranges")
+    for key in ("kept_tasks", "images"):
+        _number(ranges.get(key) or 0, where, f"quantisation.ranges.{key}")
+    _list(ranges.get("tasks_with_images") or [], where, "quantisation.ranges.tasks_with_images")
+    for key in ("definitions", "recommended"):
+        _object(found.get(key) or {}, where, f"quantisation.{key}")
+    for name, flavour in _object(found.get("flavours") or {}, where, "quantisation.flavours").items():
+        _check_flavour(_object(flavour, where, name), where, f"quantisation.flavours.{name}", tasks)
+    for i, entry in enumerate(_list(found.get("latency") or [], where, "quantisation.latency")):
+        fields = _object(entry, where, f"quantisation.latency[{i}]")
+        for key in ("compute_ms", "ratio"):
+            if _number(fields.get(key), where, f"quantisation.latency[{i}].{key}") <= 0:
+                raise _malformed(where, f"quantisation.latency[{i}].{key}", fields[key], "a number above 0")
+        for key in ("backend", "precision"):
+            if not isinstance(fields.get(key), str):
+                raise _malformed(where, f"quantisation.latency[{i}].{key}", fields.get(key), "a name")
+
+
+def _check_flavour(flavour: Mapping[str, Any], where: str, at: str, tasks: int) -> None:
+    for key in ("agreement", "max_abs_error", "layers_int8", "images"):
+        _number(flavour.get(key), where, f"{at}.{key}")
+    _list(flavour.get("layers_float") or [], where, f"{at}.layers_float")
+    for unit, value in _object(flavour.get("sensitivity") or {}, where, f"{at}.sensitivity").items():
+        _number(value, where, f"{at}.sensitivity.{unit}")
+    if flavour.get("before") is None or flavour.get("after") is None:
+        return
+    for side in ("before", "after", "drop"):
+        fields = _object(flavour.get(side), where, f"{at}.{side}")
+        names = ("average",) if side == "drop" else ("average_accuracy", "confidence", "calibration_error")
+        for key in names:
+            _number(fields.get(key), where, f"{at}.{side}.{key}")
+        values = _list(fields.get("per_task"), where, f"{at}.{side}.per_task")
+        known = [_number(v, where, f"{at}.{side}.per_task") for v in values if v is not None]
+        if len(values) != tasks or not known:
+            raise _malformed(where, f"{at}.{side}.per_task", values, f"{tasks} numbers or null, not all null")
+    if flavour.get("quantisation_forgetting") is not None:
+        _number(flavour["quantisation_forgetting"], where, f"{at}.quantisation_forgetting")
+
+
 def check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
     """A page that mixes two runs would mislead: classes, tasks and the student's matrix must agree."""
     training = bundle.manifest.get("training") or {}

@@ -13,7 +13,16 @@ from ..errors import InputError
 from ..files import write_text
 from ..runtime.bundle import Bundle, open_bundle
 from .charts import HEAT_DARK, HEAT_LIGHT, ink
-from .documents import check_measured, check_metrics, check_pair, check_profile, check_recorded, read_metrics
+from .documents import (
+    check_measured,
+    check_metrics,
+    check_pair,
+    check_profile,
+    check_quantisation,
+    check_recorded,
+    read_metrics,
+)
+from .quantisation import quantisation_section
 from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
 
 TEMPLATE = "page.html.j2"
@@ -42,6 +51,7 @@ def write_report(
     opened = open_bundle(bundle) if bundle is not None else None
     if opened is not None:
         check_recorded(opened)
+        check_quantisation(opened)
         training = opened.manifest.get("training")
         if metrics is None and training:
             metrics = check_metrics(training, f"{opened.path}: manifest.json, training")
@@ -83,6 +93,7 @@ def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Ma
     sections = {
         "accuracy": accuracy_section(metrics) if metrics else None,
         "latency": latency_section(profile) if profile else None,
+        "quantisation": quantisation_section(bundle) if bundle else None,
         "export": export_section(bundle) if bundle else None,
         "card": card_section(metrics, bundle, profile),
     }

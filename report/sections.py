@@ -220,7 +220,7 @@ def export_section(bundle: Bundle) -> dict[str, Any]:
         passed = known["max_abs_error"] <= known["tolerance"]
     accuracy = manifest.get("accuracy") or {}
     per_task = accuracy.get("per_task") or []
-    facts = labelled({key: _without_identity(manifest.get(key)) for key in (*GRAPH_FACTS, "quantisation")})
+    facts = labelled({key: _without_identity(manifest.get(key)) for key in GRAPH_FACTS})
     inputs = manifest["input"]
     shape = value_text("shape", inputs["shape"])
     facts.append(("Input", f"{shape} {inputs['dtype']}, {inputs.get('layout', 'NHWC')}"))
@@ -324,7 +324,7 @@ def _limitations(
         if metrics.get("skipped"):
             lines.append(f"{len(metrics['skipped']):,} image(s) could not be read and were left out.")
     if bundle and bundle.manifest.get("quantisation"):
-        lines.append("The graph is quantised: its accuracy may differ from the float model's, class by class.")
+        lines.append("In 8 bits single classes may lose more than the tasks' averages show.")
     if bundle and not bundle.manifest.get("accuracy"):
         lines.append("The bundle records no accuracy: run `cdl-edge evaluate` on it before it is used.")
     if profile:

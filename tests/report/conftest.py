@@ -203,3 +203,57 @@ def read_page() -> Callable[[Path], Page]:
 def hostile() -> str:
     """A class name that is markup."""
     return HOSTILE
+
+
+@pytest.fixture
+def quantisation() -> dict[str, Any]:
+    """What `calibrate` writes into the manifest: three tasks, one flavour with a layer in float."""
+
+    def side(per_task: list[float | None], average: float, confidence: float, error: float) -> dict[str, Any]:
+        return {
+            "per_task": per_task,
+            "average_accuracy": average,
+            "confidence": confidence,
+            "calibration_error": error,
+        }
+
+    def flavour(name: str, after: list[float | None], average: float, **fields: Any) -> dict[str, Any]:
+        before: list[float | None] = [81.17, 79.92, 90.38]
+        drops = [None if a is None or b is None else b - a for a, b in zip(after, before, strict=True)]
+        return {
+            "runtimes": f"what reads {name}",
+            "layers_int8": 44,
+            "layers_float": [],
+            "sensitivity": None,
+            "images": 1234,
+            "agreement": 98.25,
+            "max_abs_error": 0.0712,
+            "before": side(before, 83.82, 0.7512, 3.21),
+            "after": side(after, average, 0.7431, 4.56),
+            "drop": {"per_task": drops, "average": 83.82 - average},
+            "quantisation_forgetting": 0.77,
+            **fields,
+        }
+
+    return {
+        "method": "mse",
+        "smooth": 0.5,
+        "ranges": {"kept_tasks": 3, "images": 64, "tasks_with_images": [2]},
+        "max_drop": 1.5,
+        "flavours": {
+            "int8-x86": flavour(
+                "U8",
+                [80.03, 80.22, 90.38],
+                83.54,
+                layers_float=["blocks.3.fc2"],
+                sensitivity={"blocks.0.qkv": 0.0123, "blocks.3.fc2": 4.56, **{f"blocks.9.{i}": 1e-5 for i in range(9)}},
+            ),
+            "int8-arm": flavour("S8", [81.17, 79.92, 90.38], 83.82, quantisation_forgetting=None),
+        },
+        "definitions": {"quantisation_forgetting": "above 0, 8 bits hurt old tasks more", "drop": "points lost"},
+        "latency": [
+            {"backend": "onnxruntime", "precision": "fp32", "compute_ms": 8.25, "ratio": 1.0},
+            {"backend": "openvino", "precision": "int8", "compute_ms": 3.3, "ratio": 0.4},
+        ],
+        "recommended": {"backend": "openvino", "precision": "int8"},
+    }

@@ -1,0 +1,465 @@
+"""BUNDLE -> BUNDLE, from the three situations that there are: no images, those of the last task, all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cdl_edge.calibrate.bundle as module
+import cdl_edge.calibrate.latency as latency
+from cdl_edge.calibrate import GateError
+from cdl_edge.calibrate.bundle import calibrate
+from cdl_edge.calibrate.collect import collect
+from cdl_edge.errors import InputError
+from cdl_edge.files import sha256
+from cdl_edge.ranges import Ranges, TaskRanges
+from cdl_edge.runtime import load, open_bundle
+from cdl_edge.runtime.bundle import write_bundle
+
+
+@pytest.fixture(autouse=True)
+def _no_race(monkeypatch):
+    """One test measures latency; the others would wait for OpenVINO's compiler."""
+    entry = {"backend": "onnxruntime", "precision": "fp32", "compute_ms": 1.0, "ratio": 1.0}
+    monkeypatch.setattr(module, "race", lambda bundle: [entry])
+    monkeypatch.setattr(module, "SENSITIVITY_IMAGES", 8)
+
+
+@pytest.fixture
+def lines():
+    """What was said."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def kept_only(exported, tmp_path_factory):
+    """A CODA + KDP bundle calibrated from its kept ranges: folder, result."""
+    out = tmp_path_factory.mktemp("calibrated") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "CALLS", 2)
+        return out, calibrate(exported(), out)
+
+
+def changed(bundle: Path, out: Path, **fields) -> Path:
+    """A copy with other fields in its manifest; ranges: other kept ranges, None: none."""
+    opened = open_bundle(bundle)
+    files = {name: opened.path / name for name in opened.manifest["files"]}
+    if "ranges" in fields:
+        ranges = fields.pop("ranges")
+        files.pop("ranges.npz", None)
+        fields["ranges"] = None
+        if ranges is not None:
+            ranges.save(out.parent / "new.npz")
+            files["ranges.npz"] = (out.parent / "new.npz").read_bytes()
+            fields["ranges"] = "ranges.npz"
+    write_bundle(out, {**opened.manifest, **fields}, files)
+    return out
+
+
+def last_classes(bundle: Path) -> list[str]:
+    opened = open_bundle(bundle)
+    return [opened.classes[c] for c in opened.tasks[-1]]
+
+
+def test_from_kept_ranges_alone(kept_only, exported):
+    out, result = kept_only
+    before, written = open_bundle(exported()), open_bundle(out)
+    document = written.manifest["quantisation"]
+    assert result == {**document, "bundle": str(out), "bytes": result["bytes"]}
+    assert document["ranges"] == {"kept_tasks": 3, "images": 0, "tasks_with_images": []}
+    assert set(document["flavours"]) == {"int8-x86", "int8-arm"}
+    for flavour in document["flavours"].values():
+        assert flavour["before"] is None and flavour["after"] is None and "drop" not in flavour
+        assert flavour["layers_int8"] == 21 and flavour["layers_float"] == []
+        assert flavour["images"] == 8 and flavour["agreement"] >= 75  # the bundle's own self-test
+    new = {f"{g}.{f}": f"{g}.{f}.onnx" for g in ("student", "query", "prompted") for f in ("int8-x86", "int8-arm")}
+    assert written.manifest["graphs"] == {**before.manifest["graphs"], **new}
+    for key in new:
+        assert written.manifest["signatures"][key] == before.manifest["signatures"][key.partition(".")[0]]
+    assert set(written.manifest["files"]) - set(before.manifest["files"]) == {
+        *new.values(), "backbone.int8.bin", "scales.int8-x86.bin", "scales.int8-arm.bin",
+    }  # fmt: skip
+    for name, entry in before.manifest["files"].items():
+        assert written.manifest["files"][name] == entry, name
+    assert result["bytes"] == {name: (out / name).stat().st_size for name in written.manifest["files"]}
+    assert written.name == "bundle"
+
+
+def test_the_device_runs_it(kept_only, source, exported):
+    out, _ = kept_only
+    bundle = open_bundle(out)
+    pixels = module.images_of(bundle, source, 1, None).validation
+    with load(out, threads=1, precision="fp32") as runner:
+        expected = runner.run(pixels)
+    with load(out, threads=1, precision="int8") as runner:
+        assert runner.describe()["precision"] == "int8" and runner.path.name.startswith("student.int8-")
+        got = runner.run(pixels)
+    assert not np.array_equal(got.logits, expected.logits)
+    assert (got.logits.argmax(1) == expected.logits.argmax(1)).mean() >= 0.85
+    assert np.abs(got.logits - expected.logits).max() <= 0.1 * np.ptp(expected.logits)
+    # The passes apart give what they give together.
+    with load(out, graph="query", precision="int8") as query, load(out, graph="prompted", precision="int8") as prompted:
+        weights = query.compute({"images": pixels})["prompt_weights"]
+        assert weights == pytest.approx(got.prompt_weights, abs=0.02)
+        apart = prompted.run(pixels, prompt_weights=weights).logits
+        assert np.abs(apart - got.logits).max() <= 0.05 * np.ptp(got.logits)
+
+
+def test_openvino_agrees(kept_only, source):
+    pytest.importorskip("openvino")
+    out, _ = kept_only
+    pixels = module.images_of(open_bundle(out), source, 1, 4).validation
+    with load(out, threads=1, precision="int8") as runner:
+        expected = runner.infer(pixels)
+    with load(out, "openvino", threads=1, precision="int8") as runner:
+        assert runner.describe()["precision"] == "int8"
+        got = runner.infer(pixels)
+    assert np.abs(got - expected).max() <= 0.1 * np.ptp(expected)
+
+
+def test_a_changed_byte_is_refused(kept_only, tmp_path):
+    shutil.copytree(kept_only[0], tmp_path / "copy")
+    file = tmp_path / "copy" / "backbone.int8.bin"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"backbone\.int8\.bin: changed since it was written"):
+        open_bundle(tmp_path / "copy")
+
+
+def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
+    """They join the kept ranges, and give the accuracy of their task."""
+    bundle = exported()
+    result = calibrate(bundle, tmp_path / "out", digits(last_classes(bundle)), flavours=["int8-x86"], say=lines.append)
+    assert result["ranges"]["kept_tasks"] == 3 and result["ranges"]["tasks_with_images"] == [2]
+    found = result["flavours"]["int8-x86"]
+    assert found["before"]["per_task"][:2] == [None, None] and found["before"]["per_task"][2] is not None
+    assert found["quantisation_forgetting"] is None and found["drop"]["average"] == found["drop"]["per_task"][2]
+    assert lines == []
+
+
+def test_all_images(exported, source, tmp_path, lines):
+    result = calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], say=lines.append)
+    # Enough by themselves: kept ranges, with their guess of the drift, are left out.
+    assert result["ranges"] == {"kept_tasks": 0, "images": 3 * 64, "tasks_with_images": [0, 1, 2]}
+    found = result["flavours"]["int8-x86"]
+    recorded = open_bundle(exported()).manifest["accuracy"]["per_task"]
+    assert found["before"]["per_task"] == pytest.approx(recorded)
+    with load(tmp_path / "out", precision="int8") as runner:
+        from cdl_edge.runtime.evaluate import evaluate
+
+        measured = evaluate(runner, source)
+    assert found["after"]["per_task"] == pytest.approx(measured["per_task"])
+    assert found["drop"]["average"] == pytest.approx(
+        found["before"]["average_accuracy"] - found["after"]["average_accuracy"]
+    )
+    assert lines == []
+
+
+def test_sources_of_ranges(exported, source, tmp_path):
+    options = {"flavours": ["int8-x86"], "images": 40}
+    kept = calibrate(exported(), tmp_path / "kept", source, "kept", **options)
+    images = calibrate(exported(), tmp_path / "images", source, "images", **options)
+    assert kept["ranges"] == {"kept_tasks": 3, "images": 0, "tasks_with_images": []}
+    assert images["ranges"]["kept_tasks"] == 0 and images["ranges"]["images"] == 120
+    scales = [sha256(tmp_path / f / "scales.int8-x86.bin") for f in ("kept", "images")]
+    weights = [sha256(tmp_path / f / "backbone.int8.bin") for f in ("kept", "images")]
+    assert scales[0] != scales[1] and weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "apt"])
+def test_every_learner(exported, tmp_path, learner):
+    result = calibrate(exported(learner, epochs=2), tmp_path / "out", method="percentile", smooth=0.5)
+    assert all(f["agreement"] >= 75 for f in result["flavours"].values())
+    bundle = open_bundle(tmp_path / "out")
+    images, logits = bundle.selftest()
+    with load(bundle, precision="int8") as runner:
+        assert np.abs(runner.infer(images) - logits).max() <= 0.15 * np.ptp(logits)
+
+
+@pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
+def test_every_profile(exported, tmp_path, profile):
+    result = calibrate(exported("coda", profile), tmp_path / "out")
+    flavour = "int8-x86" if profile == "openvino" else "int8-trt"
+    assert list(result["flavours"]) == [flavour]
+    assert result["flavours"][flavour]["agreement"] >= 75
+    assert {"student", "query", "prompted"} == {
+        n.partition(".")[0] for n in open_bundle(tmp_path / "out").manifest["graphs"] if n.endswith(flavour)
+    }
+
+
+def test_a_free_batch(exported, tmp_path):
+    result = calibrate(exported(dynamic_batch=True), tmp_path / "out", flavours=["int8-x86"])
+    assert result["flavours"]["int8-x86"]["agreement"] >= 75
+    bundle = open_bundle(tmp_path / "out")
+    images, _ = bundle.selftest()
+    with load(bundle, precision="int8") as runner:
+        assert runner.infer(images).shape == (8, 10)
+
+
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoiled(exported, tmp_path):
+    """A bundle whose kept ranges of one layer are a thousand times too small: quantised, it cannot answer."""
+    kept = Ranges.load(exported() / "ranges.npz")
+    spoilt = ("query.blocks.0.fc2", "prompted.blocks.0.fc2")
+    tasks = [
+        TaskRanges(t.images, {n: r.scaled(1e-3, 1e-3) if n in spoilt else r for n, r in t.tensors.items()}, t.drift)
+        for t in kept.tasks
+    ]
+    return changed(exported(), tmp_path / "spoiled", ranges=Ranges(tuple(tasks)))
+
+
+def loses(bundle, out, source):
+    """Points that the worst task loses without a gate."""
+    found = calibrate(bundle, out, source, "kept", flavours=["int8-x86"])["flavours"]["int8-x86"]
+    return max(d for d in found["drop"]["per_task"])
+
+
+def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_path, lines):
+    worst = loses(spoiled, tmp_path / "free", source)
+    assert worst > 8
+    result = calibrate(
+        spoiled, tmp_path / "out", source, "kept", flavours=["int8-x86"], max_drop=worst / 2, say=lines.append
+    )
+    found = result["flavours"]["int8-x86"]
+    assert found["layers_float"] == ["blocks.0.fc2"] and found["layers_int8"] == 20
+    assert next(iter(found["sensitivity"])) == "blocks.0.fc2" and len(found["sensitivity"]) == 21
+    assert max(found["drop"]["per_task"]) <= worst / 2
+    assert any("looking for layers" in line for line in lines)
+    with load(tmp_path / "out", precision="int8") as runner:
+        from cdl_edge.runtime.evaluate import evaluate
+
+        assert evaluate(runner, source)["per_task"] == pytest.approx(found["after"]["per_task"])
+
+
+def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, exported, source, tmp_path, monkeypatch):
+    """They share the file of weights: one flavour's layers in float may not move the other's bytes."""
+    found = iter([["blocks.0.fc2"], ["blocks.0.fc2", "blocks.0.qkv", "blocks.1.fc1"]])
+    monkeypatch.setattr(module, "search", lambda failing, order: (lambda s: (failing(s), s)[1])(next(found)))
+    calibrate(spoiled, tmp_path / "out", source, "kept", max_drop=-100.0)
+    bundle = open_bundle(tmp_path / "out")
+    flavours = bundle.manifest["quantisation"]["flavours"]
+    assert [len(f["layers_float"]) for f in flavours.values()] == [1, 3]
+    images, logits = bundle.selftest()
+    for name, flavour in flavours.items():
+        assert flavour["agreement"] >= 85
+        path = bundle.graph(f"student.{name}")
+        answers = module.Session(path.read_bytes(), bundle.path, as_written=True).logits(images)
+        assert np.abs(answers - logits).max() <= 0.15 * np.ptp(logits), name
+
+
+@pytest.mark.parametrize("searching", [True, False])
+def test_a_gate_that_is_missed_writes_nothing(exported, source, tmp_path, searching):
+    with pytest.raises(GateError) as error:
+        calibrate(
+            exported(), tmp_path / "new" / "out", source, flavours=["int8-x86"], max_drop=-100.0, searching=searching
+        )
+    text = str(error.value)
+    for words in (
+        "task 1 loses",
+        "task 2 loses",
+        "task 3 loses",
+        "the average loses",
+        "blocks.",
+        "nothing was written",
+    ):
+        assert words in text, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_keeps_the_bundle_that_was_there(kept_only, exported, source, tmp_path):
+    shutil.copytree(kept_only[0], tmp_path / "out")
+    before = sha256(tmp_path / "out" / "manifest.json")
+    with pytest.raises(GateError):
+        calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], max_drop=-100.0, searching=False)
+    assert sha256(tmp_path / "out" / "manifest.json") == before
+    open_bundle(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_gate_needs_images(exported, tmp_path):
+    with pytest.raises(InputError, match="--max-drop needs images"):
+        calibrate(exported(), tmp_path / "out", max_drop=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- wrong input ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_to_take_ranges_from(exported, source, tmp_path):
+    bare = changed(exported(), tmp_path / "bare", ranges=None)
+    with pytest.raises(InputError, match="nothing to take ranges from"):
+        calibrate(bare, tmp_path / "out")
+    with pytest.raises(InputError, match="no ranges were kept"):
+        calibrate(bare, tmp_path / "out", source, "kept")
+    with pytest.raises(InputError, match="nothing to take ranges from"):
+        calibrate(exported(), tmp_path / "out", ranges="images")
+    assert not (tmp_path / "out").exists()
+    result = calibrate(bare, tmp_path / "out", source, flavours=["int8-x86"])
+    assert result["ranges"]["kept_tasks"] == 0
+
+
+def test_wrong_options(exported, image_folder, tmp_path):
+    for options, words in (
+        ({"ranges": "keept"}, "did you mean 'kept'"),
+        ({"method": "msse"}, "did you mean 'mse'"),
+        ({"flavours": ["int8-x68"]}, "did you mean 'int8-x86'"),
+        ({"smooth": 1.5}, "0 to 1"),
+        (
+            {"data": f"folder:{image_folder(tmp_path / 'other', unsplit={'cat': 3, 'dog': 3})}"},
+            "no class of the bundle",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            calibrate(exported(), tmp_path / "out", **options)
+    with pytest.raises(InputError, match="no such bundle"):
+        calibrate(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_bundle_is_not_replaced(exported, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="no bundle"):
+        calibrate(exported(), tmp_path / "precious", flavours=["int8-x86"])
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
+    opened = open_bundle(exported())
+    files = {name: opened.path / name for name in opened.manifest["files"]}
+    values = np.fromfile(opened.path / "backbone.bin", np.float32)
+    values[len(values) // 2] = np.nan
+    broken = write_bundle(tmp_path / "broken", opened.manifest, {**files, "backbone.bin": values.tobytes()})
+    with pytest.raises(InputError, match="not finite"):
+        calibrate(broken, tmp_path / "out", source)
+    with pytest.raises(InputError, match="not finite"):
+        calibrate(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x // 200], ids=["inverted", "of another scale"])
+def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
+    recorded = open_bundle(exported()).manifest["accuracy"]["average_accuracy"]
+    assert recorded > 25  # a student that has learnt something
+    calibrate(exported(), tmp_path / "out", digits(change=change), flavours=["int8-x86"], say=lines.append)
+    (line,) = [line for line in lines if "fp32 has" in line]
+    assert "preprocessing?" in line and f"{recorded:.1f} %" in line
+
+
+def test_few_images(exported, source, tmp_path, lines):
+    calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], images=5, say=lines.append)
+    assert lines == ["warning: ranges of 15 images only; 500 are the usual advice"]
+
+
+def test_values_that_a_method_clips(exported, tmp_path, lines):
+    """Two far groups of values: a range that a method takes leaves one outside."""
+    kept = Ranges.load(exported() / "ranges.npz")
+    name = "prompted.blocks.2.fc1"
+
+    def with_tail(tensor):
+        counts = tensor.histogram.counts.copy()
+        filled = np.flatnonzero(counts)
+        counts[filled[-1]] += counts.sum() // 20  # a twentieth of all values at the end
+        return type(tensor)(
+            type(tensor.histogram)(tensor.histogram.low, tensor.histogram.high, counts), tensor.channels
+        )
+
+    tasks = [
+        TaskRanges(t.images, {n: with_tail(r) if n == name else r for n, r in t.tensors.items()}, t.drift)
+        for t in kept.tasks
+    ]
+    bundle = changed(exported(), tmp_path / "tail", ranges=Ranges(tuple(tasks)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module, "choose_range", lambda histogram, method, symmetric: (histogram.low / 2, histogram.high / 2)
+        )
+        calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    assert any(line.startswith(f"warning: {name}: ") and "are clipped by 'max'" in line for line in lines)
+    lines.clear()
+    calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    assert lines == []  # `max` clips nothing
+
+
+# -- and then ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_recommended_is_followed_where_there_is_a_graph(exported, tmp_path, monkeypatch):
+    def race(_):
+        times = {("onnxruntime", "fp32"): 2.0, ("onnxruntime", "int8"): 1.0}
+        return [{"backend": b, "precision": p, "compute_ms": ms, "ratio": ms / 2.0} for (b, p), ms in times.items()]
+
+    monkeypatch.setattr(module, "race", race)
+    result = calibrate(exported(), tmp_path / "both")
+    assert result["recommended"] == {"backend": "onnxruntime", "precision": "int8"}
+    with load(tmp_path / "both") as runner:
+        assert runner.describe()["precision"] == "int8"
+    with load(tmp_path / "both", precision="fp32") as runner:
+        assert runner.path.name == "student.onnx"
+    calibrate(exported(), tmp_path / "other", flavours=["int8-trt"])
+    with load(tmp_path / "other") as runner:  # this backend has no graph of 8 bits
+        assert runner.describe()["precision"] == "fp32"
+    with pytest.raises(InputError, match="no graph"):
+        load(tmp_path / "other", precision="int8")
+
+
+def test_latency_of_what_runs_here(kept_only):
+    _, result = kept_only
+    measured = {(e["backend"], e["precision"]): e for e in result["latency"]}
+    assert {("onnxruntime", "fp32"), ("onnxruntime", "int8")} <= set(measured)
+    assert result["latency"][0]["ratio"] == 1.0 and all(e["compute_ms"] > 0 for e in result["latency"])
+    fastest = min(result["latency"], key=lambda e: e["compute_ms"])
+    assert result["recommended"] == {"backend": fastest["backend"], "precision": fastest["precision"]}
+
+
+def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path):
+    """Also in its own place. The earlier flavours' graphs would read constants that are no longer theirs."""
+    shutil.copytree(kept_only[0], tmp_path / "out")
+    result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, flavours=["int8-arm"])
+    bundle = open_bundle(tmp_path / "out")
+    assert [g for g in bundle.manifest["graphs"] if "int8" in g] == [
+        "student.int8-arm", "query.int8-arm", "prompted.int8-arm",
+    ]  # fmt: skip
+    assert {f for f in bundle.manifest["files"] if "int8" in f} == {
+        "backbone.int8.bin", "scales.int8-arm.bin", "student.int8-arm.onnx", "query.int8-arm.onnx",
+        "prompted.int8-arm.onnx",
+    }  # fmt: skip
+    assert list(result["flavours"]) == ["int8-arm"]
+    assert set(bundle.manifest["signatures"]) == set(bundle.manifest["graphs"])
+    images, logits = bundle.selftest()
+    path = bundle.graph("student.int8-arm")
+    answers = module.Session(path.read_bytes(), bundle.path, as_written=True).logits(images)
+    assert np.abs(answers - logits).max() <= 0.15 * np.ptp(logits)
+
+
+def test_ranges_of_the_graph_and_of_training_name_the_same_tensors(exported):
+    bundle = open_bundle(exported())
+    kept = Ranges.load(bundle.path / "ranges.npz")
+    images, _ = bundle.selftest()
+    assert set(collect(bundle.graph(), images).tensors) <= set(kept.tasks[0].tensors)
+
+
+def test_the_command(cli, exported, source, tmp_path):
+    bundle, out = exported(), tmp_path / "out"
+    done = cli("calibrate", bundle, "--out", out, "--data", source, "--flavour", "int8-x86", "--max-drop", 90, "--json")
+    assert done.code == 0, done.err
+    document = json.loads(json.dumps(done.json))
+    assert document["bundle"] == str(out) and document["max_drop"] == 90.0
+    assert document["flavours"] == open_bundle(out).manifest["quantisation"]["flavours"]
+    plain = cli("calibrate", bundle, "--out", out, "--flavour", "int8-x86")
+    assert plain.code == 0 and "layers in 8 bits" in plain.out and "next: cdl-edge profile" in plain.out
+    before = sha256(out / "manifest.json")
+    options = ("--flavour", "int8-x86", "--max-drop", "-100", "--no-search")
+    refused = cli("calibrate", bundle, "--out", out, "--data", source, *options)
+    assert refused.code == 1 and refused.out == ""
+    assert "failed: int8-x86" in refused.err and "task 1 loses" in refused.err and "Traceback" not in refused.err
+    cli("calibrate", bundle, "--out", out, "--max-drop", 1).assert_refused("--max-drop needs images")
+    cli("calibrate", bundle, "--out", out, "--method", "mx").assert_refused("did you mean 'max'")
+    assert sha256(out / "manifest.json") == before
