@@ -23,6 +23,7 @@ from .flavours import Flavour
 from .scales import choose_range
 from .smooth import Smoothing
 
+STEM = re.compile(r"(query|prompted)\.stem\.0")
 LINEAR = re.compile(r"(query|prompted)\.blocks\.(\d+)\.(q|k|v|proj|fc1|fc2)")
 WEIGHTS = "backbone.int8.bin"
 "bytes and scales of the weights, shared by all flavours and by all updates"
@@ -41,7 +42,7 @@ class Layer:
     "query | prompted"
     block: int
     part: str
-    "q | k | v | proj | fc1 | fc2"
+    "q | k | v | proj | fc1 | fc2; stem: a patch embedding, whose input is bytes as they come"
 
     @property
     def tensor(self) -> str:
@@ -50,8 +51,11 @@ class Layer:
 
     @property
     def unit(self) -> str:
-        """What is quantised or not as one: `blocks.3.fc1`, in both passes."""
-        return self.tensor.partition(".")[2]
+        """What is quantised or not as one: `blocks.3.fc1`, in both passes, or `stem`."""
+        return "stem" if self.part == "stem" else self.tensor.partition(".")[2]
+
+
+PATCHES = Layer("", 0, "stem")
 
 
 def layer_of(node: onnx.NodeProto) -> Layer | None:
@@ -145,6 +149,16 @@ def _candidates(nodes: Collection[onnx.NodeProto]) -> list[tuple[onnx.NodeProto,
     return [(n, la) for n, la in found if (la.scope, la.block) not in chosen or la.part in "kv"]
 
 
+def _patch_embedding(nodes: Collection[onnx.NodeProto]) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    """A Gemm over patches and the Cast in front of it, where the patches are made of bytes (profile `ort`)."""
+    made = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        before = made.get(node.input[0]) if STEM.fullmatch(node.name) else None
+        if before is not None and before.op_type == "Cast":
+            return node, before
+    return None
+
+
 class _Editor:
     """One graph."""
 
@@ -174,6 +188,13 @@ class _Editor:
         # Also of what is skipped: the file of weights is one for all flavours, which may skip different units.
         self.steps = {n.name: self._weight(n, la) for n, la in candidates}
         self._activations: dict[str, tuple[str, float]] = {}
+        self.stem = _patch_embedding(self.graph.node)
+        if self.stem is not None:
+            self.steps[self.stem[0].name] = self._weight(self.stem[0], PATCHES)
+            if flavour.symmetric or PATCHES.unit in skip:
+                self.stem = None
+            else:
+                self.units.append(PATCHES.unit)
 
     def run(self) -> onnx.ModelProto:
         """The graph in 8 bits."""
@@ -181,7 +202,9 @@ class _Editor:
         for node in self.graph.node:
             if node.name in self.layers:
                 nodes += self._linear(node, self.layers[node.name])
-            else:
+            elif self.stem is not None and node.name == self.stem[0].name:
+                nodes += self._patches(node, self.stem[1])
+            elif self.stem is None or node.name != self.stem[1].name:
                 nodes.append(node)
         del self.graph.node[:]
         self.graph.node.extend(nodes)
@@ -271,9 +294,24 @@ class _Editor:
         return positive(steps, np.float32)
 
     def _linear(self, node: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto]:
-        source, steps = self._source(node.input[1]), self.steps[node.name]
         kind = np.dtype(np.float16 if self.made.get(node.input[1]) is not None else np.float32)
         nodes, x, scale = self._activation(node.input[0], layer, kind)
+        return [*nodes, *self._gemm(node, x, scale, kind)]
+
+    def _patches(self, node: onnx.NodeProto, cast: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """Pixels are U8 with scale 1 already: only the weights are rounded, and the Cast goes."""
+        names = [
+            self.scales.add("stem.scale", np.array(1, np.float32)),
+            self.scales.add("stem.zero", np.array(0, np.uint8)),
+        ]
+        x = f"{cast.input[0]}.d"
+        pixels = helper.make_node("DequantizeLinear", [cast.input[0], *names], [x], name=f"{x}.dequantize")
+        return [pixels, *self._gemm(node, x, 1.0, np.dtype(np.float32))]
+
+    def _gemm(self, node: onnx.NodeProto, x: str, scale: float, kind: np.dtype) -> list[onnx.NodeProto]:
+        """A Linear on a dequantised input of some scale, with its weights from bytes."""
+        nodes: list[onnx.NodeProto] = []
+        source, steps = self._source(node.input[1]), self.steps[node.name]
         ending = "" if kind == np.float32 else ".fp16"
         stored = [f"{source}.int8", f"{source}.scale{ending}", f"{source}.zero"]
         # A DequantizeLinear for each reader: ONNX Runtime fuses those only that are read once.

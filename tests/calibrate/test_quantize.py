@@ -45,7 +45,9 @@ def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, 
     graphs = tools.make(learner, kd=kd, patch=4)
     assert not any(".5." in name for name in linears(graphs.path()))
     quantised = graphs.quantise()
-    assert quantised.units == tuple(f"blocks.{i}.{p}" for i in range(5) for p in ("qkv", "proj", "fc1", "fc2"))
+    assert quantised.units == tuple(f"blocks.{i}.{p}" for i in range(5) for p in ("qkv", "proj", "fc1", "fc2")) + (
+        "stem",
+    )
     folder = graphs.write(quantised)
     assert_near(tools, graphs, folder)
 
@@ -105,7 +107,7 @@ def test_weights_are_bytes_within_half_a_step(tools):
 def test_a_linear_computes_the_quantised_product(tools, flavour):
     """y = (q - z) s_x (W s_w) + b with q = round(x / s_x) + z, worked out by numpy."""
     graphs = tools.make("coda")
-    folder = graphs.write(graphs.quantise(flavour))
+    folder = graphs.write(graphs.quantise(flavour, skip=["stem"]))
     nodes, constants = tools.nodes(folder / "student.onnx"), tools.constants(folder / "student.onnx")
     before, floats = tools.nodes(graphs.path()), tools.constants(graphs.path())
     layers = linears(graphs.path())
@@ -249,7 +251,7 @@ def test_each_pass_has_its_own_ranges(tools):
 def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):
     """Without the rounding: the LayerNorms of the 8-bit graph with the float weights times their factors."""
     graphs = tools.make("dualprompt", layer_scale=True)
-    folder = graphs.write(graphs.quantise(flavour, smooth=strength))
+    folder = graphs.write(graphs.quantise(flavour, smooth=strength, skip=["stem"]))
     factors = smoothing(graphs.path(), graphs.ranges, strength).factors
     floats, before = tools.constants(graphs.path()), tools.nodes(graphs.path())
     model = onnx.load(str(folder / "student.onnx"), load_external_data=False)
@@ -346,3 +348,38 @@ def test_a_missing_range_is_an_error(tools):
     without = replace(graphs, ranges={k: v for k, v in graphs.ranges.items() if k != "prompted.blocks.3.fc1"})
     with pytest.raises(KeyError, match=r"prompted\.blocks\.3\.fc1"):
         without.quantise()
+
+
+def test_a_patch_embedding_takes_the_bytes_as_they_come(tools):
+    """U8 with scale 1 is what pixels are: no rounding of them, no Cast, and the product is the one of numpy."""
+    graphs = tools.make("coda")
+    folder = graphs.write(graphs.quantise(), "stem")
+    nodes, before = tools.nodes(folder / "student.onnx"), tools.nodes(graphs.path())
+    constants, floats = tools.constants(folder / "student.onnx"), tools.constants(graphs.path())
+    stem = nodes["query.stem.0"]
+    assert "Cast" in {n.op_type for n in before.values()} and "Cast" not in {n.op_type for n in nodes.values()}
+    made = {name: node for node in nodes.values() for name in node.output}
+    pixels = made[stem.input[0]]
+    assert pixels.op_type == "DequantizeLinear"
+    assert (constants[pixels.input[1]], constants[pixels.input[2]]) == (1, 0)
+    got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, [stem.output[0]])[stem.output[0]]
+    exact = tools.run(graphs.path(), {"images": graphs.pixels}, [before["query.stem.0"].output[0]])
+    want = exact[before["query.stem.0"].output[0]]
+    step = constants["stem.0.weight.scale"]
+    assert np.abs(got - want).max() > 0
+    # Half a step for each of 8 x 8 x 3 pixels of at most 255, and half a step of the bias.
+    assert (np.abs(got - want) <= 0.5 * step * (255 * 8 * 8 * 3 + 1) + 1e-4).all()
+    weight = constants["stem.0.weight.int8"] * step
+    assert np.abs(weight - floats["stem.0.weight"]).max() <= 0.501 * step.max()
+
+
+@pytest.mark.parametrize(
+    ("flavour", "profile", "skip"),
+    [("int8-arm", "ort", []), ("int8-x86", "openvino", []), ("int8-x86", "ort", ["stem"])],
+)
+def test_other_patch_embeddings_stay_as_they_are(tools, flavour, profile, skip):
+    graphs = tools.make("apt", profile)
+    quantised = graphs.quantise(flavour, skip=skip)
+    assert "stem" not in quantised.units
+    folder = graphs.write(quantised, f"nostem-{flavour}-{len(skip)}")
+    assert "Cast" in {n.op_type for n in tools.nodes(folder / "student.onnx").values()}
