@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from . import __version__
+from .cli_device import VERBS
+from .cli_options import backend_option, emit, json_option, precision_option, say, threads_option
 from .errors import InputError
 from .files import first_process
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
-threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
-backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda | openvino | tensorrt"
-)
-precision_option = click.option(
-    "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -36,7 +27,8 @@ def cli() -> None:
     sweep      many trainings and their comparison          images  -> table
     export     the student as a static graph, proven equal  RUN     -> BUNDLE
     calibrate  8 bits, without the images of earlier tasks  BUNDLE  -> BUNDLE
-    predict, evaluate, profile, report                      BUNDLE  -> answers
+    predict, evaluate, profile, report, serve               BUNDLE  -> answers
+    pack       updates of a bundle, in kilobytes            BUNDLE  -> PACK -> BUNDLE
 
     Start with `cdl-edge quickstart`. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
     """
@@ -54,17 +46,6 @@ def main() -> None:
             time.sleep(60)
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
-
-
-def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
-    """For people the text; with --json the document as the last line."""
-    if first_process():
-        click.echo(json.dumps(document, allow_nan=False) if as_json else text)
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr."""
-    click.echo(line, err=True)
 
 
 def set_threads(threads: int | None) -> None:
@@ -269,28 +250,6 @@ def calibrate(bundle: Path, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--graph", default="student", show_default=True, help="student | query | prompted")
-@click.option("--precision", help="fp32 | fp16 | int8 [default: what the bundle recommends, else fp32]")
-@click.option("--workspace-mib", type=click.IntRange(1), help="memory the builder may use [default: 1024]")
-@click.option("--level", type=click.IntRange(0, 5), help="how long to look for fast kernels [default: 3]")
-@click.option("--max-batch", type=click.IntRange(1), help="largest batch, with a free batch size [default: 8]")
-@click.option("--unfuse-attention", is_flag=True, help="keep attention in parts, should fused kernels be wrong")
-@click.option("--no-refit", is_flag=True, help="an engine that has to be built again for every update")
-@click.option("--rebuild", is_flag=True, help="whatever engine is there")
-@json_option
-def build(
-    bundle: Path, graph: str, precision: str | None, rebuild: bool, no_refit: bool, as_json: bool, **options: Any
-) -> None:
-    """Build the TensorRT engine of a bundle for the GPU of this device, and prove it; predict would do it unasked."""
-    from . import api
-
-    given = {key: value for key, value in options.items() if value is not None}
-    result = api.build(bundle, graph, precision, rebuild, refit=not no_refit, **given)
-    emit(result, as_json, f"engine: {result['engine']} ({result['seconds']:.0f} s)")
-
-
-@cli.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
 @click.option("--data", required=True, help="image source, see `train --help`")
 @click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
@@ -318,94 +277,6 @@ def evaluate(
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images\n"
     text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
     emit(result, as_json, text)
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--task", type=int, help="only the classes of this task compete (from 0)")
-@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
-@backend_option
-@precision_option
-@threads_option
-@json_option
-def predict(
-    bundle: Path,
-    images: tuple[Path, ...],
-    task: int | None,
-    top: int,
-    backend: str,
-    precision: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Classify images; says which prompts were selected."""
-    from . import api
-
-    result = api.predict(bundle, images, task, top, backend, threads, precision)
-    lines = []
-    for p in result["predictions"]:
-        lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")
-        lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
-    emit(result, as_json, "\n".join(lines))
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--runs", type=click.IntRange(1), default=1000, show_default=True, help="timed calls")
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="real image(s) to use in turn")
-@click.option("--trace", type=click.Path(path_type=Path), help="write every sample as JSON")
-@backend_option
-@precision_option
-@threads_option
-@json_option
-def profile(
-    bundle: Path,
-    runs: int,
-    images: tuple[Path, ...],
-    trace: Path | None,
-    backend: str,
-    precision: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Latency of one image a call: decode and preprocess, compute, end to end."""
-    from .display import latency_table
-    from .runtime.profile import profile as run
-
-    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
-    context = result["context"]
-    flags = ", ".join(result["flags"]) or "none"
-    how = f"backend {result['backend']}, {context['precision']}, threads {context.get('threads')}, flags: {flags}"
-    text = f"{latency_table(result)}\n{how}"
-    emit(result, as_json, text)
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@json_option
-def inspect(bundle: Path, as_json: bool) -> None:
-    """What a bundle holds: classes, tasks, learner, sizes, parity, accuracy."""
-    from .runtime.inspect import inspect as run
-
-    result = run(bundle)
-    shown = {k: v for k, v in result.items() if k not in ("classes", "tasks", "files")}
-    lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items() if v is not None]
-    lines += [f"task {i + 1}: {', '.join(names)}" for i, names in enumerate(result["tasks"])]
-    emit(result, as_json, "\n".join(lines))
-
-
-@cli.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@backend_option
-@precision_option
-@json_option
-def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
-    """Check every hash, load the graph, run a picture through it."""
-    from .runtime.inspect import validate as run
-
-    result = run(bundle, backend, precision=precision)
-    emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
 
 
 @cli.command()
@@ -445,21 +316,8 @@ def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_j
     emit({"report": str(path)}, as_json, f"report: {path}")
 
 
-@cli.command()
-@json_option
-def doctor(as_json: bool) -> None:
-    """What this machine has, what is missing, and the command that mends it."""
-    from .runtime.doctor import doctor as run
-
-    result = run()
-    lines = []
-    for check in result["checks"]:
-        lines.append(f"{check['status']:>5}  {check['name']}: {check['detail']}")
-        if check.get("fix"):
-            lines.append(f"         do: {check['fix']}")
-    emit(result, as_json, "\n".join(lines))
-    if any(check["status"] == "fail" for check in result["checks"]):
-        sys.exit(1)
+for verb in VERBS:
+    cli.add_command(verb)
 
 
 if __name__ == "__main__":

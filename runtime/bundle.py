@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,8 @@ from ..images import Preprocessing
 SCHEMA = 1
 "version of manifest.json that this code writes; older ones are read, newer ones refused"
 MANIFEST = "manifest.json"
+CURRENT, VERSIONS = "current", "versions"
+"of a store of bundles (see store.py): the link to the version that runs, and the folder of all of them"
 SELECTIONS = ("top-k", "weighted", "none")
 _AGAIN = "copy the bundle again, or export it again"
 
@@ -108,7 +112,7 @@ class Bundle:
         try:
             with np.load(self.path / str(name), allow_pickle=False) as stored:
                 return stored["images"], stored["logits"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise InputError(f"{self.path}: no self-test", got=str(error), fix="export the bundle again") from error
 
     def graph(self, name: str = "student") -> Path:
@@ -155,7 +159,7 @@ def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, Pa
     with atomic_folder(path) as temporary:
         entries: dict[str, Any] = {}
         for name, content in files.items():
-            _check_name(path / MANIFEST, name)
+            check_name(path / MANIFEST, name)
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
@@ -187,7 +191,10 @@ def _sync(path: Path) -> None:
 
 
 def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
-    """Open a bundle folder and check it.
+    """Open a bundle folder and check it; of a store, the version that `current` names at this moment.
+
+    The link is followed once: whoever keeps the Bundle reads one version, whatever is installed meanwhile. The file
+    of ranges may be absent: packs leave it out, only `calibrate` reads it.
 
     Args:
         verify: hash every listed file (a few ms for each 10 MB). False still checks the manifest, presence and sizes.
@@ -205,17 +212,38 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
             fix="check the path, or run: cdl-edge export RUN --out BUNDLE",
         )
     try:
+        path = current_version(path)
         document = _read_manifest(path)
         files = _field(path / MANIFEST, document, "files", dict)
         for name, entry in files.items():
-            _check_name(path / MANIFEST, name)
-            _check_file(path, name, entry, verify)
+            check_name(path / MANIFEST, name)
+            if name != document.get("ranges") or (path / name).exists():
+                _check_file(path, name, entry, verify)
     except OSError as error:  # permissions, a failing card
         raise InputError(
             f"{error.filename or path}: cannot be read", got=error.strerror or str(error), fix="check its permissions"
         ) from error
     _check_manifest(path / MANIFEST, document)
     return Bundle(path, document)
+
+
+def current_version(path: Path) -> Path:
+    """The folder that runs: of a store (a folder with `current` and `versions`) what the link names, else `path`.
+
+    Raises: InputError for a link to anything but one of the versions.
+    """
+    link = path / CURRENT
+    if not link.is_symlink() or not (path / VERSIONS).is_dir():
+        return path
+    target = os.readlink(link)
+    if not re.fullmatch(VERSIONS + "/[0-9a-f]{16}", target) or not (path / target).is_dir():
+        raise InputError(
+            f"{link}: names no version of this store",
+            got=target,
+            expected=", ".join(sorted(f"{VERSIONS}/{p.name}" for p in (path / VERSIONS).iterdir())) or "a version",
+            fix=f"ln -sfn {VERSIONS}/VERSION {link}",
+        )
+    return path / target
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -274,8 +302,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return document
 
 
-def _check_name(manifest_path: Path, name: str) -> None:
-    """Refuse every file name that could lead out of the folder."""
+def check_name(manifest_path: Path, name: str) -> None:
+    """Refuse every file name that could lead out of the folder. Raises: InputError."""
     parts = PurePosixPath(name).parts
     bad = not parts or name.startswith("/") or "\\" in name or ":" in name or "\0" in name or ".." in parts
     if bad or str(PurePosixPath(name)) != name or name == MANIFEST:

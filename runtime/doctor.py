@@ -8,9 +8,11 @@ import platform
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from . import jetson
 from .backends.openvino import DEVICE, import_openvino, precisions
 from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, usable_cores, version_of
 
@@ -30,13 +32,29 @@ _FLAGS = (
     "bf16",
 )
 _FREE_BYTES = 500_000_000
+_ROOMY_BYTES = 12 * 2**30
+"up to this memory (the boards of 4 and 8 GB) a swap file is advised; chosen, not measured"
+_TRAINING = ("torch", "timm", "safetensors", "accelerate", "scipy", "tqdm")
+_NEEDS = {
+    "train": _TRAINING,
+    "export": (*_TRAINING, "onnx"),
+    "calibrate": ("onnx",),
+    "serve": ("starlette", "uvicorn", "python-multipart"),
+    "sign": ("cryptography",),
+}
+"purpose -> distributions"
+_JETSON_ORT = "install the onnxruntime-gpu wheel for your JetPack: https://elinux.org/Jetson_Zoo#ONNX_Runtime"
 
 
-def doctor() -> dict[str, Any]:
+def doctor(root: Path = jetson.ROOT) -> dict[str, Any]:
     """Look at this machine; torch, timm and onnx are looked up, never imported.
 
+    Args:
+        root: where a Jetson's own files are looked for.
+
     Returns: {"checks": [{"name", "status": "ok" | "warn" | "fail", "detail", "fix": command or None}], "ok": no check
-        failed}. Something optional that is absent is "ok" and still names its command.
+        failed}. Something optional that is absent is "ok" and still names its command. The checks named "to ..." say
+        of each purpose whether this machine serves it.
     """
     checks = [
         _python(),
@@ -46,11 +64,13 @@ def doctor() -> dict[str, Any]:
         *(_tool(name, purpose) for name, purpose in _TOOLS.items()),
         _cuda(),
         _openvino(),
-        _optional("tensorrt", "tensorrt", "NVIDIA engines", _tensorrt_fix()),
+        _tensorrt(root),
         _cpu(),
         _threads(),
         _temp(),
         check("board", "ok", board() or f"no board name; {platform.machine()}, {platform.platform()}"),
+        *_jetson(root),
+        *_purposes(root),
     ]
     return {"checks": checks, "ok": all(c["status"] != "fail" for c in checks)}
 
@@ -148,8 +168,105 @@ def _openvino() -> Check:
     return check("openvino", "ok", f"{found['detail']}, device {DEVICE} ({name}): {', '.join(precisions(core))}")
 
 
-def _tensorrt_fix() -> str:
-    return "sudo apt-get install nvidia-jetpack" if _on_jetson() else "pip install 'cdl-edge[tensorrt]'"
+def _tensorrt(root: Path) -> Check:
+    hidden = importlib.util.find_spec("tensorrt") is None and jetson.apt_tensorrt(root)
+    if hidden and sys.prefix != sys.base_prefix:
+        fix = "make the environment again with: python3 -m venv --system-site-packages .venv"
+        return check("tensorrt", "warn", "installed by apt, but this virtual environment does not see it", fix)
+    fix = "sudo apt-get install -y tensorrt python3-libnvinfer" if _on_jetson() else "pip install 'cdl-edge[tensorrt]'"
+    return _optional("tensorrt", "tensorrt", "NVIDIA engines", fix)
+
+
+def _jetson(root: Path) -> list[Check]:
+    """JetPack, power mode and swap; nothing on other machines."""
+    release = jetson.release(root)
+    if release is None:
+        return []
+    return [_jetpack(release), _power(root), _swap(root)]
+
+
+def _jetpack(release: jetson.Release) -> Check:
+    if release.jetpack is None:
+        return check("jetpack", "ok", f"Jetson Linux {release.text}, a release that this version does not know")
+    detail = f"JetPack {release.jetpack} (Jetson Linux {release.text})"
+    python = jetson.PYTHONS.get(release.jetpack)
+    if python is None:
+        return check("jetpack", "fail", f"{detail}: its Python and TensorRT are too old", "flash JetPack 6 or 7")
+    if sys.version_info[:2] != python:
+        wanted = ".".join(map(str, python))
+        detail += f"; its TensorRT is built for Python {wanted}, this is {platform.python_version()}"
+        fix = f"/usr/bin/python{wanted} -m venv --system-site-packages .venv && .venv/bin/pip install cdl-edge"
+        return check("jetpack", "warn", detail, fix)
+    return check("jetpack", "ok", detail)
+
+
+def _power(root: Path) -> Check:
+    mode = jetson.power_mode(root)
+    if mode is None:
+        return check("power mode", "ok", "not set: the default of the board", "sudo nvpmodel -q")
+    detail = f"{mode.number} ({mode.name or 'not named'})"
+    if mode.fastest is None or mode.number == mode.fastest:
+        return check("power mode", "ok", detail)
+    fix = f"to measure at full speed: sudo nvpmodel -m {mode.fastest} && sudo jetson_clocks"
+    return check("power mode", "warn", f"{detail}; {mode.fastest} is the one without a power budget", fix)
+
+
+def _swap(root: Path) -> Check:
+    found = jetson.swap(root)
+    if found is None:
+        return check("swap", "ok", "the kernel does not say")
+    memory, zram, disk = (n / 2**30 for n in (found.memory_bytes, found.zram_bytes, found.disk_bytes))
+    detail = f"{memory:.1f} GiB memory, {zram:.1f} GiB zram, {disk:.1f} GiB on disk"
+    if found.disk_bytes or found.memory_bytes > _ROOMY_BYTES:
+        return check("swap", "ok", detail)
+    fix = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
+    only = "zram takes from the same memory" if found.zram_bytes else "no swap"
+    return check("swap", "warn", f"{detail}; {only}: building an engine may run out of memory", fix)
+
+
+def _purposes(root: Path) -> list[Check]:
+    """For each purpose: yes, or what is missing and the one command that mends it."""
+    lacking = {purpose: [n for n in names if version_of(n) is None] for purpose, names in _NEEDS.items()}
+    absent = "ok" if _on_jetson() else "warn"  # a Jetson trains elsewhere
+    checks = [_purpose(p, lacking[p], absent, _pip(lacking[p])) for p in ("train", "export", "calibrate")]
+    engines = [name for name in _ORT_PACKAGES if version_of(name) is not None]
+    checks.append(_purpose("run on the CPU", [] if engines else ["onnxruntime"], "fail", _pip(["onnxruntime"])))
+    checks += _gpu_purposes(root)
+    checks.append(_purpose("serve", lacking["serve"], "ok", "pip install 'cdl-edge[serve]'"))
+    return [*checks, _purpose("sign packs, or check who signed", lacking["sign"], "ok", "pip install 'cdl-edge[sign]'")]
+
+
+def _gpu_purposes(root: Path) -> list[Check]:
+    """TensorRT comes first on a Jetson, ONNX Runtime on a PC."""
+    if not cuda_driver().devices:
+        return [check("to run on an NVIDIA GPU", "ok", "no: the driver offers none, see `cuda driver`")]
+    small, release = _on_jetson(), jetson.release(root)
+    runtime = [] if version_of("onnxruntime-gpu") else ["onnxruntime-gpu"]
+    mend = _JETSON_ORT if small else "pip uninstall -y onnxruntime && pip install 'cdl-edge[gpu]'"
+    engine = [] if importlib.util.find_spec("tensorrt") is not None else ["tensorrt"]
+    binding = [] if any(version_of(n) for n in ("pycuda", "cuda-python", "cuda-bindings")) else ["cuda-python"]
+    # The extra `tensorrt` is empty on a Jetson: apt has TensorRT there. The binding has to fit JetPack's CUDA.
+    cuda = ">=13,<14" if release is not None and release.jetpack == 7 else ">=12.6,<13"
+    steps = [str(_tensorrt(root)["fix"])] * bool(engine) + [f"pip install 'cuda-python{cuda}'"] * bool(binding)
+    return [
+        _purpose("run on the GPU by ONNX Runtime", runtime, "ok" if small else "warn", mend),
+        _purpose(
+            "run on the GPU by TensorRT",
+            engine + binding,
+            "warn" if small else "ok",
+            " && ".join(steps) if small else "pip install 'cdl-edge[tensorrt]'",
+        ),
+    ]
+
+
+def _pip(names: list[str]) -> str:
+    return f"pip install {' '.join(names)}"
+
+
+def _purpose(name: str, missing: list[str], status: str, fix: str) -> Check:
+    if not missing:
+        return check(f"to {name}", "ok", "yes")
+    return check(f"to {name}", status, f"no: {', '.join(missing)} missing", fix)
 
 
 def _cuda() -> Check:
@@ -160,8 +277,7 @@ def _cuda() -> Check:
         return check("cuda driver", "ok" if absent else "warn", f"{driver.detail}; the CPU is used", fix)
     if version_of("onnxruntime-gpu") is None and _on_jetson():
         # PyPI has no aarch64 wheel for JetPack's Python (design/EDGE.md, 7).
-        fix = "install the onnxruntime-gpu wheel for your JetPack: https://elinux.org/Jetson_Zoo#ONNX_Runtime"
-        return check("cuda driver", "ok", f"{driver.detail}; onnxruntime-gpu is not installed, the CPU is used", fix)
+        return check("cuda driver", "ok", f"{driver.detail}; no onnxruntime-gpu: TensorRT or the CPU", _JETSON_ORT)
     if version_of("onnxruntime-gpu") is None:
         return check(
             "cuda driver",

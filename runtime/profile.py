@@ -6,7 +6,7 @@ import io
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,34 @@ from ..errors import InputError
 from ..files import write_json
 from . import load
 from .bundle import Bundle, open_bundle
+from .energy import Board, Meter, throttled
 from .machine import board, cpu_model, governor, peak_rss_bytes, temperature_c, version_of
 from .predict import probabilities
-from .runner import Runner
+from .runner import Outputs, Runner
 from .select import selected
 
 UNSTABLE_CV = 0.025
 "coefficient of variation of the end-to-end time above which a result is flagged `unstable` (design/EDGE.md, 5)"
 JITTER_RATIO = 1.5
 "p99 / p50 of the end-to-end time above which it is flagged `jitter` (design/EDGE.md, 5)"
+ENQUEUE_SHARE = 0.8
+"enqueue / GPU time above which it is flagged `enqueue-bound`: the processor keeps the GPU waiting (EDGE.md, 5)"
+CALLS, SECONDS, LEAST = 1000, 10.0, 100
+"timed calls unless told otherwise: CALLS, or fewer when SECONDS have passed, but LEAST in any case"
+STAGES = ("preprocess_ms", "h2d_ms", "enqueue_ms", "gpu_ms", "d2h_ms", "compute_ms", "post_ms", "end_to_end_ms")
 DEFINITIONS = {
     "preprocess_ms": "an encoded picture in memory to the graph's uint8 input: decode, scale, cut",
+    "h2d_ms": "images to the GPU, by its own time stamps; enqueue_ms: handing it the work, of the CPU; gpu_ms: the "
+    "computation, d2h_ms: outputs back, by its time stamps; all four inside compute_ms, TensorRT only",
     "compute_ms": "one call of the backend on one picture",
-    "end_to_end_ms": "an encoded picture in memory to label, probability and prompts: preprocess, compute, softmax",
+    "post_ms": "softmax, the first class, and which prompts were selected",
+    "end_to_end_ms": "an encoded picture in memory to label, probability and prompts: preprocess, compute, post",
+    "energy": "what the board (rails) or the processor package (RAPL) drew while the calls were timed, idle included",
     "load_ms": "create the session; check_ms: read the manifest and hash every file before it",
     "first_inference_ms": "the first call of the backend, not among the others",
     "std": "population standard deviation; cv = std / mean, a fraction",
-    "flags": f"of end_to_end_ms: unstable: cv > {UNSTABLE_CV}; jitter: p99 / p50 > {JITTER_RATIO}",
+    "flags": f"of end_to_end_ms: unstable: cv > {UNSTABLE_CV}; jitter: p99 / p50 > {JITTER_RATIO}; enqueue-bound: "
+    f"median of enqueue_ms > {ENQUEUE_SHARE} x gpu_ms; throttled: the board lowered its clocks in the meantime",
 }
 
 
@@ -43,27 +54,30 @@ def profile(
     bundle: Bundle | Path | str,
     backend: str = "auto",
     threads: int | None = None,
-    runs: int = 200,
+    runs: int | None = None,
     images: Sequence[Path | str | bytes] | None = None,
     warmup: int = 20,
     trace: Path | str | None = None,
     precision: str | None = None,
+    sensors: Board | None = None,
 ) -> dict[str, Any]:
     """Load a bundle and time it, one picture a call, as a camera would.
 
     Args:
         backend, threads, precision: see `cdl_edge.runtime.load`.
-        runs: timed calls; below 100 the p99 is the slowest call.
+        runs: timed calls; below 100 the p99 is the slowest call. None: 1000, or what 10 s allow, at least 100.
         images: encoded pictures (files are read before the clock starts), used in turn; None takes `synthetic_jpeg`.
         warmup: calls after the first one that are not counted.
-        trace: where to write every sample as JSON {"end_to_end_ms": [...], "preprocess_ms": ..., "compute_ms": ...}.
+        trace: where to write every sample as JSON: {stage: [ms, ...]} of all stages, with "backend" and "context".
+        sensors: of power, clocks and heat; None: this machine's.
 
-    Returns: {"end_to_end_ms", "preprocess_ms", "compute_ms" (see `statistics`), "load_ms", "first_inference_ms",
-        "backend", "flags", "context", "definitions", "trace_ms": every end-to-end time in order}.
+    Returns: {"end_to_end_ms", "preprocess_ms", "compute_ms", "post_ms", on TensorRT also "h2d_ms", "enqueue_ms",
+        "gpu_ms", "d2h_ms" (see `statistics`), "load_ms", "first_inference_ms", "backend", "flags", "energy",
+        "context", "definitions", "trace_ms": every end-to-end time in order}.
 
     Raises: InputError for runs < 1, warmup < 0, no image, an unreadable one, and what `load` raises.
     """
-    if runs < 1 or warmup < 0:
+    if (runs is not None and runs < 1) or warmup < 0:
         raise InputError(
             "the number of runs is wrong", got=f"runs {runs}, warmup {warmup}", expected="runs >= 1, warmup >= 0"
         )
@@ -71,6 +85,7 @@ def profile(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_ms = None if isinstance(bundle, Bundle) else (time.perf_counter() - begin) * 1e3
     encoded, described = _encoded(opened, images)
+    sensors = sensors or Board()
 
     with load(opened, backend, threads, precision=precision) as runner:
         first = opened.preprocessing.read(encoded[0])[None]
@@ -80,51 +95,65 @@ def profile(
         for i in range(warmup):
             _timed(runner, encoded[i % len(encoded)])
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        samples = np.array([_timed(runner, encoded[i % len(encoded)]) for i in range(runs)])  # (runs, 3)
+        before = sensors.facts()
+        with Meter(sensors) as meter:
+            samples = _calls(runner, encoded, runs)
+        after = sensors.facts()
         resolved = runner.describe()
         load_ms, key = runner.load_ms, runner.key
+        agreement = _agreement(runner)
 
-    stages = dict(zip(("preprocess_ms", "compute_ms", "end_to_end_ms"), samples.T, strict=True))
-    if trace is not None:
-        write_json(Path(trace), {name: values.tolist() for name, values in stages.items()})
+    stages = {name: np.array([s[name] for s in samples]) for name in STAGES if name in samples[0]}
     table = {name: statistics(values) for name, values in stages.items()}
+    extra: dict[str, Any] = {n: resolved[n] for n in ("gpu", "achieved", "memory", "cuda_graph") if n in resolved}
     graph = str(opened.manifest["graphs"][key])
+    slowed = throttled(before["limits"], after["limits"])
+    context = {
+        "bundle": opened.name,
+        "precision": resolved["precision"],
+        "batch": 1,
+        "runs": len(samples),
+        "warmup": warmup,
+        "images": described,
+        "check_ms": check_ms,
+        "providers": resolved["providers"],
+        "threads": resolved["threads"],
+        **extra,
+        "agreement": agreement,
+        "versions": {
+            "cdl-edge": __version__,
+            resolved["backend"]: resolved["version"],
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pillow": version_of("pillow"),
+        },
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "board": board(),
+        "os": platform.platform(),
+        "governor": governor(),
+        "power_mode": before["power_mode"],
+        "clocks_mhz": {"before": before["clocks_mhz"], "after": after["clocks_mhz"]},
+        "temperature_c": temperature_c(),
+        "temperatures_c": {"before": before["temperatures_c"], "after": after["temperatures_c"]},
+        "throttled_by": slowed,
+        "load_average": busy,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "files_bytes": {name: entry["bytes"] for name, entry in opened.manifest["files"].items()},
+        "graph_sha256": opened.manifest["files"][graph]["sha256"],
+        "manifest_sha256": opened.manifest["manifest_sha256"],
+    }
+    if trace is not None:
+        raw: dict[str, Any] = {name: values.tolist() for name, values in stages.items()}
+        write_json(Path(trace), {**raw, "backend": resolved["backend"], "context": context})
     return {
-        "end_to_end_ms": table["end_to_end_ms"],
-        "preprocess_ms": table["preprocess_ms"],
-        "compute_ms": table["compute_ms"],
+        **{name: table[name] for name in STAGES if name in table},
         "load_ms": load_ms,
         "first_inference_ms": first_inference_ms,
         "backend": resolved["backend"],
-        "flags": flags(table["end_to_end_ms"]),
-        "context": {
-            "bundle": opened.name,
-            "precision": resolved["precision"],
-            "batch": 1,
-            "runs": runs,
-            "warmup": warmup,
-            "images": described,
-            "check_ms": check_ms,
-            "providers": resolved["providers"],
-            "threads": resolved["threads"],
-            "versions": {
-                "cdl-edge": __version__,
-                resolved["backend"]: resolved["version"],
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "pillow": version_of("pillow"),
-            },
-            "cpu": cpu_model(),
-            "cpu_count": os.cpu_count(),
-            "board": board(),
-            "os": platform.platform(),
-            "governor": governor(),
-            "temperature_c": temperature_c(),
-            "load_average": busy,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "files_bytes": {name: entry["bytes"] for name, entry in opened.manifest["files"].items()},
-            "graph_sha256": opened.manifest["files"][graph]["sha256"],
-        },
+        "flags": flags(table["end_to_end_ms"], table, slowed),
+        "energy": meter.result(len(samples)),
+        "context": context,
         "definitions": DEFINITIONS,
         "trace_ms": [round(float(v), 4) for v in stages["end_to_end_ms"]],
     }
@@ -151,13 +180,24 @@ def statistics(samples_ms: np.ndarray) -> dict[str, float | int]:
     }
 
 
-def flags(stage: dict[str, float | int]) -> list[str]:
-    """What makes the numbers of a stage doubtful: "unstable", "jitter"."""
+def flags(
+    stage: Mapping[str, float | int],
+    stages: Mapping[str, Mapping[str, float | int]] | None = None,
+    throttled_by: Sequence[str] = (),
+) -> list[str]:
+    """What makes the numbers doubtful: "unstable", "jitter", "enqueue-bound", "throttled".
+
+    stage: of end to end. stages: all of them, by name.
+    """
     found = []
     if stage["cv"] > UNSTABLE_CV:
         found.append("unstable")
     if stage["p99"] > JITTER_RATIO * stage["p50"]:
         found.append("jitter")
+    if stages and "gpu_ms" in stages and stages["enqueue_ms"]["p50"] > ENQUEUE_SHARE * stages["gpu_ms"]["p50"]:
+        found.append("enqueue-bound")
+    if throttled_by:
+        found.append("throttled")
     return found
 
 
@@ -185,15 +225,42 @@ def _encoded(bundle: Bundle, images: Sequence[Path | str | bytes] | None) -> tup
     ], f"{len(images)} given image(s), in turn"
 
 
-def _timed(runner: Runner, encoded: bytes) -> tuple[float, float, float]:
-    """One picture: milliseconds of preprocess, compute, end to end."""
-    bundle = runner.bundle
+def _calls(runner: Runner, encoded: Sequence[bytes], runs: int | None) -> list[dict[str, float]]:
+    """What `_timed` says of each call; see `runs` of `profile`."""
+    samples: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    while len(samples) < (runs or CALLS):
+        if runs is None and len(samples) >= LEAST and time.perf_counter() - begin > SECONDS:
+            break
+        samples.append(_timed(runner, encoded[len(samples) % len(encoded)]))
+    return samples
+
+
+def _timed(runner: Runner, encoded: bytes) -> dict[str, float]:
+    """One picture: milliseconds of those of STAGES that the backend knows."""
+    bundle, inside = runner.bundle, {}
+    timed = getattr(runner, "timed", None) if bundle.batch in (1, None) else None
     start = time.perf_counter()
     pixels = bundle.preprocessing.read(encoded)[None]
     ready = time.perf_counter()
-    outputs = runner.run(pixels)
+    if timed is None:
+        outputs = runner.run(pixels)
+    else:
+        named, inside = timed({runner.signature.images: pixels})
+        outputs = Outputs(named["logits"], named.get("prompt_weights"))
     computed = time.perf_counter()
     int(probabilities(outputs.logits)[0].argmax())
     selected(outputs.prompt_weights, bundle.selection)
     end = time.perf_counter()
-    return (ready - start) * 1e3, (computed - ready) * 1e3, (end - start) * 1e3
+    times = {"preprocess_ms": ready - start, "compute_ms": computed - ready, "post_ms": end - computed}
+    return {**{n: t * 1e3 for n, t in times.items()}, **inside, "end_to_end_ms": (end - start) * 1e3}
+
+
+def _agreement(runner: Runner) -> dict[str, float | int] | None:
+    """With the fp32 student on the bundle's own images: {"images", "top1" (%), "max_abs_error" (of a logit)}."""
+    if not runner.bundle.manifest.get("selftest"):
+        return None
+    images, expected = runner.bundle.selftest()
+    got = runner.infer(images)
+    same = 100.0 * float((got.argmax(1) == expected.argmax(1)).mean())
+    return {"images": len(images), "top1": same, "max_abs_error": float(np.abs(got - expected).max())}

@@ -17,6 +17,7 @@ SOURCES = sorted(
 )
 BASE = ("errors.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
 "what every room stands on"
+SERVER = {"anyio", "python_multipart", "starlette", "uvicorn"}
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
 
 MAY_IMPORT = {
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "sweep": {"sweep", "train", "report", "runtime"},
 }
 "room -> rooms it may import; everybody may import the root's modules but those that call rooms"
-CALLERS = {"api", "cli", "quickstart"}
+CALLERS = {"api", "cli", "cli_device", "quickstart"}
 "root modules that call rooms: for no room to import"
 
 
@@ -92,9 +93,17 @@ def test_the_runtime_needs_numpy_pillow_and_one_engine_only():
         if source.startswith("runtime/"):
             outside, _ = imports(source)
             foreign = {n for n in outside if n not in sys.stdlib_module_names}
-            engine = "openvino" if source == "runtime/backends/openvino.py" else "onnxruntime"
-            assert foreign <= {"numpy", "PIL", engine} or source == "runtime/doctor.py", f"{source} imports {foreign}"
-            assert foreign <= {"numpy", "PIL", "onnxruntime", "openvino"}, f"{source} imports {foreign}"
+            if source.startswith("runtime/serve/"):  # the extra `serve`; no engine, and nothing imports it unasked
+                assert foreign <= {"numpy", *SERVER}, f"{source} imports {foreign}"
+                continue
+            engines = {"onnxruntime", "openvino"} if source == "runtime/doctor.py" else {"onnxruntime"}
+            allowed = {
+                "runtime/backends/openvino.py": {"openvino"},
+                "runtime/signature.py": {"cryptography"},
+            }.get(source, engines)
+            if source.startswith("runtime/serve/"):
+                allowed = {"starlette", "uvicorn", "python_multipart"}
+            assert foreign <= {"numpy", "PIL", *allowed}, f"{source} imports {foreign}"
 
 
 def test_onnxruntime_is_imported_only_where_a_session_is_made():
@@ -105,6 +114,15 @@ def test_onnxruntime_is_imported_only_where_a_session_is_made():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn"}
             assert not heavy or source == "calibrate/session.py", source  # that file is a session
+
+
+def test_only_the_server_imports_a_server():
+    for source in SOURCES:
+        outside, inside = imports(source)
+        if not source.startswith("runtime/serve/"):
+            assert not outside & SERVER, source
+            verb = ("api.py", "cli.py", "cli_device.py")
+            assert not any(m.startswith("runtime/serve") for m in inside) or source in verb, source
 
 
 def test_nothing_is_pickled():
@@ -170,7 +188,9 @@ def test_every_package_is_listed():
 
 def test_what_is_not_python_travels_too():
     text, _ = project_file()
-    for path in ("py.typed", "report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2"):
+    templates = ("report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2")
+    pages = ("runtime/serve/page.html", "runtime/serve/page.css", "runtime/serve/page.js")
+    for path in ("py.typed", *templates, *pages):
         assert (ROOT / path).is_file() and f'"{Path(path).name}"' in text
     for name in ("teacher", "student"):
         assert (ROOT / "train" / "weights" / f"{name}.safetensors").is_file()

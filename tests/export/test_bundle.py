@@ -92,7 +92,7 @@ def test_result_and_manifest(bundle, make_run):
     manifest = json.loads((out / "manifest.json").read_text())
     assert Path(result["bundle"]) == out
     graphs = ("student.onnx", "query.onnx", "prompted.onnx")
-    files = {*graphs, "backbone.bin", "prompts.bin", "selftest.npz", "ranges.npz"}
+    files = {*graphs, "backbone.bin", "prompts.bin", "selftest.npz", "ranges.npz", "selections.npz"}
     assert set(result["bytes"]) <= files and files - set(result["bytes"]) <= {"ranges.npz"}
     assert result["bytes"] == {name: (out / name).stat().st_size for name in result["bytes"]}
     assert manifest["graphs"] == {name.removesuffix(".onnx"): name for name in graphs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import sys
 from collections.abc import Callable
@@ -186,3 +187,57 @@ def manifest() -> Callable[..., dict[str, Any]]:
 def tiny() -> ModuleType:
     """This module: test files cannot import it by name (pytest's importlib mode)."""
     return sys.modules[__name__]
+
+
+@pytest.fixture
+def make_version(tmp_path: Path) -> Callable[..., Path]:
+    """make(number, classes=4, salt=0) -> folder of a bundle with a self-test: the same model after one more task.
+
+    Versions of the same salt share the backbone; each has one class more, and answers otherwise than all others.
+    """
+
+    def make(number: int, classes: int = 4, salt: int = 0, **changes: Any) -> Path:
+        count = classes + number
+        everything = np.random.default_rng(7).normal(size=(3, 1000)).astype(np.float32)
+        head, bias = everything[:, :count].copy(), np.full(count, number, np.float32)
+        parts = tmp_path / f".version-{number}-{salt}"
+        parts.mkdir(exist_ok=True)
+        model = make_graph(parts, head=head, bias=bias)
+        images = np.random.default_rng(number).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+        logits = (images / 255).mean((1, 2)).astype(np.float32) @ head + bias
+        stored = io.BytesIO()
+        np.savez_compressed(stored, images=images, logits=logits)
+        files: dict[str, Path | bytes] = {
+            "student.onnx": model,
+            "backbone.bin": (parts / "backbone.bin").read_bytes() + bytes([salt]) * 4096,
+            "prompts.bin": parts / "prompts.bin",
+            "selftest.npz": stored.getvalue(),
+        }
+        fields: dict[str, Any] = {
+            "name": "tiny",
+            "created": f"2026-11-21T00:{number:02d}:00Z",
+            "classes": [f"class {i}" for i in range(count)],
+            "tasks": [[i] for i in range(count)],
+            "outputs": {"logits": [1, count], "prompt_weights": [1, BLOCKS, ENTRIES]},
+            "selftest": "selftest.npz",
+        }
+        return write_bundle(tmp_path / f"v{number}-{salt}", make_manifest(**fields, **changes), files).path
+
+    return make
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and link below a folder, by its content."""
+    return {
+        str(p.relative_to(folder)): f"-> {p.readlink()}"
+        if p.is_symlink()
+        else hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_symlink() or p.is_file()
+    }
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, str]]:
+    """`snapshot`."""
+    return snapshot

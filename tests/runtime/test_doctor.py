@@ -145,6 +145,129 @@ def test_cuda_driver(monkeypatch, library, devices, said):
     assert said in driver.detail
 
 
+# -- what the machine is good for --------------------------------------------------------------------------------------
+
+
+def test_each_purpose_and_what_mends_it(monkeypatch):
+    monkeypatch.setattr(room, "version_of", lambda name: None)
+    monkeypatch.setattr(room, "cuda_driver", lambda: machine.Driver(0, "no NVIDIA driver"))
+    checks = by_name(doctor())
+    assert {n: c["status"] for n, c in checks.items() if n.startswith("to ")} == {
+        "to train": "warn",
+        "to export": "warn",
+        "to calibrate": "warn",
+        "to run on the CPU": "fail",
+        "to run on an NVIDIA GPU": "ok",
+        "to serve": "ok",
+        "to sign packs, or check who signed": "ok",
+    }
+    assert checks["to export"]["fix"] == "pip install torch timm safetensors accelerate scipy tqdm onnx"
+    assert checks["to serve"]["detail"] == "no: starlette, uvicorn, python-multipart missing"
+    assert checks["to serve"]["fix"] == "pip install 'cdl-edge[serve]'"
+
+
+def test_every_purpose_is_served(monkeypatch):
+    monkeypatch.setattr(room, "version_of", lambda name: "99.0")
+    monkeypatch.setattr(room, "cuda_driver", lambda: machine.Driver(1, "NVIDIA driver with 1 GPU(s)"))
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(room, "import_openvino", lambda: SimpleNamespace(Core=lambda: SimpleNamespace(
+        get_property=lambda device, name: [] if name.endswith("S") else "CPU")))  # fmt: skip
+    found = [c for c in doctor()["checks"] if c["name"].startswith("to ")]
+    assert len(found) == 8
+    assert all((c["status"], c["detail"], c["fix"]) == ("ok", "yes", None) for c in found)
+
+
+@pytest.fixture
+def jetson(tmp_path, monkeypatch):
+    """make(release=..., files={path: text}) -> root of a Jetson without any package."""
+
+    def make(release="R36 (release), REVISION: 4.3", files=()):
+        given = {
+            "etc/nv_tegra_release": f"# {release}, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+            "etc/nvpmodel.conf": "# a comment\n< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n"
+            "< POWER_MODEL ID=1 NAME=25W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n< POWER_MODEL ID=3 NAME=7W >\n",
+            "var/lib/nvpmodel/status": "pmode:0001\n",
+            "proc/meminfo": "MemTotal:        7802000 kB\nMemFree: 1 kB\n",
+            "proc/swaps": "Filename Type Size Used Priority\n/dev/zram0 partition 650000 0 5\n",
+            **dict(files),
+        }
+        for name, text in given.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(room, "version_of", lambda name: None)
+        monkeypatch.setattr(room.platform, "release", lambda: "5.15.148-tegra")
+        monkeypatch.setattr(room, "cuda_driver", lambda: machine.Driver(1, "NVIDIA driver with 1 GPU(s)"))
+        return tmp_path
+
+    return make
+
+
+def test_a_jetson_of_8_gb(jetson, monkeypatch):
+    monkeypatch.setattr(room.sys, "version_info", (3, 10, 12))
+    checks = by_name(doctor(jetson()))
+    assert (checks["jetpack"]["status"], checks["jetpack"]["detail"]) == ("ok", "JetPack 6 (Jetson Linux R36.4.3)")
+    assert checks["power mode"]["status"] == "warn"
+    assert checks["power mode"]["detail"].startswith("1 (25W); 2 is")
+    assert "sudo nvpmodel -m 2 && sudo jetson_clocks" in checks["power mode"]["fix"]
+    assert checks["swap"]["status"] == "warn" and "swapon" in checks["swap"]["fix"]
+    assert "7.4 GiB memory, 0.6 GiB zram, 0.0 GiB on disk; zram takes" in checks["swap"]["detail"]
+    assert checks["to train"]["status"] == "ok"
+    tensorrt = checks["to run on the GPU by TensorRT"]
+    assert tensorrt["status"] == "warn"
+    assert tensorrt["detail"] == "no: tensorrt, cuda-python missing"
+    assert tensorrt["fix"] == (
+        "sudo apt-get install -y tensorrt python3-libnvinfer && pip install 'cuda-python>=12.6,<13'"
+    )
+    assert checks["to run on the GPU by ONNX Runtime"]["status"] == "ok"
+
+
+def test_a_jetson_that_is_well_set_up(jetson, monkeypatch):
+    swaps = "Filename Type Size Used Priority\n/swapfile file 8388604 0 -2\n"
+    files = {"var/lib/nvpmodel/status": "pmode:0002\n", "proc/swaps": swaps}
+    root = jetson("R39 (release), REVISION: 2.1", files)
+    monkeypatch.setattr(room.sys, "version_info", (3, 12, 3))
+    checks = by_name(doctor(root))
+    assert checks["jetpack"]["detail"] == "JetPack 7 (Jetson Linux R39.2.1)"
+    assert {checks[n]["status"] for n in ("jetpack", "power mode", "swap")} == {"ok"}
+    assert "'cuda-python>=13,<14'" in checks["to run on the GPU by TensorRT"]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("release", "status", "said"),
+    [
+        ("R35 (release), REVISION: 4.1", "fail", "too old"),
+        ("R36 (release), REVISION: 4.3", "warn", "built for Python 3.10"),
+        ("R99 (release), REVISION: 1.0", "ok", "does not know"),
+    ],
+)
+def test_jetpacks(jetson, monkeypatch, release, status, said):
+    monkeypatch.setattr(room.sys, "version_info", (3, 11, 9))
+    found = by_name(doctor(jetson(release)))["jetpack"]
+    assert found["status"] == status
+    assert said in found["detail"]
+
+
+def test_a_board_that_says_little(jetson):
+    root = jetson(files={"var/lib/nvpmodel/status": "", "etc/nvpmodel.conf": "", "proc/meminfo": "", "proc/swaps": ""})
+    checks = by_name(doctor(root))
+    assert checks["power mode"]["status"] == checks["swap"]["status"] == "ok"
+
+
+def test_a_tensorrt_that_the_environment_does_not_see(jetson, monkeypatch):
+    root = jetson(files={"usr/lib/python3.10/dist-packages/tensorrt/__init__.py": ""})
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(room.sys, "prefix", "/home/me/.venv")
+    monkeypatch.setattr(room.sys, "base_prefix", "/usr")
+    checks = by_name(doctor(root))
+    assert checks["tensorrt"]["status"] == "warn"
+    assert "--system-site-packages" in checks["tensorrt"]["fix"]
+    assert checks["to run on the GPU by TensorRT"]["fix"].startswith("make the environment again with: python3 -m venv")
+
+
+def test_no_jetson_no_lines_about_one(tmp_path):
+    assert not {"jetpack", "power mode", "swap"} & set(by_name(doctor(tmp_path)))
+
+
 def test_heavy_packages_are_looked_up_not_imported():
     code = (
         "import sys; from cdl_edge.runtime.doctor import doctor; doctor(); "

@@ -1,0 +1,225 @@
+"""The verbs that a device needs: they parse and call, and import nothing heavy before they run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli_options import backend_option, emit, json_option, precision_option, say, threads_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--graph", default="student", show_default=True, help="student | query | prompted")
+@click.option("--precision", help="fp32 | fp16 | int8 [default: what the bundle recommends, else fp32]")
+@click.option("--workspace-mib", type=click.IntRange(1), help="memory the builder may use [default: 1024]")
+@click.option("--level", type=click.IntRange(0, 5), help="how long to look for fast kernels [default: 3]")
+@click.option("--max-batch", type=click.IntRange(1), help="largest batch, with a free batch size [default: 8]")
+@click.option("--unfuse-attention", is_flag=True, help="keep attention in parts, should fused kernels be wrong")
+@click.option("--no-refit", is_flag=True, help="an engine that has to be built again for every update")
+@click.option("--rebuild", is_flag=True, help="whatever engine is there")
+@json_option
+def build(
+    bundle: Path, graph: str, precision: str | None, rebuild: bool, no_refit: bool, as_json: bool, **options: Any
+) -> None:
+    """Build the TensorRT engine of a bundle for the GPU of this device, and prove it; predict would do it unasked."""
+    from . import api
+
+    given = {key: value for key, value in options.items() if value is not None}
+    result = api.build(bundle, graph, precision, rebuild, refit=not no_refit, **given)
+    emit(result, as_json, f"engine: {result['engine']} ({result['seconds']:.0f} s)")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--task", type=int, help="only the classes of this task compete (from 0)")
+@click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
+@backend_option
+@precision_option
+@threads_option
+@json_option
+def predict(
+    bundle: Path,
+    images: tuple[Path, ...],
+    task: int | None,
+    top: int,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Classify images; says which prompts were selected."""
+    from . import api
+
+    result = api.predict(bundle, images, task, top, backend, threads, precision)
+    lines = []
+    for p in result["predictions"]:
+        lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")
+        lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
+    emit(result, as_json, "\n".join(lines))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--runs", type=click.IntRange(1), default=1000, show_default=True, help="timed calls")
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="real image(s) to use in turn")
+@click.option("--trace", type=click.Path(path_type=Path), help="write every sample as JSON")
+@backend_option
+@precision_option
+@threads_option
+@json_option
+def profile(
+    bundle: Path,
+    runs: int,
+    images: tuple[Path, ...],
+    trace: Path | None,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Latency of one image a call: decode and preprocess, compute, end to end."""
+    from .display import latency_table
+    from .runtime.profile import profile as run
+
+    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
+    context = result["context"]
+    flags = ", ".join(result["flags"]) or "none"
+    how = f"backend {result['backend']}, {context['precision']}, threads {context.get('threads')}, flags: {flags}"
+    text = f"{latency_table(result)}\n{how}"
+    emit(result, as_json, text)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """What a bundle holds: classes, tasks, learner, sizes, parity, accuracy."""
+    from .runtime.inspect import inspect as run
+
+    result = run(bundle)
+    shown = {k: v for k, v in result.items() if k not in ("classes", "tasks", "files")}
+    lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items() if v is not None]
+    lines += [f"task {i + 1}: {', '.join(names)}" for i, names in enumerate(result["tasks"])]
+    emit(result, as_json, "\n".join(lines))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@backend_option
+@precision_option
+@json_option
+def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
+    """Check every hash, load the graph, run a picture through it."""
+    from .runtime.inspect import validate as run
+
+    result = run(bundle, backend, precision=precision)
+    emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
+
+
+@click.group()
+def pack() -> None:
+    """Updates in kilobytes: what learning changed between two bundles, installed whole or not at all."""
+
+
+@pack.command("create")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="pack file to write")
+@click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign with")
+@json_option
+def pack_create(old: Path, new: Path, out: Path, key: Path | None, as_json: bool) -> None:
+    """Write what turns bundle OLD, which devices run, into bundle NEW."""
+    from .runtime.packs import create
+
+    result = create(old, new, out, key)
+    share = f"{100 * result['share']:.2f} % of the bundle"
+    emit(result, as_json, f"{out}: {result['bytes']:,} bytes, {share}\nnext: cdl-edge pack install {out} BUNDLE")
+
+
+@pack.command("install")
+@click.argument("file", metavar="PACK", type=click.Path(path_type=Path))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--public-key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM); asked for from then on")
+@json_option
+def pack_install(file: Path, bundle: Path, public_key: Path | None, as_json: bool) -> None:
+    """Verify a pack, test the new version on real inputs, and swap it in; the old one is kept."""
+    from .runtime.packs import install
+
+    result = install(file, bundle, public_key)
+    text = f"{bundle}: version {result['version']} runs, {result['previous']} is kept; signature {result['signature']}"
+    emit(result, as_json, f"{text}\nundo: cdl-edge pack rollback {bundle}")
+
+
+@pack.command("rollback")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--to", help="first digits of a kept version [default: the one before]")
+@json_option
+def pack_rollback(bundle: Path, to: str | None, as_json: bool) -> None:
+    """Run the version before again."""
+    from .runtime.packs import rollback
+
+    result = rollback(bundle, to)
+    emit(result, as_json, f"{bundle}: version {result['version']} runs again")
+
+
+@pack.command("list")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def pack_list(bundle: Path, as_json: bool) -> None:
+    """The versions that are kept, oldest first."""
+    from .runtime.packs import listed
+
+    versions = listed(bundle)
+    lines = [
+        f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, {v['created']}"
+        for v in versions
+    ]
+    emit({"versions": versions}, as_json, "\n".join(lines))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one")
+@click.option("--queue", type=click.IntRange(0), default=32, show_default=True, help="requests that may wait")
+@click.option("--runners", type=click.IntRange(1), default=1, show_default=True, help="calls at the same time")
+@click.option("--limit", "limit_s", type=float, default=10.0, show_default=True, help="seconds a call may take")
+@click.option("--watch", is_flag=True, help="put in every version that `pack install` makes current")
+@click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs from elsewhere than this machine")
+@click.option(
+    "--public-key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM) that packs must be signed by"
+)
+@backend_option
+@precision_option
+@threads_option
+def serve(bundle: Path, **options: Any) -> None:
+    """Answer over HTTP: predict, batch, health, metrics, the Open Inference Protocol, and a page to look at."""
+    from .runtime.serve import serve as run
+
+    run(bundle, say=say, **options)
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, what is missing, and the command that mends it."""
+    from .runtime.doctor import doctor as run
+
+    result = run()
+    lines = []
+    for check in result["checks"]:
+        lines.append(f"{check['status']:>5}  {check['name']}: {check['detail']}")
+        if check.get("fix"):
+            lines.append(f"         do: {check['fix']}")
+    emit(result, as_json, "\n".join(lines))
+    if any(check["status"] == "fail" for check in result["checks"]):
+        sys.exit(1)
+
+
+VERBS = (build, predict, profile, inspect, validate, pack, serve, doctor)

@@ -1,0 +1,30 @@
+"""What the verbs of the command line share: options, and how they answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from .files import first_process
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
+threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda | openvino | tensorrt"
+)
+precision_option = click.option(
+    "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"
+)
+
+
+def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
+    """For people the text; with --json the document as the last line."""
+    if first_process():
+        click.echo(json.dumps(document, allow_nan=False) if as_json else text)
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr."""
+    click.echo(line, err=True)

@@ -1,0 +1,132 @@
+"""The server: a bundle over HTTP, and a page to look at it. starlette, uvicorn and python-multipart: extra `serve`.
+
+Importing this package loads none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ...errors import InputError
+
+__all__ = ["serve"]
+
+GRACE_S = 30
+"how long a stop waits for what is being answered"
+
+
+def serve(
+    bundle: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    backend: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    queue: int = 32,
+    runners: int = 1,
+    watch: bool = False,
+    token: str | None = None,
+    public_key: Path | None = None,
+    limit_s: float = 10.0,
+    name: str = "",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answer requests until SIGTERM or SIGINT, then finish those that are in and return.
+
+    Args:
+        port: 0 takes a free one; the line that `say` gets names it.
+        backend, precision, threads: see `runtime.load`.
+        queue, runners, limit_s: see `runtime.handle.Handle`.
+        name: of the model in the Open Inference Protocol; empty: the bundle's folder.
+        watch: put in every version that appears at `bundle`, once it has proven itself.
+        token, public_key: who may install packs, and whose; see `runtime.serve.admin`.
+
+    Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
+    """
+    uvicorn = _import()
+    from ..handle import Handle
+    from .app import build_app
+    from .server import Server
+
+    listening = listen(host, port)
+    try:
+        handle = Handle(bundle, backend, threads, precision, runners, queue, limit_s)
+        server = Server(handle, Path(bundle), token=token, public_key=public_key, name=name)
+        config = uvicorn.Config(
+            build_app(server, watch, say),
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,  # who asks is who is connected: see admin.py
+            server_header=False,
+            # A connection more than this gets a bare 503; the queue refuses, with a message, long before.
+            limit_concurrency=4 * handle.capacity + 64,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        model = server.describe()
+        address = f"[{host}]" if ":" in host else host
+        say(
+            f"{model['name']} {model['version']}: http://{address}:{listening.getsockname()[1]}/   "
+            f"({model['runner']['backend']}, {model['runner']['precision']}, {handle.capacity} calls at a time)"
+        )
+        with _ends_well():
+            uvicorn.Server(config).run(sockets=[listening])
+        if not handle.close(0):
+            say("a call of the engine is stuck: leaving without it")
+            sys.stdout.flush()
+            os._exit(1)  # Python would wait for its thread
+    finally:
+        listening.close()
+
+
+@contextlib.contextmanager
+def _ends_well() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more when it is done: to end as asked is no failure."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal comes
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _import() -> Any:
+    """uvicorn. Raises: InputError when it, or what the application needs, is missing."""
+    try:
+        import python_multipart
+        import starlette
+        import uvicorn
+    except ImportError as error:
+        raise InputError(
+            "the server's packages are not installed",
+            got=str(error),
+            expected=", ".join(("starlette", "uvicorn", "python-multipart")),
+            fix="pip install 'cdl-edge[serve]'",
+        ) from error
+    del python_multipart, starlette
+    return uvicorn
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that waits for connections. Raises: InputError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"cannot listen on {host} port {port}", got=str(error), fix="name another --host or --port"
+        ) from error
+    # Connections inherit it. asyncio sets it only where it sees IPPROTO_TCP, which create_server leaves out, and an
+    # answer's head and body, sent apart, then wait 40 ms for each other (Nagle and delayed acknowledgement).
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening

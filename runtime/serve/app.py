@@ -1,0 +1,174 @@
+"""The application: paths, errors, counts, start and end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...errors import InputError
+from ..handle import Busy
+from . import admin, answers, metrics
+from .page import page
+from .refuse import Refused
+from .server import Server, server_of
+
+WATCH_S = 1.0
+"how often --watch looks at the bundle"
+KINDS = {401: "denied", 403: "denied", 404: "not_found", 405: "not_found", 408: "timeout", 413: "too_large"}
+KINDS |= {415: "content_type", 504: "timeout"}
+
+
+def build_app(server: Server, watch: bool = False, say: Callable[[str], None] = print) -> Starlette:
+    """The ASGI application around a handle, which it closes at its end.
+
+    Args:
+        watch: look every WATCH_S for another version at server.source, and put it in.
+        say: gets a line when a version that was found cannot be put in.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            if watch:
+                tasks.start_soon(_watch, server, say)
+            yield
+            tasks.cancel_scope.cancel()
+        await anyio.to_thread.run_sync(server.handle.close)
+
+    model = "/v2/models/{name}"
+    routes = [
+        Route("/", page),
+        Route("/predict", answers.predict, methods=["POST"]),
+        Route("/batch", answers.batch, methods=["POST"]),
+        Route("/health", health),
+        Route("/metrics", prometheus),
+        Route("/packs", admin.listed),
+        Route("/packs", admin.install, methods=["POST"]),
+        Route("/packs/rollback", admin.rollback, methods=["POST"]),
+        Route("/v2", answers.about),
+        Route("/v2/health/live", answers.live),
+        Route("/v2/health/ready", answers.ready),
+    ]
+    for path in (model, model + "/versions/{version}"):
+        routes += [
+            Route(path, answers.model),
+            Route(path + "/ready", answers.ready),
+            Route(path + "/infer", answers.infer, methods=["POST"]),
+        ]
+    handlers = {InputError: refused, Busy: busy, HTTPException: unknown, ClientDisconnect: gone, Exception: failed}
+    app = Starlette(routes=routes, middleware=[Middleware(Counting, server=server)], lifespan=lifespan)
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    app.state.server = server
+    return app
+
+
+async def health(request: Request) -> Response:
+    """GET /health: 200, or 503 when a call is stuck; what answers and how fast it is."""
+    server = server_of(request)
+    found = server.handle.health()
+    document = {**found, "model": server.describe(), "latency": server.metrics.latency()}
+    return JSONResponse(document, 200 if found["status"] == "ok" else 503)
+
+
+async def prometheus(request: Request) -> Response:
+    """GET /metrics."""
+    server = server_of(request)
+    model = server.describe()
+    info = {
+        "model": model["name"],
+        "bundle": model["bundle"],
+        "version": model["version"],
+        "cdl_edge": model["cdl_edge"],
+    }
+    info |= {key: model["runner"][key] for key in ("backend", "precision", "threads", "runners")}
+    return Response(server.metrics.text(server.handle.health(), info), headers={"content-type": metrics.CONTENT_TYPE})
+
+
+async def refused(request: Request, error: Exception) -> Response:
+    """Bad input: its message, with the status that it names."""
+    status = error.status if isinstance(error, Refused) else 400
+    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    return _problem(request, status, KINDS.get(status, "input"), str(error), headers)
+
+
+async def busy(request: Request, error: Exception) -> Response:
+    """Back-pressure: 503, and when to come again."""
+    assert isinstance(error, Busy)
+    return _problem(request, 503, "busy", str(error), {"retry-after": str(error.retry_after_s)})
+
+
+async def unknown(request: Request, error: Exception) -> Response:
+    """No such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    text = f"{error.detail}\n  got:      {request.method} {request.url.path[:200]}\n  do:       look at / or /health"
+    return _problem(request, error.status_code, KINDS.get(error.status_code, "input"), text, error.headers)
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """The client left before its request was whole: nobody reads this answer."""
+    return _problem(request, 400, "gone", "the request is not whole")
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """A bug, or an engine that gave up: the trace is in the server's log."""
+    return _problem(request, 500, "internal", "internal error\n  do:       look at the log of the server")
+
+
+def _problem(request: Request, status: int, kind: str, text: str, headers: object = None) -> Response:
+    server_of(request).metrics.error(kind)
+    extra = dict(headers) if isinstance(headers, dict) else None
+    return JSONResponse({"error": text, "kind": kind}, status, extra)
+
+
+class Counting:
+    """Counts and times every request."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.metrics = app, server.metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 500
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.metrics.begin()
+        try:
+            await self.app(scope, receive, observed)
+        finally:
+            endpoint = getattr(scope.get("endpoint"), "__name__", "none")
+            self.metrics.end(endpoint, status, time.perf_counter() - begin)
+
+
+async def _watch(server: Server, say: Callable[[str], None]) -> None:
+    """Every WATCH_S: is there another version on the disk? One that cannot be put in is named once."""
+    seen = server.stamp()
+    while True:
+        await anyio.sleep(WATCH_S)
+        found = server.stamp()
+        if found is None or found == seen:
+            continue
+        try:
+            await anyio.to_thread.run_sync(server.follow)
+        except Busy:
+            continue
+        except InputError as error:
+            say(f"{server.source}: the new version is not used, the old one goes on\n{error}")
+        seen = found

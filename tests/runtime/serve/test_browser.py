@@ -1,0 +1,162 @@
+"""The page in a real browser: upload, classes and prompts, a pack with a new class, camera, narrow and dark.
+
+Needs playwright and a chromium; screenshots go to the folder that CDL_EDGE_SCREENSHOTS names, if it does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cdl_edge.runtime import load
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+WIDE, NARROW = {"width": 1200, "height": 900}, {"width": 420, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless chromium whose camera shows a test picture."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no browser driver: pip install playwright")
+    if not CHROMIUM:
+        pytest.skip("no browser: apt install chromium")
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *camera])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """open_page(port, **options) -> page; at the end nothing may have been complained about in the console."""
+    opened = []
+
+    def make(port, **options):
+        context = browser.new_context(permissions=["camera"], **{"viewport": WIDE, **options})
+        context.set_default_timeout(20_000)
+        page, said = context.new_page(), []
+        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        opened.append((context, said))
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("#health.good")
+        return page
+
+    yield make
+    for context, said in opened:
+        context.close()
+        # A refused request is told on the page; the browser tells its console too.
+        assert [text for text in said if "Failed to load resource" not in text] == []
+
+
+def look(page, name):
+    if folder := os.environ.get("CDL_EDGE_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+def file(name, content, kind="image/png"):
+    return {"name": name, "mimeType": kind, "buffer": content}
+
+
+def colour_of(bundle, label):
+    """A colour that the bundle takes for a class."""
+    with load(bundle, threads=1) as runner:
+        for colour in np.random.default_rng(0).integers(0, 256, (500, 3), dtype=np.uint8):
+            image = np.broadcast_to(colour, (1, 8, 8, 3))
+            if runner.bundle.classes[int(runner.infer(image).argmax())] == label:
+                return tuple(int(c) for c in colour)
+    raise AssertionError(f"no colour is {label}")
+
+
+def test_upload_then_install_a_pack_and_see_the_new_class(
+    open_page, make_server, listen, make_version, pack_between, tiny
+):
+    colour = colour_of(make_version(1), "class 4")  # which version 0 has not learnt
+    pack = pack_between(0, 1).read_bytes()
+    page = open_page(listen(make_server()))
+    assert page.text_content("#name") == "tiny"
+    assert "4 classes in 4 tasks" in page.text_content("#model")
+
+    page.set_input_files("#file", file("picture.png", tiny.png(colour, 200)))
+    page.wait_for_selector("#classes li:nth-child(4)")
+    assert "class 4" not in page.text_content("#classes")
+    assert page.locator("#prompts li").count() == 4  # two blocks, two entries each
+    assert page.locator("#prompts .block").all_text_contents() == ["Block 0", "Block 1"]
+    assert re.search(r"\d ms", page.text_content("#page-p50"))
+    old = re.search("version ([0-9a-f]{16})", page.text_content("#timing"))[1]
+    assert page.locator("#packs tr").count() == 1
+
+    page.set_input_files("#pack", file("update.pack", pack, "application/octet-stream"))
+    page.wait_for_selector("#packs tr:nth-child(2)")
+    assert "answers now" in page.text_content("#pack-state")
+    page.wait_for_selector("#label:has-text('class 4')")
+    assert "5 classes" in page.text_content("#model")
+    new = re.search("version ([0-9a-f]{16})", page.text_content("#timing"))[1]
+    assert new != old
+    look(page, "installed")
+
+    page.click(f"#packs button[aria-label='Use version {old}']")
+    page.wait_for_selector(f"#timing:has-text('{old}')")
+    assert "class 4" not in page.text_content("#label")
+
+
+def test_what_is_refused_is_told_on_the_page(open_page, make_server, listen, tiny):
+    page = open_page(listen(make_server()))
+    page.set_input_files("#file", file("broken.png", b"nothing"))
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "not a readable image" in page.text_content("#problem")
+    assert page.text_content("#label") == "No answer."
+    page.set_input_files("#pack", file("broken.pack", b"nothing", "application/octet-stream"))
+    page.wait_for_selector("#pack-problem:not([hidden])")
+    look(page, "refused")
+    page.set_input_files("#file", file("good.png", tiny.png((255, 0, 0))))
+    page.wait_for_selector("#problem", state="hidden")
+
+
+def test_a_token_is_asked_for(open_page, make_server, listen, pack_between):
+    pack = file("update.pack", pack_between(0, 1).read_bytes(), "application/octet-stream")
+    page = open_page(listen(make_server(token="secret")))
+    page.set_input_files("#pack", pack)
+    page.wait_for_selector("#token-row:not([hidden])")
+    page.fill("#token", "secret")
+    page.set_input_files("#pack", pack)
+    page.wait_for_selector("#packs tr:nth-child(2)")
+
+
+def test_the_camera(open_page, make_server, listen):
+    page = open_page(listen(make_server()))
+    page.click("#camera")
+    page.locator("#page-n", has_text=re.compile(r"^([5-9]|\d\d+)$")).wait_for()
+    assert page.is_visible("#video") and not page.is_visible("#hint")
+    look(page, "camera")
+    page.click("#camera")
+    assert page.is_hidden("#video") and page.is_visible("#hint")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_it_fits(open_page, make_server, listen, tiny, viewport, scheme):
+    page = open_page(listen(make_server()), viewport=viewport, color_scheme=scheme)
+    page.set_input_files("#file", file("picture.png", tiny.png((200, 120, 40), 300)))
+    page.wait_for_selector("#classes li")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
+    look(page, f"{viewport['width']}-{scheme}")
+
+
+def test_the_keyboard_is_enough(open_page, make_server, listen):
+    page = open_page(listen(make_server()))
+    reached = set()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert {"file", "camera", "top", "task", "pack"} <= reached

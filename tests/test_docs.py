@@ -1,0 +1,240 @@
+"""The documentation does what it says: commands run, answers have the shape shown, options are those of the command."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+from cdl_edge.runtime.machine import cuda_driver
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(p.name for p in DOCS.glob("*.md"))
+GUIDES = ("README.md", "bundle.md", "precision.md", "jetson.md")
+SECTIONS = ("Options", "In and out", "Exit codes", "JSON", "What goes wrong")
+QUICK = {
+    "train": ("--epochs", "1", "--limit-per-class", "4", "--threads", "1"),
+    "pretrain": ("--epochs", "1", "--batch-size", "8", "--threads", "1"),
+    "export": ("--images", "4"),
+    "profile": ("--runs", "5"),
+}
+"what the tests put behind a command: the last one of an option holds"
+
+
+def load_make():
+    spec = importlib.util.spec_from_file_location("docs_make", DOCS / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = load_make()
+COMMANDS = dict(make.commands())
+VERBS = {name.split()[0] for name in COMMANDS}
+
+
+@dataclass
+class Block:
+    """A fenced block of a page."""
+
+    kind: str
+    text: str
+    after: str
+    "kind of the block before it in the same section"
+
+    @property
+    def commands(self):
+        """The `cdl-edge` lines, continued lines joined, in words."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("cdl-edge ")]
+
+
+def blocks(path):
+    found, before = [], ""
+    for heading, kind, text in re.findall(r"^(#+ )|^```(\w+)\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S):
+        if heading:
+            before = ""
+        else:
+            found.append(Block(kind, text, before))
+            before = kind
+    return found
+
+
+def redirected(words):
+    """(the command, the file behind ">" or None)."""
+    return (words[: words.index(">")], words[words.index(">") + 1]) if ">" in words else (words, None)
+
+
+def verb_of(words):
+    """("pack create", its arguments)."""
+    for n in (2, 1):
+        if " ".join(words[:n]) in COMMANDS:
+            return " ".join(words[:n]), words[n:]
+    return None, words
+
+
+# -- what is on the pages ---------------------------------------------------------------------------------------------
+
+
+def test_the_generated_parts_are_fresh():
+    assert [p.name for p in make.stale()] == [], "run: python docs/make.py"
+
+
+def test_every_verb_has_a_page_with_every_section():
+    assert {f"{v}.md" for v in VERBS} <= set(PAGES)
+    for name in set(PAGES) - set(GUIDES):
+        text = (DOCS / name).read_text("utf-8")
+        assert text.startswith(f"# cdl-edge {name.removesuffix('.md')}\n"), name
+        assert tuple(re.findall(r"^## (.*)$", text, re.MULTILINE)[: len(SECTIONS)]) == SECTIONS, name
+        marks = re.findall(r"<!-- options of (.*?) -->", text)
+        assert marks and {m.split()[0] for m in marks} == {name.removesuffix(".md")}
+
+
+def test_a_stale_page_is_found():
+    text = (DOCS / "predict.md").read_text("utf-8")
+    assert make.fresh(text.replace("classes to list", "classes to print")) == text
+
+
+def everything_written():
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "deploy").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", everything_written(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_that_are_shown_exist(path):
+    for block in blocks(path):
+        for words in block.commands if block.kind in ("sh", "bash") else []:
+            name, arguments = verb_of(redirected(words)[0])
+            if name is None:
+                assert words[0] in {p.removesuffix(".md") for p in PAGES}, words  # a page ahead of its verb
+                continue
+            try:
+                COMMANDS[name].make_context(name, arguments)
+            except click.UsageError as error:
+                if not error.message.endswith("does not exist."):  # a file that the reader has
+                    pytest.fail(f"{path.name}: cdl-edge {' '.join(words)}: {error.message}")
+
+
+@pytest.mark.parametrize("path", everything_written(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text("utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+# -- what the pages do ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, image_folder, photo, cli):
+    """A folder as the pages have it: photos, a run, a bundle, a broken bundle, a text."""
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        image_folder(folder / "photos", unsplit=dict.fromkeys(("apple", "cherry", "pear", "plum"), 10))
+        photo(folder / "photos" / "apple" / "IMG_0001.jpg", seed=1, colour=0)
+        command = [
+            "--data",
+            "folder:photos",
+            "--learner",
+            "coda",
+            "--distill",
+            "kdp",
+            "--tasks",
+            "2",
+            "--out",
+            "runs/fruit",
+        ]
+        assert cli("train", *command, *QUICK["train"]).code == 0
+        assert cli("export", "runs/fruit", "--out", "bundles/fruit", "--images", "4").code == 0
+        shutil.copytree("bundles/fruit", "broken")
+        with open("broken/prompts.bin", "rb+") as stream:
+            stream.write(b"\xff\x00")
+        Path("notes.txt").write_text("these are no pixels")
+    return folder
+
+
+@pytest.fixture
+def place(base, tmp_path, monkeypatch):
+    """A copy of it, entered."""
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def same_shape(shown, real, where=""):
+    """Every key that is shown is there and of the same type; of a list the first is compared."""
+    if isinstance(shown, dict):
+        assert isinstance(real, dict), where
+        for key, value in shown.items():
+            assert key in real, f"{where}.{key}"
+            same_shape(value, real[key], f"{where}.{key}")
+    elif isinstance(shown, list):
+        assert isinstance(real, list), where
+        if shown and real:
+            same_shape(shown[0], real[0], f"{where}[0]")
+    elif shown is not None and real is not None:
+        kinds = (int, float) if isinstance(shown, (int, float)) and not isinstance(shown, bool) else type(shown)
+        assert isinstance(real, kinds), f"{where}: {real!r}"
+
+
+def matches(shown, real):
+    """Line by line; "..." stands for anything."""
+    wanted = [re.escape(line).replace(r"\.\.\.", ".*") for line in shown.strip().splitlines()]
+    got = real.strip().splitlines()
+    return len(got) >= len(wanted) and all(re.fullmatch(w, g) for w, g in zip(wanted, got[-len(wanted) :], strict=True))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_shows(page, place, cli):
+    found = blocks(DOCS / page)
+    if any("--out runs/fruit" in b.text for b in found if b.kind == "sh" and page in ("train.md", "jetson.md")):
+        begins = next(i for i, b in enumerate(found) if b.kind == "sh")
+        assert "train" in found[begins].text
+        shutil.rmtree("runs/fruit")
+    answer = None
+    for i, block in enumerate(found):
+        if block.kind == "sh":
+            refused = i + 1 < len(found) and found[i + 1].kind == "text" and found[i + 1].text.startswith("error:")
+            for words in block.commands:
+                given, target = redirected(words)
+                name, _ = verb_of(given)
+                if refused and name == "build" and cuda_driver().devices:
+                    pytest.skip("shows what a machine without a GPU says")
+                answer = cli(*given, *QUICK.get(name, ()))
+                assert answer.code == (2 if refused else 0), (given, answer.err)
+                if target:
+                    Path(target).write_text(answer.out)
+        elif block.kind == "text" and block.after == "sh" and block.text.startswith("error:"):
+            assert matches(block.text, answer.err), answer.err
+        elif block.kind == "json" and block.after == "sh":
+            same_shape(json.loads(block.text), answer.json, page)
+
+
+def test_the_way_that_the_readme_shows(place, cli):
+    section = (ROOT / "README.md").read_text("utf-8").split("## Your own photographs", 1)[1].split("\n## ", 1)[0]
+    Path("section.md").write_text(section)
+    shutil.rmtree("runs")
+    commands = [words for block in blocks(Path("section.md")) if block.kind == "sh" for words in block.commands]
+    assert {"train", "export", "predict"} <= {words[0] for words in commands}
+    for words in commands:
+        given, target = redirected(words)
+        answer = cli(*given, *QUICK.get(given[0], ()))
+        assert answer.code == 0, (given, answer.err)
+        if target:
+            Path(target).write_text(answer.out)
+    assert Path("fruit.html").is_file()
+
+
+def test_the_comparison_can_fail():
+    with pytest.raises(AssertionError, match=r"\.a\.b"):
+        same_shape({"a": {"b": 1}}, {"a": {}})
+    with pytest.raises(AssertionError):
+        same_shape({"a": 1}, {"a": "1"})
+    assert matches("error: x\n  got: ...", "progress\nerror: x\n  got: 12")
+    assert not matches("error: x", "error: y")
