@@ -124,48 +124,58 @@ def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -
 
 @click.group()
 def pack() -> None:
-    """Updates in kilobytes: what learning changed between two bundles, installed whole or not at all."""
+    """Updates of a bundle on a device: only what learning changed, all or nothing."""
 
 
 @pack.command("create")
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="pack file to write")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="file to write")
 @click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign with")
+@click.option("--sequence", type=click.IntRange(1), help="order among packs [default: when NEW was exported]")
 @json_option
-def pack_create(old: Path, new: Path, out: Path, key: Path | None, as_json: bool) -> None:
-    """Write what turns bundle OLD, which devices run, into bundle NEW."""
-    from .runtime.packs import create
+def pack_create(old: Path, new: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
+    """What turns bundle OLD into bundle NEW, on the same backbone."""
+    from .runtime.packs import create as run
 
-    result = create(old, new, out, key)
-    share = f"{100 * result['share']:.2f} % of the bundle"
-    emit(result, as_json, f"{out}: {result['bytes']:,} bytes, {share}\nnext: cdl-edge pack install {out} BUNDLE")
+    result = run(old, new, out, key, sequence)
+    lines = [f"    {n}: {e['bytes']} of {e['of']} bytes, {e['encoding']}" for n, e in result["files"].items()]
+    size = f"{result['bytes']} bytes, {100 * result['share']:.2f} % of the bundle"
+    end = "signed" if result["signed"] else "not signed"
+    text = [f"{out}: {size}, {end}", *lines, f"next: cdl-edge pack install {out} BUNDLE"]
+    emit(result, as_json, "\n".join(text))
 
 
 @pack.command("install")
-@click.argument("file", metavar="PACK", type=click.Path(path_type=Path))
+@click.argument("pack_file", metavar="PACK", type=click.Path(path_type=Path))
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--public-key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM); asked for from then on")
+@click.option("--public-key", type=click.Path(path_type=Path), help="Ed25519 key (PEM) that must have signed; pinned")
+@backend_option
+@threads_option
 @json_option
-def pack_install(file: Path, bundle: Path, public_key: Path | None, as_json: bool) -> None:
-    """Verify a pack, test the new version on real inputs, and swap it in; the old one is kept."""
-    from .runtime.packs import install
+def pack_install(
+    pack_file: Path, bundle: Path, public_key: Path | None, backend: str, threads: int | None, as_json: bool
+) -> None:
+    """Verify, self-test, then swap BUNDLE's version atomically; the old one is kept."""
+    from .runtime.packs import install as run
 
-    result = install(file, bundle, public_key)
-    text = f"{bundle}: version {result['version']} runs, {result['previous']} is kept; signature {result['signature']}"
-    emit(result, as_json, f"{text}\nundo: cdl-edge pack rollback {bundle}")
+    result = run(pack_file, bundle, public_key, backend, threads)
+    text = f"{bundle}: {result['previous']} -> {result['version']}, signature {result['signature']}, self-test passed"
+    emit(result, as_json, f"{text}\nback: cdl-edge pack rollback {bundle}")
 
 
 @pack.command("rollback")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", help="first digits of a kept version [default: the one before]")
+@click.option("--to", help="version, its first digits [default: the one before]")
+@backend_option
+@threads_option
 @json_option
-def pack_rollback(bundle: Path, to: str | None, as_json: bool) -> None:
-    """Run the version before again."""
-    from .runtime.packs import rollback
+def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | None, as_json: bool) -> None:
+    """Run a kept version again."""
+    from .runtime.packs import rollback as run
 
-    result = rollback(bundle, to)
-    emit(result, as_json, f"{bundle}: version {result['version']} runs again")
+    result = run(bundle, to, backend, threads)
+    emit(result, as_json, f"{bundle}: {result['previous']} -> {result['version']}, self-test passed")
 
 
 @pack.command("list")
@@ -173,14 +183,15 @@ def pack_rollback(bundle: Path, to: str | None, as_json: bool) -> None:
 @json_option
 def pack_list(bundle: Path, as_json: bool) -> None:
     """The versions that are kept, oldest first."""
-    from .runtime.packs import listed
+    from .runtime.packs import listed as run
 
-    versions = listed(bundle)
+    versions = run(bundle)
     lines = [
-        f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, {v['created']}"
+        f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, "
+        f"sequence {v['sequence']}, since {v['installed']}"
         for v in versions
     ]
-    emit({"versions": versions}, as_json, "\n".join(lines))
+    emit({"bundle": str(bundle), "versions": versions}, as_json, "\n".join(lines))
 
 
 @click.command()
@@ -190,6 +201,7 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 @click.option("--queue", type=click.IntRange(0), default=32, show_default=True, help="requests that may wait")
 @click.option("--runners", type=click.IntRange(1), default=1, show_default=True, help="calls at the same time")
 @click.option("--limit", "limit_s", type=float, default=10.0, show_default=True, help="seconds a call may take")
+@click.option("--name", default="", help="model name in the Open Inference Protocol [default: the bundle's folder]")
 @click.option("--watch", is_flag=True, help="put in every version that `pack install` makes current")
 @click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs from elsewhere than this machine")
 @click.option(

@@ -27,7 +27,7 @@ from .nodes import Graph
 from .parity import CHUNK, compare, logits_of, logits_of_passes, sample, student_logits
 from .profiles import Profile, get_profile
 
-SELFTEST, SELFTEST_IMAGES = "selftest.npz", 8
+SELFTEST, SELFTEST_IMAGES = "selftest.npz", 4
 RANGES = "ranges.npz"
 KNOWN_IMAGES = 100
 """validation images of each task that confidence and selections are taken from. The task posterior was as good with
