@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=5)
     parser.add_argument("--tremble", type=float, default=0.02, help="share of side and brightness")
     parser.add_argument("--every", type=int, default=60, help="frames")
-    parser.add_argument("--change", type=float, default=10.0, help="grey levels")
+    parser.add_argument("--change", type=float, default=30.0, help="grey levels")
     arguments = parser.parse_args()
     sticky = (arguments.every, arguments.change)
 

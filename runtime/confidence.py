@@ -61,7 +61,7 @@ class Confidence:
                 float(found["task"]["scale"]),
                 selections,
             )
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{bundle.path}: what the bundle says about confidence is not understood",
                 got=f"{type(error).__name__}: {error}",
@@ -86,7 +86,7 @@ class Confidence:
 
         weights: prompt_weights (B, L, K) as the query gave them; None where they come from the caller and say nothing.
         """
-        score = task_scores(logits / self.temperature, self.tasks)
+        score = task_scores(logits.astype(np.float64) / self.temperature, self.tasks)
         if weights is not None and self.task_scale and self.selections is not None:
             score = score + self.task_scale * cosines(weights, self.selections[WEIGHTS])
         return np.exp(_log_softmax(score))

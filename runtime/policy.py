@@ -92,7 +92,9 @@ class Selector:
         self.policy = policy if "prompted" in runners else "exact"
         "what really runs"
         self.certainty = Confidence.of(bundle)
-        self.scene = scene or SceneChange(bundle.preprocessing.size)
+        side = bundle.preprocessing.size
+        self._frame = (side, side, 3)
+        self.scene = scene or SceneChange(side)
         self._runners = dict(runners)
         self._lock = Lock()
         self._selection: dict[str, np.ndarray] | None = None
@@ -185,36 +187,38 @@ class Selector:
     def _pinned(self, images: np.ndarray) -> Step:
         if self._selection is None:
             raise InputError("no prompts are pinned", fix="call pin(task) or pin(weights=...) before the first step")
-        selection, count = self._selection, len(images)
+        return self._reuse(images, self._selection, "pinned")
+
+    def _reuse(self, images: np.ndarray, selection: dict[str, np.ndarray], path: str) -> Step:
+        """The prompted pass with one selection (1, L, K) for all frames."""
+        count = len(images)
         if count != 1:
             selection = {name: np.repeat(value, count, axis=0) for name, value in selection.items()}
         logits = self._runners["prompted"].run(images, **selection).logits
-        return self._done(logits, selection[WEIGHTS], ("pinned",) * count)
+        return self._done(logits, selection[WEIGHTS], (path,) * count)
 
     def _sticky(self, images: np.ndarray) -> Step:
         """All frames that query go through the graph in one call, all others in a second one."""
-        prompted = self._runners["prompted"]
-        check_images(images, self.bundle.preprocessing.size)
+        prompted, count = self._runners["prompted"], len(images)
+        if getattr(images, "shape", ())[1:] != self._frame:
+            check_images(images, self._frame[0])
         try:
-            fresh = np.fromiter((self.scene(frame) for frame in images), bool, len(images))
-            if self._selection is not None and not fresh.any():  # nearly every step of a camera
-                given = self._selection
-                if len(images) != 1:
-                    given = {name: np.repeat(value, len(images), axis=0) for name, value in given.items()}
-                logits = prompted.run(images, **given).logits
-                return self._done(logits, given[WEIGHTS], ("reused",) * len(images))
-            logits = np.zeros((len(images), len(self.bundle.classes)), np.float32)
-            logits[fresh], answers = self._query(images[fresh])
+            fresh = [self.scene(frame) for frame in images]
+            if self._selection is not None and True not in fresh:  # nearly every step of a camera
+                return self._reuse(images, self._selection, "reused")
+            asks = np.array(fresh, bool)
+            logits = np.zeros((count, len(self.bundle.classes)), np.float32)
+            logits[asks], answers = self._query(images[asks])
             # Row 0: what the stream brought along, row i: what the i-th query of this step gave.
             known = {n: np.concatenate([(self._selection or answers)[n][:1], a]) for n, a in answers.items()}
-            row = np.cumsum(fresh)
-            if not fresh.all():
-                given = {name: value[row[~fresh]] for name, value in known.items()}
-                logits[~fresh] = prompted.run(images[~fresh], **given).logits
+            row = np.cumsum(asks)
+            if not asks.all():
+                given = {name: value[row[~asks]] for name, value in known.items()}
+                logits[~asks] = prompted.run(images[~asks], **given).logits
         except BaseException:
             self.scene.forget()  # the frame whose selection was to be reused has given none
             raise
-        if len(images):
+        if count:
             self._selection = {name: value[-1:].copy() for name, value in known.items()}
         return self._done(logits, known[WEIGHTS][row], tuple("query" if f else "reused" for f in fresh))
 
