@@ -222,6 +222,13 @@ def test_the_way_that_the_readme_shows(place, cli):
     assert Path("fruit.html").is_file()
 
 
+def test_every_field_of_a_manifest_is_explained(base):
+    fields = json.loads((base / "bundles/fruit/manifest.json").read_text("utf-8"))
+    text = (DOCS / "bundle.md").read_text("utf-8")
+    assert [name for name in fields if f"`{name}`" not in text] == []
+    assert [name for name in fields["files"] if f"`{name}`" not in text] == []
+
+
 def test_the_comparison_can_fail():
     with pytest.raises(AssertionError, match=r"\.a\.b"):
         same_shape({"a": {"b": 1}}, {"a": {}})
