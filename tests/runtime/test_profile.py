@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cdl_edge.runtime.profile as module
 from cdl_edge.errors import InputError
 from cdl_edge.files import sha256
-from cdl_edge.runtime.bundle import open_bundle
-from cdl_edge.runtime.profile import flags, profile, statistics, synthetic_jpeg
+from cdl_edge.runtime import load
+from cdl_edge.runtime.backends.onnxruntime import OrtRunner
+from cdl_edge.runtime.bundle import open_bundle, write_bundle
+from cdl_edge.runtime.energy import Board
+from cdl_edge.runtime.profile import STAGES, flags, profile, statistics, synthetic_jpeg
 
 KEYS = {"n", "min", "mean", "std", "cv", "p50", "p90", "p95", "p99", "max"}
 
@@ -53,14 +57,15 @@ def test_flags():
 def test_report(bundle, tmp_path):
     report = profile(bundle.path, threads=1, runs=7, warmup=2, trace=tmp_path / "trace.json")
     assert {"load_ms", "first_inference_ms", "backend", "flags", "context"} <= set(report)
-    stages = ("end_to_end_ms", "preprocess_ms", "compute_ms")
+    stages = ("end_to_end_ms", "preprocess_ms", "compute_ms", "post_ms")
     trace = json.loads((tmp_path / "trace.json").read_text())
     for stage in stages:
         assert set(report[stage]) == KEYS
         assert report[stage]["n"] == len(trace[stage]) == 7
         assert report[stage] == statistics(np.array(trace[stage]))
-    for end, before, compute in zip(*(trace[s] for s in stages), strict=True):
-        assert end >= before + compute > 0
+    for end, before, compute, post in zip(*(trace[s] for s in stages), strict=True):
+        assert end == pytest.approx(before + compute + post) and min(before, compute, post) > 0
+    assert trace["context"] == report["context"]
     context = report["context"]
     assert (context["batch"], context["runs"], context["warmup"], context["threads"]) == (1, 7, 2, 1)
     assert context["providers"] == ["CPUExecutionProvider"]
@@ -75,8 +80,6 @@ def test_report(bundle, tmp_path):
 
 
 def test_warm_up_and_first_call_are_not_counted(bundle, tiny, monkeypatch):
-    from cdl_edge.runtime.backends.onnxruntime import OrtRunner
-
     calls = []
     real = OrtRunner.run
     monkeypatch.setattr(OrtRunner, "run", lambda self, images: calls.append(images.copy()) or real(self, images))
@@ -106,3 +109,63 @@ def test_the_synthetic_picture():
     image = Image.open(io.BytesIO(synthetic_jpeg()))
     assert (image.format, image.size) == ("JPEG", (640, 480))
     assert np.asarray(image).std() > 30
+
+
+def test_a_board_with_everything(bundle, tmp_path):
+    files = {
+        "sys/class/hwmon/hwmon0/name": "ina3221",
+        "sys/class/hwmon/hwmon0/in1_label": "VDD_IN",
+        "sys/class/hwmon/hwmon0/in1_input": "5000",
+        "sys/class/hwmon/hwmon0/curr1_input": "2000",
+        "sys/class/thermal/cooling_device0/type": "gpu-throttle-alert",
+        "sys/class/thermal/cooling_device0/cur_state": "1",
+        "var/lib/nvpmodel/status": "pmode:0007",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    report = profile(bundle, threads=1, runs=30, sensors=Board(tmp_path))
+    assert report["energy"]["mean_w"] == pytest.approx(10)
+    assert report["energy"]["energy_per_image_j"] == pytest.approx(10 * report["energy"]["seconds"] / 30)
+    assert report["context"]["power_mode"] == "7"
+    assert report["context"]["throttled_by"] == ["gpu-throttle-alert"] and "throttled" in report["flags"]
+    bare = profile(bundle, threads=1, runs=5, sensors=Board(tmp_path / "nothing"))
+    assert bare["energy"]["source"] is None and bare["energy"]["reason"]
+    assert bare["context"]["throttled_by"] == [] and "throttled" not in bare["flags"]
+    json.dumps([report, bare], allow_nan=False)
+
+
+def test_stages_of_a_backend_that_knows_them(bundle, tmp_path, monkeypatch):
+    def timed(self, feeds):
+        return self._call(feeds), {"h2d_ms": 0.1, "enqueue_ms": 0.9, "gpu_ms": 1.0, "d2h_ms": 0.2}
+
+    monkeypatch.setattr(OrtRunner, "timed", timed, raising=False)
+    report = profile(bundle, threads=1, runs=5, trace=tmp_path / "trace.json")
+    assert [key for key in report if key in STAGES] == list(STAGES), "in the order in which they happen"
+    assert report["gpu_ms"]["p50"] == 1.0 and report["h2d_ms"]["n"] == 5
+    assert "enqueue-bound" in report["flags"]
+    assert set(STAGES) < set(json.loads((tmp_path / "trace.json").read_text()))
+    stage = statistics(np.ones(3))
+    assert flags(stage, {"gpu_ms": stage, "enqueue_ms": statistics(np.full(3, 0.79))}) == []
+
+
+def test_how_many_calls(bundle, monkeypatch):
+    monkeypatch.setattr(module, "CALLS", 12)
+    assert profile(bundle, threads=1)["context"]["runs"] == 12
+    monkeypatch.setattr(module, "LEAST", 5)
+    monkeypatch.setattr(module, "SECONDS", 0.0)  # a slow board
+    assert profile(bundle, threads=1)["context"]["runs"] == 5
+    assert profile(bundle, threads=1, runs=9)["context"]["runs"] == 9, "who asks for a number gets it"
+
+
+def test_agreement_with_fp32(bundle, tiny, tmp_path):
+    assert profile(bundle, threads=1, runs=1)["context"]["agreement"] is None
+    images = np.stack([tiny.plain(c) for c in ((255, 0, 0), (0, 255, 0))])
+    with load(bundle, threads=1) as runner:
+        logits = runner.infer(images)
+    logits[1] = logits[1, ::-1]
+    np.savez(tmp_path / "selftest.npz", images=images, logits=logits)
+    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"s.npz": tmp_path / "selftest.npz"}
+    tested = write_bundle(tmp_path / "tested", {**bundle.manifest, "selftest": "s.npz"}, files)
+    agreement = profile(tested, threads=1, runs=1)["context"]["agreement"]
+    assert (agreement["images"], agreement["top1"]) == (2, 50.0) and agreement["max_abs_error"] > 1
