@@ -17,6 +17,8 @@ SHARE = 0.95
 FLOOR = 0.02
 """ratios of medians within 1 +- FLOOR are no difference whatever the interval says: that much two runs of one bundle
 differ by although nothing has changed (memory layout, clocks), which no resampling of a single run can know"""
+PARTS = 8
+"a run is cut into so many: their medians show how much the machine wanders"
 FEW = 30
 "calls below which nothing is said"
 SAME = ("batch", "threads", "precision", "cpu", "board", "power_mode", "images", "governor", "gpu", "memory")
@@ -28,7 +30,7 @@ def compare(
     a: Path | str | Mapping[str, Any],
     b: Path | str | Mapping[str, Any],
     stage: str = "end_to_end_ms",
-    floor: float = FLOOR,
+    floor: float | None = None,
 ) -> dict[str, Any]:
     """Say whether B is faster or slower than A.
 
@@ -39,17 +41,20 @@ def compare(
     Args:
         a, b: what `profile` returned or its --trace wrote; or files of it.
         stage: key of both; only "end_to_end_ms" is in every report, a --trace has all.
-        floor: least ratio of medians that counts, minus 1.
+        floor: least ratio of medians that counts, minus 1. None: FLOOR, or what the machine wandered within either run
+            where that is more (see `wander`): by as much it may have moved between them.
 
-    Returns: {"verdict" (of B: one of VERDICTS), "ratio" (B / A), "interval", "a", "b" ("p50_ms", "n", "block"),
-        "warnings", "stage", "floor"}.
+    Returns: {"verdict" (of B: one of VERDICTS), "ratio" (B / A), "interval", "a", "b" ("p50_ms", "n", "block",
+        "wander"), "warnings", "stage", "floor" (as used)}.
 
     Raises: InputError for a file that is no report, lacks the stage, or has too few calls.
     """
-    if not 0 <= floor < 1:
+    if floor is not None and not 0 <= floor < 1:
         raise InputError("the floor is out of range", got=floor, expected="0 to 1")
     reports = [_read(source) for source in (a, b)]
     traces = [_trace(source, report, stage) for source, report in zip((a, b), reports, strict=True)]
+    wandered = [wander(trace) for trace in traces]
+    floor = max(FLOOR, *wandered) if floor is None else floor
     rng = np.random.default_rng(0)
     blocks = [block_length(trace) for trace in traces]
     drawn = [bootstrap_medians(t, length, rng) for t, length in zip(traces, blocks, strict=True)]
@@ -62,8 +67,8 @@ def compare(
     else:
         verdict = "no difference"
     sides = [
-        {"p50_ms": median, "n": len(trace), "block": length}
-        for median, trace, length in zip(medians, traces, blocks, strict=True)
+        {"p50_ms": median, "n": len(trace), "block": length, "wander": moved}
+        for median, trace, length, moved in zip(medians, traces, blocks, wandered, strict=True)
     ]
     return {
         "verdict": verdict,
@@ -93,6 +98,17 @@ def warnings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         if load and cores and load > cores:
             found.append(f"{name} was measured on a busy machine: load {load:.1f} on {cores} core(s)")
     return found
+
+
+def wander(trace: np.ndarray) -> float:
+    """Standard deviation of the medians of PARTS parts of a run, as a share of its median: other programs, clocks.
+
+    Of six runs of one bundle while tests came and went, 6 of the 15 pairs differed by 9 to 15 % in the eyes of the
+    bootstrap alone; within these runs the parts wandered by 2 to 9 %, and with that as the floor none of the pairs
+    differed (EPYC, 2 cores, 2026-11-21).
+    """
+    medians = [np.median(part) for part in np.array_split(trace, PARTS)]
+    return float(np.std(medians, ddof=1) / np.median(trace))
 
 
 def block_length(trace: np.ndarray) -> int:

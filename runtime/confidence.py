@@ -211,6 +211,8 @@ def _minimise(loss: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
+    if name not in bundle.manifest["files"]:
+        raise ValueError(f"{name!r} is under no hash")
     with np.load(bundle.path / name, allow_pickle=False) as stored:
         selections = {key: stored[key] for key in stored.files}
     for key, array in selections.items():

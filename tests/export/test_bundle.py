@@ -16,7 +16,9 @@ from cdl_edge.errors import InputError
 from cdl_edge.export import ParityError, export
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
+from cdl_edge.runtime.confidence import Confidence
 from cdl_edge.runtime.evaluate import evaluate
+from cdl_edge.runtime.policy import open_policy
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.loop import train
@@ -69,6 +71,11 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert (manifest["learner"], manifest["distiller"]) == (learner, distill)
     assert manifest["query"] == ("none" if learner == "apt" else query)
+    assert manifest["confidence"]["temperature"] > 0 and manifest["confidence"]["task"]["scale"] >= 0
+    assert manifest["selections"] == (None if learner == "apt" else "selections.npz")
+    with open_policy(tmp_path / "bundle", "sticky", threads=1) as stream:
+        assert stream.policy == ("sticky" if (learner, query) == ("l2p", "two-pass") else "exact")
+        assert stream.step(np.zeros((2, 16, 16, 3), np.uint8)).task_posterior.shape == (2, 5)
     if learner == "apt":
         assert manifest["selection"]["kind"] == "none"
         assert "prompt_weights" not in manifest["outputs"]
@@ -137,6 +144,37 @@ def test_the_device_answers_as_the_run_did(bundle):
         outputs = runner.run(pixels)
         assert outputs.logits.shape == (3, 10)
         assert outputs.prompt_weights is not None and outputs.prompt_weights.shape == (3, 5, 100)
+
+
+def test_confidence_and_selections(bundle):
+    opened = open_bundle(bundle[0])
+    document = opened.manifest["confidence"]
+    certainty = Confidence.of(opened)
+    assert certainty.calibrated and document["images"] == sum(document["images_per_task"]) > 100
+    assert document["nll"]["after"] <= document["nll"]["before"]
+    dataset = load_dataset("digits")
+    position = {name: index for index, name in enumerate(opened.classes)}
+    task = opened.tasks[2]
+    split = dataset.val.of_classes([i for i, name in enumerate(dataset.classes) if position[name] in task])
+    with load(opened, threads=1) as runner:
+        outputs = runner.run(split.decode(opened.preprocessing).pixels)
+    # Fewer than KNOWN_IMAGES of each task: all were taken.
+    assert document["images_per_task"][2] == len(split) < module.KNOWN_IMAGES
+    mean = outputs.prompt_weights.mean(0)
+    np.testing.assert_allclose(certainty.selection(2)["prompt_weights"], mean, atol=1e-4)
+    assert set(certainty.selection(2)) == {"prompt_weights"}
+    with open_policy(opened, "pinned", threads=1, task=2) as stream:
+        assert stream.step(np.zeros((1, 16, 16, 3), np.uint8)).logits.shape == (1, 10)
+
+
+def test_policies_agree_with_the_fused_graph(bundle):
+    pixels = load_dataset("digits").val.take(np.arange(6)).decode(open_bundle(bundle[0]).preprocessing).pixels
+    with open_policy(bundle[0], threads=1) as exact, open_policy(bundle[0], "pinned", threads=1, task=0) as pinned:
+        expected = exact.step(pixels)
+        assert set(expected.paths) == {"query"} and expected.unknown is not None
+        for i in range(len(pixels)):
+            pinned.pin(weights=expected.prompt_weights[i])
+            np.testing.assert_allclose(pinned.step(pixels[i : i + 1]).logits[0], expected.logits[i], atol=1e-4)
 
 
 def test_the_same_backbone_gives_the_same_file(bundle, make_run, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.compare import block_length, bootstrap_medians, compare, warnings
+from cdl_edge.runtime.compare import block_length, bootstrap_medians, compare, wander, warnings
 from cdl_edge.runtime.profile import profile
 
 
@@ -55,6 +55,17 @@ def test_a_difference_below_the_floor_is_none():
     a = waves(5000, 0, 0, spread=0.01)
     assert compare(report(a), report(a * 1.015))["verdict"] == "no difference"
     assert compare(report(a), report(a * 1.015), floor=0.01)["verdict"] == "slower"
+
+
+def test_a_machine_that_wanders_within_a_run_may_have_wandered_between_two():
+    calm, rng = waves(800, 0, 0, spread=0.02), np.random.default_rng(0)
+    disturbed = calm * np.repeat(1 + 0.15 * rng.random(8), 100)
+    assert wander(calm) < 0.005 < 0.03 < wander(disturbed) == pytest.approx(0.04, abs=0.02)
+    moved = compare(report(calm), report(disturbed))
+    assert (moved["verdict"], moved["floor"]) == ("no difference", moved["b"]["wander"])
+    assert compare(report(calm), report(disturbed), floor=0.02)["verdict"] == "slower"
+    assert compare(report(calm), report(disturbed * 1.3))["verdict"] == "slower", "beyond what wandered"
+    assert compare(report(calm), report(calm * 1.03))["floor"] == 0.02
 
 
 def test_calls_that_resemble_their_neighbours_need_blocks():

@@ -149,3 +149,12 @@ def test_selections_that_are_broken(bundle, tmp_path, content):
     document = {"temperature": 1.0, "unknown": {"below": 0.0}, "task": {"scale": 1.0}}
     with pytest.raises(InputError, match="confidence"):
         Confidence.of(with_confidence(tmp_path, bundle, document, content=content))
+
+
+def test_selections_that_no_hash_covers(bundle, tmp_path):
+    (tmp_path / "elsewhere.npz").write_bytes(pack_selections({"prompt_weights": np.zeros((2, 2, 3), np.float32)}))
+    document = {"temperature": 1.0, "unknown": {"below": 0.0}, "task": {"scale": 1.0}}
+    made = with_confidence(tmp_path, bundle, document)
+    made.manifest["selections"] = "../elsewhere.npz"
+    with pytest.raises(InputError, match="under no hash"):
+        Confidence.of(made)
