@@ -13,7 +13,7 @@ from typing import Any
 def quickstart(
     data: str = "digits", out: Path | str = "quickstart", say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """The whole way once: train, export, evaluate, profile, report."""
+    """The whole way once: train, export, calibrate, evaluate, profile, report."""
     from .quickstart import quickstart as run
 
     return run(data, Path(out), say)[0]
@@ -136,13 +136,18 @@ def predict(
     backend: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    policy: str = "exact",
 ) -> dict[str, Any]:
-    """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load."""
-    from .runtime import load
+    """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load.
+
+    policy: a key of runtime.policy.POLICIES, for which the images are frames in their order; "pinned" pins `task`.
+    """
+    from .runtime.policy import open_policy
     from .runtime.predict import predict as run
 
-    with load(bundle, backend, threads, precision=precision) as runner:
-        return run(runner, images, task, top)
+    pinned = task if policy == "pinned" else None
+    with open_policy(bundle, policy, backend, threads, precision, task=pinned) as student:
+        return run(student, images, task, top)
 
 
 def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:
@@ -150,6 +155,45 @@ def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:
     from .runtime.profile import profile as run
 
     return run(bundle, **options)
+
+
+def compare(a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
+    """Two files of `profile`: is B faster, or is it noise? See runtime.compare.compare for the options."""
+    from .runtime.compare import compare as run
+
+    return run(a, b, **options)
+
+
+def create_pack(
+    old: Path | str, new: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
+) -> dict[str, Any]:
+    """BUNDLE, BUNDLE -> PACK, see runtime.packs.create."""
+    from .runtime.packs import create as run
+
+    return run(old, new, out, key, sequence)
+
+
+def install_pack(
+    pack: Path | str, bundle: Path | str, public_key: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """PACK into BUNDLE, see runtime.packs.install; options: backend, threads."""
+    from .runtime.packs import install as run
+
+    return run(pack, bundle, public_key, **options)
+
+
+def rollback(bundle: Path | str, to: str | None = None, **options: Any) -> dict[str, Any]:
+    """A kept version of BUNDLE again, see runtime.packs.rollback; options: backend, threads."""
+    from .runtime.packs import rollback as run
+
+    return run(bundle, to, **options)
+
+
+def versions(bundle: Path | str) -> list[dict[str, Any]]:
+    """The versions of BUNDLE that are kept, oldest first, see runtime.packs.listed."""
+    from .runtime.packs import listed as run
+
+    return run(bundle)
 
 
 def inspect(bundle: Path | str) -> dict[str, Any]:

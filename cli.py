@@ -75,7 +75,7 @@ def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 @threads_option
 @json_option
 def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None:
-    """The whole way once: train, export, evaluate, profile, report. No network, minutes on two cores."""
+    """The whole way once: train, export, calibrate, evaluate, profile, report. No network, minutes on two cores."""
     from .quickstart import quickstart as run
 
     set_threads(threads)
@@ -87,12 +87,12 @@ def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None
 @click.option("--data", required=True, help="image source whose classes are learnt, see `train --help`")
 @click.option("--arch", required=True, help="convnet | teacher | student | teacher-plain | student-plain")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help=".safetensors file to write")
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="passes over the images")
+@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="images of one step")
 @click.option("--learning-rate", type=float, help="peak [default: 0.2 for convnet (SGD), 0.001 for a ViT (AdamW)]")
 @click.option("--distill-from", help="a convnet made by this command, to learn from")
 @click.option("--freeze-stem", is_flag=True, help="teacher: keep the convnet's stem, computed once for both")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="of initial values and batches")
 @click.option("--resume", is_flag=True, help="continue from the checkpoint beside --out")
 @threads_option
 @json_option
@@ -109,9 +109,9 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option(
     "--data",
     help="digits | folder:PATH (PATH/train/<class>/*, PATH/val/<class>/*, or PATH/<class>/* with a "
-    "fifth held out) | cifar100[:PATH] | imagenet-r:PATH",
+    "fifth held out) | cifar100[:PATH] | imagenet-r:PATH; needed, here or in --config",
 )
-@click.option("--out", help="run folder to write")
+@click.option("--out", help="run folder to write; needed, here or in --config")
 @click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
 @click.option("--student", help="likewise [default: builtin:student]")
 @click.option("--learner", help="l2p | dualprompt | coda | apt | finetune [default: coda]")
@@ -122,7 +122,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--query", help="two-pass | one-pass: where pool learners get their query [default: two-pass]")
 @click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10, two classes each at least]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
-@click.option("--batch-size", type=int, help="[default: 64]")
+@click.option("--batch-size", type=int, help="images of one step, over all processes [default: 64]")
 @click.option("--learning-rate", type=float, help="Adam's peak [default: 0.001]")
 @click.option("--seed", type=int, help="of class order, initial values, batches [default: 0]")
 @click.option("--limit-per-class", type=int, help="training images a class [default: all]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -18,10 +18,12 @@ from .cli_options import backend_option, emit, json_option, precision_option, sa
 @click.option("--precision", help="fp32 | fp16 | int8 [default: what the bundle recommends, else fp32]")
 @click.option("--workspace-mib", type=click.IntRange(1), help="memory the builder may use [default: 1024]")
 @click.option("--level", type=click.IntRange(0, 5), help="how long to look for fast kernels [default: 3]")
-@click.option("--max-batch", type=click.IntRange(1), help="largest batch, with a free batch size [default: 8]")
+@click.option(
+    "--max-batch", type=click.IntRange(1), help="largest batch, if exported with --dynamic-batch [default: 8]"
+)
 @click.option("--unfuse-attention", is_flag=True, help="keep attention in parts, should fused kernels be wrong")
 @click.option("--no-refit", is_flag=True, help="an engine that has to be built again for every update")
-@click.option("--rebuild", is_flag=True, help="whatever engine is there")
+@click.option("--rebuild", is_flag=True, help="build even where a fitting engine is kept")
 @json_option
 def build(
     bundle: Path, graph: str, precision: str | None, rebuild: bool, no_refit: bool, as_json: bool, **options: Any
@@ -37,8 +39,14 @@ def build(
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--task", type=int, help="only the classes of this task compete (from 0)")
+@click.option("--task", type=click.IntRange(0), help="only the classes of this task compete (from 0)")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
+@click.option(
+    "--policy",
+    default="exact",
+    show_default=True,
+    help="exact | pinned | sticky: who selects the prompts: each image, --task, or an earlier image of the stream",
+)
 @backend_option
 @precision_option
 @threads_option
@@ -48,25 +56,68 @@ def predict(
     images: tuple[Path, ...],
     task: int | None,
     top: int,
+    policy: str,
     backend: str,
     precision: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Classify images; says which prompts were selected."""
+    """Classify images; says which prompts were selected, how sure the student is, and which task they look like."""
     from . import api
 
-    result = api.predict(bundle, images, task, top, backend, threads, precision)
+    result = api.predict(bundle, images, task, top, backend, threads, precision, policy)
     lines = []
     for p in result["predictions"]:
-        lines.append(f"{p['image']}: {p['label']} ({100 * p['probability']:.1f} %)  prompts {p['prompts']['selected']}")
+        known = "  looks like none of the classes" if p["unknown"] else ""
+        share = f"{p['label']} ({100 * p['probability']:.1f} %)"
+        lines.append(f"{p['image']}: {share}{known}  task {p['task']}  prompts {p['prompts']['selected']}")
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
     emit(result, as_json, "\n".join(lines))
 
 
 @click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--stage", default="end_to_end_ms", show_default=True, help="what to compare; a --trace file has all")
+@click.option(
+    "--floor",
+    type=float,
+    help="difference that counts at all, as a share [default: 0.02, or what the machine wandered within a run]",
+)
+@json_option
+def compare(a: Path, b: Path, stage: str, floor: float | None, as_json: bool) -> None:
+    """Is B faster than A, or is it noise? A and B: files of `profile --json` or `profile --trace`."""
+    from . import api
+
+    result = api.compare(a, b, stage=stage, floor=floor)
+    low, high = result["interval"]
+    lines = [
+        f"{stage} p50: A {result['a']['p50_ms']:.3f} ms, B {result['b']['p50_ms']:.3f} ms",
+        f"B / A {result['ratio']:.3f}, 95 % interval {low:.3f} to {high:.3f}, counts from {result['floor']:.1%}",
+        f"B: {result['verdict']}",
+        *(f"warning: {w}" for w in result["warnings"]),
+    ]
+    emit(result, as_json, "\n".join(lines))
+
+
+class ProfileCommand(click.Command):
+    """`profile BUNDLE`, and `profile compare A B`; a bundle that is called compare is `./compare`."""
+
+    inner: ClassVar[dict[str, click.Command]] = {"compare": compare}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the inner verb where the first word names one."""
+        if args and args[0] in self.inner:
+            name = args[0]
+            return self.inner[name].make_context(f"{info_name} {name}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command(cls=ProfileCommand, epilog="To compare two: cdl-edge profile compare A B (with its own --help).")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--runs", type=click.IntRange(1), default=1000, show_default=True, help="timed calls")
+@click.option("--runs", type=click.IntRange(1), help="timed calls [default: 1000, or as many as 10 s allow]")
 @click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="real image(s) to use in turn")
 @click.option("--trace", type=click.Path(path_type=Path), help="write every sample as JSON")
 @backend_option
@@ -75,7 +126,7 @@ def predict(
 @json_option
 def profile(
     bundle: Path,
-    runs: int,
+    runs: int | None,
     images: tuple[Path, ...],
     trace: Path | None,
     backend: str,

@@ -29,6 +29,8 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
             yield from commands(command, (*path, name))
         else:
             yield " ".join((*path, name)), command
+            for inner, second in getattr(command, "inner", {}).items():
+                yield " ".join((*path, name, inner)), second
 
 
 def options(name: str) -> str:

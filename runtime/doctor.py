@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from . import jetson
-from .backends.openvino import DEVICE, import_openvino, precisions
+from .backends.openvino import DEVICE, core, precisions
 from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, usable_cores, version_of
 
 Check = dict[str, Any]
@@ -161,11 +161,11 @@ def _openvino() -> Check:
     if found["fix"] is not None:
         return found
     try:
-        core = import_openvino().Core()
+        engine = core()
     except InputError as error:
         return check("openvino", "warn", f"cannot be imported: {error.__cause__}", f"{fix} --force-reinstall")
-    name = core.get_property(DEVICE, "FULL_DEVICE_NAME")
-    return check("openvino", "ok", f"{found['detail']}, device {DEVICE} ({name}): {', '.join(precisions(core))}")
+    name = engine.get_property(DEVICE, "FULL_DEVICE_NAME")
+    return check("openvino", "ok", f"{found['detail']}, device {DEVICE} ({name}): {', '.join(precisions(engine))}")
 
 
 def _tensorrt(root: Path) -> Check:

@@ -9,29 +9,34 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from .policy import Selector, Step
 from .runner import Runner
-from .select import selected
 
 CHUNK = 32
 "images in one call of the runner: bounds the memory of a graph with a free batch size"
 
 
 def predict(
-    runner: Runner, sources: Sequence[Path | str | bytes], task: int | None = None, top: int = 1
+    student: Runner | Selector, sources: Sequence[Path | str | bytes], task: int | None = None, top: int = 1
 ) -> dict[str, Any]:
     """Classify pictures.
 
     Args:
+        student: what `runtime.load` gives, or what `runtime.policy.open_policy` gives: the pictures are then the next
+            frames of its stream.
         sources: files, or their bytes. All are read before the first is classified.
         task: index into the manifest's tasks, from 0: only its classes compete. None: all of them do.
         top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
 
-    Returns: {"predictions": [{"image", "label", "index", "probability", "prompts": {"selected", "weights"}, "top"}]},
-        "index" into the bundle's classes, "probability" the softmax over the classes that compete, "top" only if asked.
+    Returns: {"predictions": [{"image", "label", "index", "probability", "confidence", "unknown", "task",
+        "task_posterior", "prompts": {"selected", "weights"}, "path", "top"}]}: "index" into the bundle's classes,
+        "probability" the softmax over the classes that compete, "confidence" the calibrated probability of the label
+        among all classes, "unknown" whether the image looks like none of them (None: the bundle has no threshold),
+        "task" the most probable one of "task_posterior", "path" a key of runtime.policy.PATHS, "top" only if asked.
 
     Raises: InputError for no picture, an unreadable one (named), a task that is not there, or top < 1.
     """
-    bundle = runner.bundle
+    bundle = student.bundle
     competing = _competing(bundle.tasks, len(bundle.classes), task)
     if top < 1:
         raise InputError("top is out of range", got=top, expected="1 or more")
@@ -42,20 +47,35 @@ def predict(
 
     predictions: list[dict[str, Any]] = []
     for start in range(0, len(pixels), CHUNK):
-        outputs = runner.run(pixels[start : start + CHUNK])
-        share = probabilities(outputs.logits[:, competing])  # (b, len(competing))
+        step = _step(student, pixels[start : start + CHUNK])
+        share = probabilities(step.logits[:, competing])  # (b, len(competing))
         order = np.argsort(-share, axis=1, kind="stable")[:, :top]
-        prompts = selected(outputs.prompt_weights, bundle.selection, len(share))
         for i in range(len(share)):
             ranked = [
                 {"label": bundle.classes[competing[j]], "index": int(competing[j]), "probability": float(share[i, j])}
                 for j in order[i]
             ]
             source = sources[start + i]
-            image = f"image {start + i}" if isinstance(source, bytes) else str(source)
-            prediction = {"image": image, **ranked[0], "prompts": prompts[i]}
+            prediction = {
+                "image": f"image {start + i}" if isinstance(source, bytes) else str(source),
+                **ranked[0],
+                "confidence": float(step.probabilities[i, competing[order[i, 0]]]),
+                "unknown": None if step.unknown is None else bool(step.unknown[i]),
+                "task": int(step.task_posterior[i].argmax()),
+                "task_posterior": step.task_posterior[i].tolist(),
+                "prompts": step.prompts[i],
+                "path": step.paths[i],
+            }
             predictions.append(prediction if top == 1 else {**prediction, "top": ranked})
     return {"predictions": predictions}
+
+
+def _step(student: Runner | Selector, images: np.ndarray) -> Step:
+    if isinstance(student, Selector):
+        return student.step(images)
+    outputs = student.run(images)
+    path = "query" if student.bundle.manifest.get("query") == "two-pass" else "single"
+    return Step(outputs.logits, outputs.prompt_weights, student.bundle, student.certainty, (path,) * len(images))
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..errors import InputError, choose
 from .bundle import Bundle, Shape
+from .confidence import Confidence
 from .external import external_files
 from .machine import usable_cores
 
@@ -82,6 +84,11 @@ class Runner(ABC):
         advice = (bundle.manifest.get("quantisation") or {}).get("recommended") or {}
         made = f"{graph}.{self.int8}" in bundle.manifest["graphs"]
         return "int8" if advice.get("precision") == "int8" and made else "fp32"
+
+    @cached_property
+    def certainty(self) -> Confidence:
+        """What the bundle knows about its own confidence. Raises: InputError, see Confidence.of."""
+        return Confidence.of(self.bundle)
 
     @abstractmethod
     def _open(self) -> None:

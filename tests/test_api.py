@@ -20,6 +20,14 @@ assert abs(torch_side["average_accuracy"] - graph_side["average_accuracy"]) < 1e
 assert torch_side["backend"] == "torch"
 assert validate(out + "/bundle")["valid"]
 assert profile(out + "/bundle", runs=5, warmup=1)["end_to_end_ms"]["n"] == 5
+from cdl_edge import create_pack, install_pack, rollback, versions
+other = dict(data="digits", learner="apt", distill="none", tasks=2, epochs=1, limit_per_class=6, seed=1, quiet=True)
+train(out=out + "/run2", **other)
+export(out + "/run2", out + "/bundle2", images=10)
+create_pack(out + "/bundle", out + "/bundle2", out + "/new.pack")
+installed = install_pack(out + "/new.pack", out + "/bundle")
+assert [v["version"] for v in versions(out + "/bundle") if v["current"]] == [installed["version"]]
+assert rollback(out + "/bundle")["version"] == installed["previous"]
 report = cdl_edge.__getattr__("evaluate") is evaluate
 print(json.dumps({"classes": inspect(out + "/bundle")["class_count"], "same": report}))
 """

@@ -69,14 +69,14 @@ def commands():
     for verb, command in group.commands.items():
         inner = getattr(command, "commands", None)
         found |= {f"{verb} {name}": c for name, c in inner.items()} if inner else {verb: command}
+        found |= {f"{verb} {name}": c for name, c in getattr(command, "inner", {}).items()}
     return found
 
 
 def test_every_option_is_explained():
-    plain = {"epochs", "batch_size", "seed"}  # what their names say
     for verb, command in commands().items():
         for parameter in command.params:
-            if parameter.param_type_name == "option" and parameter.name not in plain:
+            if parameter.param_type_name == "option":
                 assert parameter.help, f"{verb} --{parameter.name}"
 
 
@@ -351,6 +351,34 @@ def test_predict_within_a_task(cli, bundle, photo, tmp_path):
         assert got["index"] in manifest["tasks"][task]
     cli("predict", bundle[0], one, "--task", 2).assert_refused("2")
     cli("predict", bundle[0], one, "--task", -1).assert_refused("-1")
+
+
+def test_predict_by_policy(cli, bundle, photo, tmp_path):
+    one = photo(tmp_path / "a.png", 1)
+    way = {}
+    for policy, extra in (("exact", ()), ("sticky", ()), ("pinned", ("--task", 1))):
+        found = cli("predict", bundle[0], one, one, "--policy", policy, *extra, "--json").json["predictions"]
+        way[policy] = [p["path"] for p in found]
+        assert all(0 <= p["confidence"] <= 1 and p["unknown"] in (True, False) for p in found)
+        assert all(sum(p["task_posterior"]) == pytest.approx(1) for p in found)
+    assert way == {"exact": ["query"] * 2, "sticky": ["query", "reused"], "pinned": ["pinned"] * 2}
+    cli("predict", bundle[0], one, "--policy", "pinned").assert_refused("pinned to what?")
+    cli("predict", bundle[0], one, "--policy", "stiky").assert_refused("did you mean 'sticky'?")
+
+
+def test_profile_compare(cli, bundle, tmp_path):
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    for trace in (a, b):
+        cli("profile", bundle[0], "--runs", 40, "--trace", trace)
+    found = cli("profile", "compare", a, b, "--floor", "0.99", "--json").json
+    assert found["verdict"] == "no difference" and found["a"]["n"] == found["b"]["n"] == 40
+    slower = json.loads(b.read_text())
+    slower["end_to_end_ms"] = [4 * ms for ms in slower["end_to_end_ms"]]
+    b.write_text(json.dumps(slower))
+    assert cli("profile", "compare", a, b, "--floor", "0.1").out.splitlines()[2] == "B: slower"
+    cli("profile", "compare", a, tmp_path / "none.json").assert_refused("no latency report")
+    assert "A B" in cli("profile", "compare", "--help").out.splitlines()[0]
+    assert "profile compare A B" in cli("profile", "--help").out
 
 
 def test_profile(cli, bundle, tmp_path):

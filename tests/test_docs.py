@@ -22,7 +22,7 @@ QUICK = {
     "train": ("--epochs", "1", "--limit-per-class", "4", "--threads", "1"),
     "pretrain": ("--epochs", "1", "--batch-size", "8", "--threads", "1"),
     "export": ("--images", "4"),
-    "profile": ("--runs", "5"),
+    "profile": ("--runs", "40"),
 }
 "what the tests put behind a command: the last one of an option holds"
 

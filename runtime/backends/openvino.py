@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +48,7 @@ class OpenVinoRunner(Runner):
     ) -> None:
         self._threads = check_threads(threads)
         self._openvino = import_openvino()
-        self._core = self._openvino.Core()
+        self._core = core()
         offered = precisions(self._core)
         if precision in PRECISIONS and precision not in offered:
             raise InputError(
@@ -137,6 +138,24 @@ def import_openvino() -> ModuleType:
             fix="pip install 'cdl-edge[openvino]'",
         ) from error
     return openvino
+
+
+_only: list[Any] = []
+_making = Lock()
+
+
+def core() -> Any:
+    """OpenVINO's Core, one for the whole process and never freed. Raises: InputError, see import_openvino.
+
+    Its CPU plugin gives the thread an alternate signal stack and takes it back when the Core goes. Where two of them
+    overlap in time the thread is left with a stack that is unmapped, and the next signal with a Python handler, Ctrl-C
+    for one, ends the process with a segmentation fault (2026.4.1).
+    """
+    openvino = import_openvino()
+    with _making:
+        if not _only:
+            _only.append(openvino.Core())
+    return _only[0]
 
 
 def precisions(core: Any) -> list[str]:

@@ -74,7 +74,7 @@ def test_what_openvino_offers(monkeypatch):
     listed = {"FULL_DEVICE_NAME": "Some CPU", "OPTIMIZATION_CAPABILITIES": ["FP32", "BF16", "INT8", "WINOGRAD"]}
     core = SimpleNamespace(get_property=lambda device, name: listed[name])
     monkeypatch.setattr(room, "version_of", lambda name: "2026.4.1")
-    monkeypatch.setattr(room, "import_openvino", lambda: SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(room, "core", lambda: core)
     found = by_name(doctor())["openvino"]
     assert found["status"] == "ok"
     assert found["detail"] == "2026.4.1, device CPU (Some CPU): fp32, bf16, int8"
@@ -170,8 +170,8 @@ def test_every_purpose_is_served(monkeypatch):
     monkeypatch.setattr(room, "version_of", lambda name: "99.0")
     monkeypatch.setattr(room, "cuda_driver", lambda: machine.Driver(1, "NVIDIA driver with 1 GPU(s)"))
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(room, "import_openvino", lambda: SimpleNamespace(Core=lambda: SimpleNamespace(
-        get_property=lambda device, name: [] if name.endswith("S") else "CPU")))  # fmt: skip
+    engine = SimpleNamespace(get_property=lambda device, name: [] if name.endswith("S") else "CPU")
+    monkeypatch.setattr(room, "core", lambda: engine)
     found = [c for c in doctor()["checks"] if c["name"].startswith("to ")]
     assert len(found) == 8
     assert all((c["status"], c["detail"], c["fix"]) == ("ok", "yes", None) for c in found)

@@ -15,6 +15,7 @@ from cdl_edge.runtime import load
 from cdl_edge.runtime.bundle import Bundle, write_bundle
 from cdl_edge.runtime.confidence import SELECTIONS, pack_selections
 from cdl_edge.runtime.policy import Selector, needed, open_policy
+from cdl_edge.runtime.predict import predict
 from cdl_edge.runtime.scene import SceneChange
 from cdl_edge.runtime.select import selected
 
@@ -225,6 +226,27 @@ def test_what_comes_with_every_step(make_two_pass):
         step = stream.step(images)
     by_classes = np.stack([step.probabilities[:, :2].sum(1), step.probabilities[:, 2:].sum(1)], 1)
     np.testing.assert_allclose(step.task_posterior, by_classes)
+
+
+@pytest.mark.parametrize("policy", ["exact", "sticky", "pinned"])
+def test_predictions_say_what_a_step_says(make_two_pass, tiny, policy):
+    bundle, task = make_two_pass(), 1 if policy == "pinned" else None
+    sources = [tiny.png((200, 10, 10)), tiny.png((10, 10, 200))]
+    frames = np.stack([bundle.preprocessing.read(s) for s in sources])
+    with open_policy(bundle, policy, threads=1, task=task) as stream:
+        step = stream.step(frames)
+    with open_policy(bundle, policy, threads=1, task=task) as stream:
+        found = predict(stream, sources, task, top=2)["predictions"]
+    for i, said in enumerate(found):
+        assert said["confidence"] == pytest.approx(step.probabilities[i, said["index"]])
+        assert said["unknown"] is bool(step.unknown[i])
+        assert said["task_posterior"] == pytest.approx(step.task_posterior[i].tolist())
+        assert said["task"] == int(np.argmax(said["task_posterior"]))
+        assert (said["prompts"], said["path"]) == (step.prompts[i], step.paths[i])
+        assert task is None or said["index"] in bundle.tasks[task]
+    if policy == "exact":
+        with load(bundle, threads=1) as runner:
+            assert predict(runner, sources, top=2)["predictions"] == found
 
 
 @pytest.mark.parametrize("policy", ["exact", "sticky"])

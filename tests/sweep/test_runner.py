@@ -137,7 +137,10 @@ def test_a_cell_that_another_process_holds_is_waited_for(cells):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_jobs(cells, number):
+def test_a_signal_stops_the_jobs(cells, number, request):
+    # A shell that starts the tests in the background has SIGINT ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     jobs = []
     before = signal.getsignal(signal.SIGTERM)
 

@@ -19,7 +19,7 @@ from cdl_edge.runtime.bundle import write_bundle
 from cdl_edge.runtime.machine import usable_cores
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cdl-edge[openvino]'")
-OFFERED = room.precisions(openvino.Core())
+OFFERED = room.precisions(room.core())
 needs_bf16 = pytest.mark.skipif("bf16" not in OFFERED, reason="this CPU computes no bfloat16")
 
 
@@ -133,21 +133,41 @@ def test_a_precision_that_the_cpu_lacks(bundle, monkeypatch, precision):
 @needs_bf16
 def test_an_engine_that_takes_another_precision_than_asked_for(bundle, monkeypatch):
     """As OpenVINO does with float16 on a CPU without it: bfloat16, and no word about it."""
+    core = room.core()
     made = SimpleNamespace(
-        Core=lambda: SimpleNamespace(
-            get_property=core.get_property,
-            compile_model=lambda path, device, config: core.compile_model(
-                path, device, {**config, "INFERENCE_PRECISION_HINT": "f16"}
-            ),
+        get_property=core.get_property,
+        compile_model=lambda path, device, config: core.compile_model(
+            path, device, {**config, "INFERENCE_PRECISION_HINT": "f16"}
         ),
-        _pyopenvino=openvino._pyopenvino,
-        __version__=openvino.__version__,
     )
-    core = openvino.Core()
-    monkeypatch.setattr(room, "import_openvino", lambda: made)
+    monkeypatch.setattr(room, "core", lambda: made)
     with pytest.raises(InputError, match="precision of the compiled graph") as caught:
         load(bundle, "openvino", threads=1)
     assert "bf16" in str(caught.value)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from cdl_edge.runtime import load
+signal.signal(signal.SIGINT, signal.default_int_handler)
+first = load(sys.argv[1], "openvino", threads=1)
+second = load(sys.argv[1], "openvino", threads=1)
+first.close()
+del first
+second.close()
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_signal_after_the_runners_are_gone(bundle):
+    """A Core that is freed while another lives leaves a dangling signal stack: SIGSEGV instead of KeyboardInterrupt."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(bundle.path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_capabilities():
