@@ -132,6 +132,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--query-regulariser", type=float, help="one-pass training: weight of the OS-Prompt term [default: 0]")
 @click.option("--kd-blocks", type=int, help="blocks with KD prompts [default: 12]")
 @click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
+@click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")

@@ -12,7 +12,10 @@ from .files import first_process
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
 backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="auto | onnxruntime | cuda | openvino | tensorrt"
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="auto | onnxruntime | cuda | ort-tensorrt | openvino | tensorrt",
 )
 precision_option = click.option(
     "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"

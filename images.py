@@ -38,9 +38,10 @@ def open_rgb(source: Path | str | bytes) -> Image.Image:
 
     Raises: UnreadableImage for a missing, empty, truncated, non-image or over-large file (MAX_PIXELS).
     """
-    name = "image bytes" if isinstance(source, bytes) else str(source)
+    name = "the image" if isinstance(source, bytes) else str(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image: Image.Image = Image.open(file)
         if image.width * image.height > MAX_PIXELS:
             raise UnreadableImage(
                 f"{name}: the image is too large",
@@ -74,7 +75,8 @@ def open_rgb(source: Path | str | bytes) -> Image.Image:
         struct.error,
     ) as error:
         # Pillow reports broken files with all of these, depending on the decoder.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = str(error).replace(f" {file!r}", "") if isinstance(source, bytes) else str(error)  # an address in memory
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise UnreadableImage(
             f"{name}: not a readable image",
             got=reason,

@@ -253,12 +253,14 @@ class StudentGraph:
         sides = [(student.head, 1.0)]
         if student.kd_head is not None:
             sides = [(student.head, 1 - student.alpha), (student.kd_head, student.alpha)]
+        folded = [head.folded() for head, _ in sides]
+        # Rows side by side are one reshape, unless a norm stands in front of one of them.
+        apart = not self.rewrites.heads or any(norm is not None for *_, norm in folded)
         parts, weights, biases = [], [], []
-        for i, (head, share) in enumerate(sides):
-            weight, bias, norm = head.folded()
+        for i, ((weight, bias, norm), (_, share)) in enumerate(zip(folded, sides, strict=True)):
             weights.append(weight[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
             biases.append(bias[:classes].detach().cpu() * (share if self.rewrites.heads else 1))
-            part = self.pick(x, rows, [i]) if norm is not None or not self.rewrites.heads else ""
+            part = self.pick(x, rows, [i]) if apart else ""
             if norm is not None:
                 scale, shift = (
                     g.constant(f"head.{i}.norm.{k}", t, LEARNT) for k, t in zip(("w", "b"), norm[:2], strict=True)
@@ -266,7 +268,7 @@ class StudentGraph:
                 part = g.op("LayerNormalization", part, scale, shift, axis=-1, epsilon=norm[2])
             parts.append(part)
         if self.rewrites.heads:
-            x = g.concat(parts, axis=1) if all(parts) else g.reshape(x, -1, rows * self.width)
+            x = g.concat(parts, axis=1) if apart else g.reshape(x, -1, rows * self.width)
             weight = g.constant("head.weight", torch.cat(weights, dim=1).t(), LEARNT)
             logits = g.op("Gemm", x, weight, g.constant("head.bias", torch.stack(biases).sum(0), LEARNT))
         else:

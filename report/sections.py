@@ -24,7 +24,7 @@ from .words import (
 STAGES = ("decode", "preprocess", "h2d", "enqueue", "gpu", "compute", "d2h", "post", "postprocess", "end_to_end")
 STAGE_NAMES = {"h2d": "Host to device", "d2h": "Device to host", "gpu": "GPU", "end_to_end": "End to end"}
 STATISTICS = ("n", "min", "mean", "std", "p50", "p90", "p95", "p99", "max")
-OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length")
+OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length", "kd_head")
 "options that mean nothing in a run without a teacher"
 GRAPH_FACTS = ("learner", "distiller", "query", "alpha", "selection", "backbone", "profile", "opset", "precision")
 

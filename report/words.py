@@ -38,6 +38,7 @@ WORDS = {
     "limit_per_class": "Training images a class",
     "kd_blocks": "Blocks with KD prompts",
     "kd_length": "KD rows a block",
+    "kd_head": "Kind of the KD head",
     "out": "Run folder",
     "distill": "Distiller",
     "batch": "Images in one call",

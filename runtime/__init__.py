@@ -28,7 +28,7 @@ def load(
 
     Args:
         bundle: a folder, or what `open_bundle` returned.
-        backend: "onnxruntime" (also "ort", "cpu", "auto"), "cuda", "openvino" or "tensorrt".
+        backend: "onnxruntime" (also "ort", "cpu", "auto"), "cuda", "ort-tensorrt", "openvino", "tensorrt".
         threads: CPU threads; None means every core this process may use.
         graph: name in the manifest's "graphs".
         precision: key of runtime.runner.PRECISIONS; None: what the bundle recommends for this backend, else fp32.

@@ -109,6 +109,12 @@ class Bundle:
         Raises: InputError for a bundle without them.
         """
         name = self.manifest.get("selftest")
+        if not name:
+            raise InputError(
+                f"{self.path}: no self-test in this bundle",
+                expected="selftest.npz: what nobody compared is not used",
+                fix="export the bundle again: cdl-edge export RUN --out BUNDLE",
+            )
         try:
             with np.load(self.path / str(name), allow_pickle=False) as stored:
                 return stored["images"], stored["logits"]

@@ -89,10 +89,6 @@ def check(name: str, status: str, detail: str, fix: str | None = None) -> Check:
     return {"name": name, "status": status, "detail": detail, "fix": fix}
 
 
-def _on_jetson() -> bool:
-    return "tegra" in platform.release()
-
-
 def _python() -> Check:
     good = sys.version_info >= (3, 10)
     fix = (
@@ -141,7 +137,7 @@ def _tool(name: str, purpose: str) -> Check:
     version = version_of(name)
     if version is not None:
         return check(name, "ok", version)
-    if _on_jetson():
+    if jetson.on_jetson():
         return check(name, "ok", f"not installed; a Jetson needs none ({purpose} happen elsewhere)")
     return check(name, "warn", f"not installed: no {purpose} on this machine", f"pip install {name}")
 
@@ -173,7 +169,7 @@ def _tensorrt(root: Path) -> Check:
     if hidden and sys.prefix != sys.base_prefix:
         fix = "make the environment again with: python3 -m venv --system-site-packages .venv"
         return check("tensorrt", "warn", "installed by apt, but this virtual environment does not see it", fix)
-    fix = "sudo apt-get install -y tensorrt python3-libnvinfer" if _on_jetson() else "pip install 'cdl-edge[tensorrt]'"
+    fix = jetson.GET_TENSORRT if jetson.on_jetson() else "pip install 'cdl-edge[tensorrt]'"
     return _optional("tensorrt", "tensorrt", "NVIDIA engines", fix)
 
 
@@ -227,7 +223,7 @@ def _swap(root: Path) -> Check:
 def _purposes(root: Path) -> list[Check]:
     """For each purpose: yes, or what is missing and the one command that mends it."""
     lacking = {purpose: [n for n in names if version_of(n) is None] for purpose, names in _NEEDS.items()}
-    absent = "ok" if _on_jetson() else "warn"  # a Jetson trains elsewhere
+    absent = "ok" if jetson.on_jetson() else "warn"  # a Jetson trains elsewhere
     checks = [_purpose(p, lacking[p], absent, _pip(lacking[p])) for p in ("train", "export", "calibrate")]
     engines = [name for name in _ORT_PACKAGES if version_of(name) is not None]
     checks.append(_purpose("run on the CPU", [] if engines else ["onnxruntime"], "fail", _pip(["onnxruntime"])))
@@ -240,14 +236,12 @@ def _gpu_purposes(root: Path) -> list[Check]:
     """TensorRT comes first on a Jetson, ONNX Runtime on a PC."""
     if not cuda_driver().devices:
         return [check("to run on an NVIDIA GPU", "ok", "no: the driver offers none, see `cuda driver`")]
-    small, release = _on_jetson(), jetson.release(root)
+    small = jetson.on_jetson()
     runtime = [] if version_of("onnxruntime-gpu") else ["onnxruntime-gpu"]
     mend = _JETSON_ORT if small else "pip uninstall -y onnxruntime && pip install 'cdl-edge[gpu]'"
     engine = [] if importlib.util.find_spec("tensorrt") is not None else ["tensorrt"]
     binding = [] if any(version_of(n) for n in ("pycuda", "cuda-python", "cuda-bindings")) else ["cuda-python"]
-    # The extra `tensorrt` is empty on a Jetson: apt has TensorRT there. The binding has to fit JetPack's CUDA.
-    cuda = ">=13,<14" if release is not None and release.jetpack == 7 else ">=12.6,<13"
-    steps = [str(_tensorrt(root)["fix"])] * bool(engine) + [f"pip install 'cuda-python{cuda}'"] * bool(binding)
+    steps = [str(_tensorrt(root)["fix"])] * bool(engine) + [jetson.get_cuda_python(root)] * bool(binding)
     return [
         _purpose("run on the GPU by ONNX Runtime", runtime, "ok" if small else "warn", mend),
         _purpose(
@@ -275,7 +269,7 @@ def _cuda() -> Check:
         absent = driver.detail.startswith("no NVIDIA driver")
         fix = "install the NVIDIA driver if there is a GPU: https://www.nvidia.com/drivers"
         return check("cuda driver", "ok" if absent else "warn", f"{driver.detail}; the CPU is used", fix)
-    if version_of("onnxruntime-gpu") is None and _on_jetson():
+    if version_of("onnxruntime-gpu") is None and jetson.on_jetson():
         # PyPI has no aarch64 wheel for JetPack's Python (design/EDGE.md, 7).
         return check("cuda driver", "ok", f"{driver.detail}; no onnxruntime-gpu: TensorRT or the CPU", _JETSON_ORT)
     if version_of("onnxruntime-gpu") is None:
@@ -301,7 +295,7 @@ def _threads() -> Check:
     detail = f"{usable} of {total} core(s) usable"
     mode = governor()
     if mode is not None and mode != "performance":
-        fix = "sudo cpupower frequency-set -g performance" if not _on_jetson() else "sudo jetson_clocks"
+        fix = "sudo cpupower frequency-set -g performance" if not jetson.on_jetson() else "sudo jetson_clocks"
         return check("threads", "warn", f"{detail}; frequency governor {mode!r}: latencies will vary", fix)
     return check("threads", "ok", detail + (f"; frequency governor {mode!r}" if mode else ""))
 

@@ -1,8 +1,8 @@
 """What the board tells about power, clocks and heat; a fact that it does not tell is left out.
 
 Everything is read from files below `root`, so that a test can lay out any board; no rights are needed, and nothing is
-changed. Sources: NVIDIA Jetson Linux Developer Guide, "Platform Power and Performance" (rails, over-current events,
-nvpmodel); kernel documentation of hwmon, cpufreq, devfreq and powercap.
+changed. Sources: NVIDIA Jetson Linux Developer Guide, "Platform Power and Performance" (rails, over-current events);
+kernel documentation of hwmon, cpufreq, devfreq and powercap.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .jetson import power_mode
 from .machine import read_line
 
 PERIOD_S = 0.1
@@ -84,19 +85,6 @@ class Board:
             return "the energy counter is for root only: sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj"
         return None
 
-    def power_mode(self) -> str | None:
-        """Name of nvpmodel's mode, such as "MAXN" or "15W"; its number when the names are not there."""
-        status = re.search(r"pmode:(\d+)", read_line(str(self.root / "var/lib/nvpmodel/status")) or "")
-        if status is None:
-            return None
-        number = int(status[1])
-        try:
-            text = (self.root / "etc/nvpmodel.conf").read_text(errors="replace")
-        except OSError:
-            text = ""
-        names = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)", text, re.MULTILINE)
-        return {int(i): name for i, name in names}.get(number, str(number))
-
     def clocks_mhz(self) -> dict[str, dict[str, float | str | None]]:
         """{"cpu": {"now" (the fastest core), "limit", "governor"}, "gpu": the same}, what is there."""
         clocks: dict[str, dict[str, float | str | None]] = {}
@@ -152,9 +140,10 @@ class Board:
         return {name: value for name, value in found.items() if value is not None}
 
     def facts(self) -> dict[str, Any]:
-        """{"power_mode", "clocks_mhz", "temperatures_c", "limits"} as they are now."""
+        """{"power_mode" (of nvpmodel, as "15W"), "clocks_mhz", "temperatures_c", "limits"} as they are now."""
+        mode = power_mode(self.root)
         return {
-            "power_mode": self.power_mode(),
+            "power_mode": None if mode is None else mode.name or str(mode.number),
             "clocks_mhz": self.clocks_mhz(),
             "temperatures_c": self.temperatures_c(),
             "limits": self.limits(),

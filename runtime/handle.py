@@ -14,9 +14,9 @@ import numpy as np
 
 from . import load
 from .bundle import Bundle, open_bundle
-from .engines.gate import GateError, check, reference
 from .machine import usable_cores
 from .runner import Runner
+from .selftest import prove, prove_finite, reference
 
 WARMUP = 3
 "calls of each runner before it answers: the first ones allocate and choose kernels"
@@ -176,7 +176,7 @@ class Handle:
 
         Calls that were accepted before are answered by the version they were accepted for; it is freed after the last.
 
-        Returns: {"previous", "version": names, "seconds", "selftest": see `runtime.engines.gate.check`}.
+        Returns: {"previous", "version": names, "seconds", "selftest": see `runtime.selftest.check`}.
 
         Raises: InputError when the new one cannot be loaded, has no self-test or fails it (GateError), and Busy during
             another swap. The old one goes on then.
@@ -203,7 +203,7 @@ class Handle:
         options = (self.backend, self.threads, "student", True, self.precision)
         pool = Pool(lambda: load(bundle, *options), self._runners)
         try:
-            self.selftest = _prove_finite(pool) if trust else _prove(pool)
+            self.selftest = _prove(pool, trust)
             size = bundle.preprocessing.size
             for runner in pool.runners:
                 for _ in range(WARMUP):
@@ -266,20 +266,9 @@ class Handle:
         self.close()
 
 
-def _prove(pool: Pool) -> dict[str, Any]:
-    """Every runner against the bundle's own real images. Raises: GateError, InputError without a self-test."""
-    feeds, expected = reference(pool.bundle, "student")
-    found: dict[str, Any] = {}
-    for runner in pool.runners:
-        found = check(runner.compute, feeds, expected, pool.precision, pool.bundle.path)
-    return found
-
-
-def _prove_finite(pool: Pool) -> dict[str, Any]:
-    """Black and white pictures give finite logits: all that can be asked of a bundle without a self-test."""
-    size = pool.bundle.preprocessing.size
-    extremes = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
-    for runner in pool.runners:
-        if not np.isfinite(runner.infer(extremes)).all():
-            raise GateError(f"{pool.path}: logits hold NaN or infinity", fix="export the bundle again")
-    return {"images": 0}
+def _prove(pool: Pool, trust: bool) -> dict[str, Any]:
+    """Every runner on its own. Raises: GateError, InputError without a self-test unless `trust`."""
+    if trust:
+        return [prove_finite(runner) for runner in pool.runners][-1]
+    feeds, expected = reference(pool.bundle)
+    return [prove(runner, feeds, expected) for runner in pool.runners][-1]

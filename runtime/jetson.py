@@ -6,6 +6,7 @@ Formats: /etc/nv_tegra_release ("# R36 (release), REVISION: 4.3, ..."), /var/lib
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ JETPACKS = {34: 5, 35: 5, 36: 6, 38: 7, 39: 7}
 "first number of the Jetson Linux release -> JetPack"
 PYTHONS = {6: (3, 10), 7: (3, 12)}
 "JetPack -> the Python of its Ubuntu, for which its TensorRT is built"
+GET_TENSORRT = "sudo apt-get install -y tensorrt python3-libnvinfer"
+"JetPack's TensorRT is no pip package: the extra `tensorrt` is empty on a Jetson"
 ROOT = Path("/")
 
 
@@ -51,6 +54,18 @@ class Swap:
     "swap files and partitions"
 
 
+def on_jetson() -> bool:
+    """Whether this is a Jetson, asked as pyproject.toml asks: what pip leaves out there is named otherwise."""
+    return "tegra" in platform.release()
+
+
+def get_cuda_python(root: Path = ROOT) -> str:
+    """The command that installs cuda-python for this Jetson's CUDA."""
+    found = release(root)
+    cuda_13 = found is not None and found.jetpack == 7
+    return f"pip install 'cuda-python{'>=13,<14' if cuda_13 else '>=12.6,<13'}'"
+
+
 def release(root: Path = ROOT) -> Release | None:
     """The release in /etc/nv_tegra_release; None on a machine that is no Jetson."""
     found = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_line(str(root / "etc/nv_tegra_release")) or "")
@@ -62,7 +77,8 @@ def power_mode(root: Path = ROOT) -> PowerMode | None:
     found = re.match(r"pmode:(\d+)", read_line(str(root / "var/lib/nvpmodel/status")) or "")
     if not found:
         return None
-    pairs = re.findall(r"^<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", _text(root / "etc/nvpmodel.conf"), re.MULTILINE)
+    text = _text(root / "etc/nvpmodel.conf")
+    pairs = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=([^\s>]+)", text, re.MULTILINE)
     names = {int(number): name for number, name in pairs}
     free = [number for number, name in names.items() if name.startswith("MAXN")]
     super_ = [number for number in free if names[number] == "MAXN_SUPER"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -139,8 +140,8 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        expected = "a file made by `cdl-edge pack create`"
-        raise InputError(f"{path}: cannot be read", got=error.strerror, expected=expected, fix="check it") from error
+        expected, fix = "a file made by `cdl-edge pack create`", "check the path and its permissions"
+        raise InputError(f"{path}: cannot be read", got=error.strerror, expected=expected, fix=fix) from error
 
 
 def _digest(stream: IO[bytes]) -> str:
@@ -163,10 +164,13 @@ def _check_container(path: Path, stream: IO[bytes]) -> None:
     digest = _digest(stream)
     written = stream.read(_DIGITS)
     if size <= _DIGITS or written != digest.encode():
+        stated = re.fullmatch(rb"[0-9a-f]{%d}" % _DIGITS, written)  # else it is any bytes, which nobody can read
         raise InputError(
             f"{path}: truncated, changed, or no pack",
-            got=f"sha256 {digest}",
-            expected=f"sha256 {written.decode('ascii', 'replace')!r}, the file's last {_DIGITS} characters",
+            got=f"sha256 {digest}" if stated else f"{size} bytes that do not end in a SHA-256",
+            expected=f"sha256 {written.decode()}, the file's last {_DIGITS} characters"
+            if stated
+            else "a file made by `cdl-edge pack create`: its last characters are the SHA-256 of all before them",
             fix=_AGAIN,
         )
 
@@ -218,7 +222,12 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {HEADER} is not readable as JSON", got=str(error), fix=_AGAIN) from error
     if not same or document.get("kind") != "pack" or not isinstance(document.get("schema"), int):
-        raise InputError(f"{path}: {HEADER} is no pack's", got=f"{text[:80]!r}", expected="kind 'pack'", fix=_AGAIN)
+        raise InputError(
+            f"{path}: {HEADER} is no pack's",
+            got=repr(text[:80].decode("utf-8", "replace")),
+            expected="kind 'pack'",
+            fix=_AGAIN,
+        )
     if document["schema"] > SCHEMA:
         raise InputError(
             f"{path}: written by a newer cdl-edge",

@@ -52,7 +52,12 @@ def create(
         raise InputError(f"{out}: is a folder", expected="a file to write, as update.pack", fix="choose another path")
     source, target = (str(b.manifest["manifest_sha256"]) for b in (before, after))
     if source == target:
-        raise InputError(f"{new}: nothing has changed", got=f"both bundles are {target[:16]}")
+        raise InputError(
+            f"{new}: nothing has changed",
+            got=f"both bundles are {target[:16]}",
+            expected="OLD, which devices run, and NEW, which they shall run",
+            fix="check both paths; after learning run: cdl-edge export RUN --out NEW",
+        )
     backbones = [b.manifest["files"].get(BACKBONE, {}).get("sha256") for b in (before, after)]
     if backbones[0] != backbones[1] or backbones[0] is None:
         raise InputError(
@@ -155,11 +160,14 @@ def rollback(
         kept, previous = [v.version for v in store.state.versions], store.state.current
         wanted = store.state.before() if to is None else next((v for v in kept if to and v.startswith(to)), None)
         if wanted is None or wanted == previous:
+            others = [v for v in kept if v != previous]
             raise InputError(
                 f"{bundle}: nothing to go back to" if to is None else f"{bundle}: no other version {to!r}",
                 got=f"{previous} runs",
-                expected="one of " + (", ".join(v for v in kept if v != previous) or "none that is kept"),
-                fix="see: cdl-edge pack list BUNDLE",
+                expected="an older version that is kept" if not others else f"one of {', '.join(others)}",
+                fix=f"cdl-edge pack rollback {bundle} --to VERSION"
+                if others
+                else "install a pack first: the version before it is kept; or copy the older bundle to the device",
             )
         store.clean()
         tested = self_test(open_bundle(store.folder(wanted)), backend, threads)

@@ -170,7 +170,8 @@ class Store:
             raise InputError(
                 f"{self.path}: no symbolic links here",
                 got=error.strerror,
-                fix="move the bundle to another",
+                expected="a filesystem that has them, as ext4 (not FAT)",
+                fix="move the bundle to one",
             ) from error
         os.replace(link_path, self.path / CURRENT)
         _sync(self.path)

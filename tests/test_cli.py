@@ -98,7 +98,7 @@ def choices(text):
 
 def test_help_names_exactly_what_there_is():
     # A flaw that recurs even in good projects: help that has gone stale.
-    from cdl_edge.train.config import AUGMENTATIONS, PRECISIONS, QUERIES, TrainConfig
+    from cdl_edge.train.config import AUGMENTATIONS, KD_HEADS, PRECISIONS, QUERIES, TrainConfig
     from cdl_edge.train.distill import DISTILLERS, Distiller
     from cdl_edge.train.learners import LEARNERS
     from cdl_edge.train.pretrain import ARCHITECTURES
@@ -109,6 +109,7 @@ def test_help_names_exactly_what_there_is():
     assert choices(help_of("train", "query")) == list(QUERIES)
     assert choices(help_of("train", "precision")[: help_of("train", "precision").index(",")]) == list(PRECISIONS)
     assert choices(help_of("train", "augment")) == list(AUGMENTATIONS)
+    assert choices(help_of("train", "kd-head")) == choices(help_of("sweep", "kd-head")) == list(KD_HEADS)
     assert choices(help_of("pretrain", "arch")) == list(ARCHITECTURES)
     assert help_of("train", "tasks").endswith(f"[default: {default_tasks(100)}, two classes each at least]")
     defaults = TrainConfig("digits", "x").to_json()
@@ -118,7 +119,7 @@ def test_help_names_exactly_what_there_is():
     others = sorted({f"{n} {kind.tau:g}" for n, kind in DISTILLERS.items() if kind.tau != Distiller.tau})
     assert help_of("train", "tau").endswith(f"[default: the distiller's, {'; '.join([f'{Distiller.tau:g}', *others])}]")
     assert help_of("train", "query-regulariser").endswith(f"[default: {defaults['query_regulariser']:g}]")
-    for option in ("kd-blocks", "kd-length", "seed", "teacher", "student", "precision", "devices"):
+    for option in ("kd-blocks", "kd-length", "kd-head", "seed", "teacher", "student", "precision", "devices"):
         stated = re.search(r"\[default: ([^\],]+)", help_of("train", option)).group(1)
         assert stated == str(defaults[option.replace("-", "_")]), option
 
@@ -179,6 +180,7 @@ def test_wrong_usage_is_two(cli, arguments):
         (["--alpha", "2"], ["--alpha is out of range"]),
         (["--seed", "-1"], ["--seed is out of range"]),
         (["--kd-length", "3"], ["even --kd-length"]),
+        (["--kd-head", "normal"], ["unknown KD head", "learner, linear, normalised", "did you mean 'normalised'?"]),
         (["--query-regulariser", "-1"], ["--query-regulariser is out of range"]),
         (
             ["--learner", "apt", "--distill", "cdl-prompt"],

@@ -143,8 +143,9 @@ def test_files_that_are_no_image(tmp_path):
     for name in ("text.jpg", "empty.png", "missing.png"):
         refused(tmp_path / name, name, "not a readable image")
     refused(tmp_path, "not a readable image")
-    refused(b"", "image bytes")
-    refused(b"\xff\xd8\xff\xe0", "image bytes")
+    for content in (b"", b"\xff\xd8\xff\xe0", b"this is a letter to my aunt"):
+        text = refused(content, "the image: not a readable image", "cannot identify image file")
+        assert "BytesIO" not in text and "0x" not in text
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):

@@ -8,10 +8,12 @@ from typing import Any
 from ..errors import InputError, choose
 from .distill import DISTILLERS
 from .learners import LEARNERS
+from .student import HEADS
 
 QUERIES = ("two-pass", "one-pass")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
+KD_HEADS = ("learner", *HEADS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class TrainConfig:
     "blocks with KD prompts, token included (papers: 12)"
     kd_length: int = 6
     "KD rows a block, half keys, half values (papers: 6)"
+    kd_head: str = "learner"
+    "kind of the head on the KD token; learner: that of the learner's own head (papers)"
     compat: bool = False
     "the authors' behaviour where it differs: see docs in README, `--compat`"
     precision: str = "auto"
@@ -77,6 +81,7 @@ class TrainConfig:
         self._check_pair()
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
+        choose("KD head", self.kd_head, KD_HEADS)
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")

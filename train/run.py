@@ -68,6 +68,7 @@ def build_model(
         one_pass=config.query == "one-pass",
         query_regulariser=config.query_regulariser,
         mapped=teacher if is_student and distiller.maps_prompts else None,
+        kd_head=config.kd_head,
     )
 
 

@@ -102,11 +102,13 @@ class PromptedViT(nn.Module):
         one_pass: bool = False,
         query_regulariser: float = 0.0,
         mapped: tuple[int, int] | None = None,
+        kd_head: str = "learner",
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
         query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
         mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
+        kd_head: key of HEADS, or learner: the kind of the learner's own head.
         """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
@@ -123,7 +125,8 @@ class PromptedViT(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = HEADS[self.learner.head](width, classes)
-            self.kd_head = HEADS[self.learner.head](width, classes) if kd else None
+            kind = self.learner.head if kd_head == "learner" else kd_head
+            self.kd_head = HEADS[kind](width, classes) if kd else None
         self.kd = KDPrompts(width, min(kd[0], depth), kd[1], torch.Generator().manual_seed(seed)) if kd else None
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
 

@@ -21,6 +21,12 @@ def _cuda(bundle: Bundle, graph: str, threads: int | None, precision: str | None
     return OrtRunner(bundle, graph, "cuda", threads, precision)
 
 
+def _ort_tensorrt(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
+    from .onnxruntime import OrtTensorRTRunner
+
+    return OrtTensorRTRunner(bundle, graph, threads, precision)
+
+
 def _openvino(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
     from .openvino import OpenVinoRunner
 
@@ -40,6 +46,7 @@ BACKENDS: dict[str, Callable[[Bundle, str, int | None, str | None], Runner]] = {
     "ort": _cpu,
     "cpu": _cpu,
     "cuda": _cuda,
+    "ort-tensorrt": _ort_tensorrt,
     "openvino": _openvino,
     "ov": _openvino,
     "tensorrt": _tensorrt,

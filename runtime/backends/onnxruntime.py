@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,7 +12,13 @@ from ..bundle import Bundle
 from ..machine import cuda_driver
 from ..runner import Runner, Value, check_threads
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+WORKSPACE = 1 << 30
+"bytes that TensorRT may use while it looks for kernels"
 
 
 class OrtRunner(Runner):
@@ -20,7 +26,9 @@ class OrtRunner(Runner):
 
     Args:
         graph: "student", "query" or "prompted".
-        provider: "cpu" or "cuda". CUDA that cannot be had is an InputError: there is no silent fallback.
+        provider: a key of PROVIDERS. One that cannot be had is an InputError: there is no silent fallback. "tensorrt"
+            builds engines when the graph is loaded (minutes) and keeps them in BUNDLE/engines; what it cannot take
+            runs on CUDA.
         threads: of the CPU; None means every core this process may use.
 
     Raises: InputError when onnxruntime is missing, the provider cannot be had, the graph cannot be loaded, or its
@@ -59,11 +67,8 @@ class OrtRunner(Runner):
         options.log_severity_level = 3
         if self._threads == 1:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The CPU stays behind CUDA for the few shape operators that have no CUDA kernel.
-        cpu = PROVIDERS["cpu"]
-        providers = [cpu] if self._wanted == cpu else [self._wanted, cpu]
         try:
-            self._session = self._ort.InferenceSession(str(self.path), options, providers=providers)
+            self._session = self._ort.InferenceSession(str(self.path), options, providers=self._providers())
         except _errors(self._ort) as error:
             raise InputError(
                 f"{self.path}: onnxruntime {self._ort.__version__} cannot load the graph",
@@ -71,6 +76,29 @@ class OrtRunner(Runner):
                 expected=f"a graph that {self._wanted} can run",
                 fix="export it again, with a profile for this device, or upgrade onnxruntime",
             ) from error
+
+    def _providers(self) -> list[Any]:
+        """In the order in which they may take nodes; the CPU for the few shape operators without a CUDA kernel."""
+        cpu, cuda, tensorrt = PROVIDERS.values()
+        if self._wanted == cpu:
+            return [cpu]
+        if self._wanted == cuda:
+            return [cuda, cpu]
+        # Engines are found again by the graph's structure alone: after an update with other weights the old engine
+        # would answer. Each version of a bundle has a folder of its own, therefore.
+        version = str(self.bundle.manifest["manifest_sha256"])[:16]
+        folder = self.bundle.path / "engines" / f"ort-{version}"
+        options = {
+            "trt_max_workspace_size": str(WORKSPACE),
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(folder),
+            "trt_fp16_enable": str(int(self.precision == "fp16")),
+            "trt_layer_norm_fp32_fallback": "1",
+            "trt_int8_enable": str(int(self.precision == "int8")),
+        }
+        return [(tensorrt, options), cuda, cpu]
 
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._session is None:
@@ -92,6 +120,17 @@ class OrtRunner(Runner):
     def close(self) -> None:
         """Free the session; a second call does nothing."""
         self._session = None
+
+
+class OrtTensorRTRunner(OrtRunner):
+    """ONNX Runtime with the provider "tensorrt": the 8-bit graphs that it takes are TensorRT's."""
+
+    int8: ClassVar[str] = "int8-trt"
+
+    def __init__(
+        self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
+    ) -> None:
+        super().__init__(bundle, graph, "tensorrt", threads, precision)
 
 
 def _import() -> ModuleType:
@@ -125,7 +164,7 @@ def _first_line(error: BaseException) -> str:
 
 def _no_provider(wanted: str, reason: str) -> InputError:
     fix = "use --backend cpu"
-    if wanted == PROVIDERS["cuda"]:
+    if wanted != PROVIDERS["cpu"]:
         driver = cuda_driver()
         reason += f"; {driver.detail}"
         fix += (

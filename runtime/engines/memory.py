@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...errors import InputError
+from .. import jetson
 
 _EVENTS = 9
 "that cuda-python keeps and uses again; pycuda's are freed by Python"
@@ -240,7 +241,9 @@ def open_memory() -> Memory:
         "the GPU's memory cannot be reached",
         got="; ".join(reasons),
         expected="pycuda or cuda-python",
-        fix="pip install 'cdl-edge[tensorrt]', or pip install pycuda where CUDA's headers are (JetPack has them)",
+        fix=f"{jetson.get_cuda_python()}, or: pip install pycuda (JetPack has CUDA's headers)"
+        if jetson.on_jetson()
+        else "pip install 'cdl-edge[tensorrt]', or pip install pycuda where CUDA's headers are",
     )
 
 

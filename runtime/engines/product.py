@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import platform
 import re
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from ...errors import InputError
-from ..machine import board, cuda_driver, read_line
+from .. import jetson
+from ..machine import board, cuda_driver
 
 OLDEST = (10, 3)
 "JetPack 6; strong typing, refit of single weights and named timing caches are all there"
@@ -86,11 +86,8 @@ def find_tensorrt() -> ModuleType:
 
 
 def _hint() -> str:
-    if "tegra" in platform.release():
-        return (
-            "sudo apt-get install nvidia-jetpack, and make the environment with: "
-            "python3 -m venv --system-site-packages (JetPack's TensorRT is no pip package)"
-        )
+    if jetson.on_jetson():
+        return f"{jetson.GET_TENSORRT}, and make the environment with: python3 -m venv --system-site-packages"
     return "pip install 'cdl-edge[tensorrt]' (its libraries come from pypi.nvidia.com)"
 
 
@@ -109,9 +106,8 @@ def identity(trt: ModuleType, gpu: Gpu) -> dict[str, Any]:
 
 def l4t() -> str | None:
     """Release of Jetson's Linux, as 36.4.3 (JetPack 6.2); None elsewhere."""
-    line = read_line("/etc/nv_tegra_release") or ""
-    found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", line)
-    return f"{found[1]}.{found[2]}" if found else None
+    found = jetson.release()
+    return found.text.removeprefix("R") if found is not None else None
 
 
 def logger(trt: ModuleType) -> Any:

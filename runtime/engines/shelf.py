@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import InputError
+from .. import selftest
 from ..bundle import Bundle, Signature
 from ..external import external_files, graph_digest
 from ..runner import Value
-from . import achieved, gate, sidecar
+from . import achieved, sidecar
 from .build import Options, build
 from .memory import Memory
 from .product import Gpu, identity
@@ -91,7 +92,7 @@ class Shelf:
         if obstacle is None:
             try:
                 return self._refit(document)
-            except (RefitError, gate.GateError) as error:
+            except (RefitError, selftest.GateError) as error:
                 obstacle = f"a refit failed: {' '.join(str(error).split())}"
         return self._build(options or Options(**document["options"]), obstacle)
 
@@ -100,7 +101,7 @@ class Shelf:
     def _build(self, options: Options, reason: str, refit: bool = True) -> tuple[Session, dict[str, Any]]:
         self._say(f"building a TensorRT engine for {self.gpu.name}, which takes minutes: {reason}")
         begin = time.perf_counter()
-        feeds, expected = gate.reference(self.bundle, self.graph)  # before the minutes: it may be missing
+        feeds, expected = selftest.reference(self.bundle, self.graph)  # before the minutes: it may be missing
         learnt = [record.name for record in learnt_records(self.onnx)]
         version = f"{self.trt.__name__}-{self.trt.__version__}"
         cache = self.engine.parent / f"timing.{version}.{self.gpu.slug}.cache"
@@ -111,8 +112,8 @@ class Shelf:
         try:
             found = achieved.read(achieved.inspect(session.engine, self.trt))
             achieved.check(self.precision, found)
-            passed = gate.check(session.compute, feeds, expected, self.precision, self.engine)
-        except gate.GateError as error:
+            passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
+        except selftest.GateError as error:
             session.close()
             if not plan.refittable:
                 raise
@@ -139,13 +140,13 @@ class Shelf:
     def _refit(self, document: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
         plan = sidecar.verify_plan(self.engine, document)
         begin = time.perf_counter()
-        feeds, expected = gate.reference(self.bundle, self.graph)
+        feeds, expected = selftest.reference(self.bundle, self.graph)
         with self.memory:
             new = refit(self.trt, plan, self.onnx, self.engine)
         session = self._session(new)
         try:
-            passed = gate.check(session.compute, feeds, expected, self.precision, self.engine)
-        except gate.GateError:
+            passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
+        except selftest.GateError:
             session.close()
             raise
         kept = {key: document[key] for key in ("options", "refittable", "achieved", "build_seconds")}

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import InputError
 from ..handle import Busy
+from ..notify import notify, watchdog_s
 from . import admin, answers, metrics
 from .page import page
 from .refuse import Refused
@@ -41,7 +42,11 @@ def build_app(server: Server, watch: bool = False, say: Callable[[str], None] = 
         async with anyio.create_task_group() as tasks:
             if watch:
                 tasks.start_soon(_watch, server, say)
+            if period := watchdog_s():
+                tasks.start_soon(_guarded, server, period)
+            notify("READY=1")
             yield
+            notify("STOPPING=1")
             tasks.cancel_scope.cancel()
         await anyio.to_thread.run_sync(server.handle.close)
 
@@ -155,6 +160,14 @@ class Counting:
         finally:
             endpoint = getattr(scope.get("endpoint"), "__name__", "none")
             self.metrics.end(endpoint, status, time.perf_counter() - begin)
+
+
+async def _guarded(server: Server, period: float) -> None:
+    """Tell systemd that all is well, as long as it is: a stuck engine ends in a restart (WatchdogSec=)."""
+    while True:
+        if server.handle.health()["status"] == "ok":
+            notify("WATCHDOG=1")
+        await anyio.sleep(period)
 
 
 async def _watch(server: Server, say: Callable[[str], None]) -> None:

@@ -104,7 +104,13 @@ async function classify(picture, type) {
 function show(answer, took) {
   const found = answer.predictions[0];
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
-  $("label").replaceChildren(found.label, " ", element("span", { className: "note", textContent: percent(found.probability) }));
+  const task = `task ${found.task} (${percent(found.task_posterior[found.task])})`;
+  const sure = element("span", { className: "note", textContent: `${percent(found.probability)} · ${task}` });
+  $("label").replaceChildren(found.label, " ", sure);
+  if (found.unknown) {
+    const doubt = element("span", { className: "badge warn", textContent: "looks like none of the classes" });
+    $("label").append(" ", doubt);
+  }
   const top = found.top || [found];
   $("classes").replaceChildren(...top.map((c) => bar(c.label, c.probability, percent(c.probability))));
   prompts(found.prompts);

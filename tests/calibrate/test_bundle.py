@@ -182,6 +182,11 @@ def test_every_learner(exported, tmp_path, learner):
         assert np.abs(runner.infer(images) - logits).max() <= 0.15 * np.ptp(logits)
 
 
+def test_a_kd_head_of_another_kind(exported, tmp_path):
+    result = calibrate(exported("coda", kd_head="normalised", epochs=2), tmp_path / "out", smooth=0.5)
+    assert all(f["agreement"] >= 75 for f in result["flavours"].values())
+
+
 @pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
 def test_every_profile(exported, tmp_path, profile):
     result = calibrate(exported("coda", profile), tmp_path / "out")

@@ -82,12 +82,12 @@ def make_student(
     backbone: VisionTransformer | None = None,
     learnt: int = LEARNT,
     seed: int = 1,
+    kd_head: str = "learner",
     **options: Any,
 ) -> PromptedViT:
     """A student that has learnt `learnt` of TASKS tasks, with random prompts, keys and heads."""
-    student = PromptedViT(
-        backbone or make_backbone(**options), learner, CLASSES, TASKS, seed, kd=kd, one_pass=one_pass, alpha=0.3
-    )
+    backbone = backbone or make_backbone(**options)
+    student = PromptedViT(backbone, learner, CLASSES, TASKS, seed, kd=kd, alpha=0.3, one_pass=one_pass, kd_head=kd_head)
     generator = torch.Generator().manual_seed(seed)
     for task in range(learnt):
         student.learner.begin_task(task)

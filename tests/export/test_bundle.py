@@ -83,6 +83,16 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
         assert len(manifest["selection"]["blocks"]) == manifest["outputs"]["prompt_weights"][1]
 
 
+@pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
+def test_a_kd_head_of_another_kind(make_run, tmp_path, learner, kd_head):
+    run = make_run(learner=learner, distill="kdp", kd_head=kd_head)
+    result = export(run, tmp_path / "bundle", images=64)
+    assert result["parity"]["max_abs_error"] <= 1e-4
+    assert result["accuracy"]["average_accuracy"] == pytest.approx(
+        evaluate_run(run, "digits")["average_accuracy"], abs=1e-6
+    )
+
+
 def test_with_the_backbones_that_are_shipped(tmp_path):
     run = tmp_path / "run"
     train(TrainConfig("digits", str(run), learner="coda", tasks=5, epochs=1, limit_per_class=20), quiet=True)

@@ -153,6 +153,15 @@ def test_no_rewrite_at_all(lab, learner, one_pass):
     close(lab.export(student, rewrites=none).each(pixels), lab.truth(student, pixels))
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
+def test_heads_of_two_kinds(lab, many_tokens, learner, kd_head, profile):
+    student, pixels = lab.student(learner, kd_head=kd_head, backbone=many_tokens), lab.pixels(3)
+    expected = lab.truth(student, pixels)
+    for rewrites in (ALL, replace(ALL, heads=False)):
+        close(lab.export(student, profile=PROFILES[profile], rewrites=rewrites).each(pixels), expected)
+
+
 def test_an_unknown_profile():
     with pytest.raises(InputError, match="did you mean 'trt10'"):
         get_profile("trt-10")

@@ -75,6 +75,22 @@ def test_other_kd_prompts(lab, kd):
         assert_equal(lab.export(student).each(lab.pixels(3)), lab.truth(student, lab.pixels(3)))
 
 
+MIXED = [("coda", "normalised"), ("dualprompt", "normalised"), ("apt", "linear")]
+
+
+@pytest.mark.parametrize("batch", [1, None], ids=["one", "dynamic"])
+@pytest.mark.parametrize(("learner", "kd_head"), MIXED)
+def test_a_kd_head_of_another_kind_than_the_own_one(lab, learner, kd_head, batch):
+    student, pixels = lab.student(learner, kd_head=kd_head), lab.pixels()
+    assert type(student.head) is not type(student.kd_head)
+    graph = lab.export(student, batch=batch)
+    got = graph.run(pixels) if batch is None else graph.each(pixels)
+    assert_equal(got, lab.truth(student, pixels))
+    cut = lab.export(student, classes=4, batch=batch)
+    logits = (cut.run(pixels) if batch is None else cut.each(pixels))["logits"]
+    np.testing.assert_allclose(logits, got["logits"][:, :4], atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("learnt", [1, 4])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_other_numbers_of_tasks(lab, learner, learnt):

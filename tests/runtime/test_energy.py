@@ -77,7 +77,7 @@ RAPL = {
 def test_an_orin_nano(tmp_path):
     board = lay(tmp_path, ORIN_NANO)
     assert board.rails_w() == {"VDD_IN": 9.0, "VDD_CPU_GPU_CV": 3.0}
-    assert board.power_mode() == "MAXN_SUPER"
+    assert board.facts()["power_mode"] == "MAXN_SUPER"
     assert board.clocks_mhz() == {
         "cpu": {"now": 1728.0, "limit": 1728.0, "governor": "schedutil"},
         "gpu": {"now": 306.0, "limit": 1020.0, "governor": "nvhost_podgov"},
@@ -103,8 +103,8 @@ def test_thor_has_a_monitor_without_labels(tmp_path):
 
 
 def test_power_mode_without_its_name(tmp_path):
-    assert lay(tmp_path, {"var/lib/nvpmodel/status": "pmode:0003"}).power_mode() == "3"
-    assert lay(tmp_path, {"var/lib/nvpmodel/status": "what"}).power_mode() is None
+    assert lay(tmp_path, {"var/lib/nvpmodel/status": "pmode:0003"}).facts()["power_mode"] == "3"
+    assert lay(tmp_path, {"var/lib/nvpmodel/status": "what"}).facts()["power_mode"] is None
 
 
 @pytest.mark.parametrize(

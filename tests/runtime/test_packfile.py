@@ -70,6 +70,25 @@ def test_every_changed_byte_is_refused(tmp_path):
         assert "truncated, changed, or no pack" in refusal(tmp_path / "a"), i
 
 
+def test_what_a_file_ends_in_is_named_only_where_it_can_be_read(tmp_path):
+    path = made(tmp_path / "a")
+    content = path.read_bytes()
+    path.write_bytes(b"X" + content[1:])
+    assert f"expected: sha256 {content[-64:].decode()}, the file's last" in refusal(path)
+    for ending in (
+        bytes(range(64)),
+        b"\xff" * 64,
+        b"a letter to my aunt, longer than the digits of any SHA-256 are. " * 2,
+    ):
+        path.write_bytes(content[:-64] + ending)
+        text = refusal(path)
+        assert "do not end in a SHA-256" in text and "do:" in text
+        assert text.replace("\n", "").isprintable() and "\\x" not in text and "\ufffd" not in text
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(HEADER, canonical({"kind": "letter"}))
+    assert "b'" not in refusal(sealed(path))
+
+
 def test_every_shorter_or_longer_file_is_refused(tmp_path):
     content = made(tmp_path / "a").read_bytes()
     for wrong in (*(content[:i] for i in range(1, len(content), 7)), content + b"\0", content[:-1], content * 2):

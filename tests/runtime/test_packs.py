@@ -74,14 +74,17 @@ def test_from_version_to_version(device, contents):
 
 
 def test_rollback_and_what_may_come_after(device, contents, make_version, tmp_path):
-    with pytest.raises(InputError, match="nothing to go back to"):
+    with pytest.raises(InputError, match="nothing to go back to") as caught:
         rollback(device.bundle)
+    assert "do:       install a pack first" in str(caught.value), "no version is named where none is kept"
     for pack in device.packs[:2]:
         install(pack, device.bundle, threads=1)
     assert rollback(device.bundle, threads=1)["version"] == version(device.v[1])
     assert rollback(device.bundle, threads=1)["version"] == version(device.v[0])
-    with pytest.raises(InputError, match="nothing to go back to"):
+    with pytest.raises(InputError, match="nothing to go back to") as caught:
         rollback(device.bundle)
+    assert f"one of {version(device.v[1])}, {version(device.v[2])}" in str(caught.value)
+    assert f"do:       cdl-edge pack rollback {device.bundle} --to VERSION" in str(caught.value)
     assert np.array_equal(answers(device.bundle), answers(device.v[0]))
     refused(contents, device.packs[0], device.bundle, "rolled back from")
     with pytest.raises(InputError, match="no other version 'abc'"):
@@ -214,8 +217,9 @@ def test_what_no_pack_can_be_made_of(device, make_version, tmp_path):
         (device.v[0], make_version(1, salt=1), "another backbone"),
         (device.v[0], tmp_path / "nothing", "no such bundle"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=words) as caught:
             create(old, new, out)
+        assert "do:" in str(caught.value) and "expected:" in str(caught.value)
     with pytest.raises(InputError, match="is a folder"):
         create(device.v[0], device.v[1], tmp_path)
     assert not out.exists()
@@ -308,3 +312,14 @@ def test_without_hard_links(device, contents, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     install(device.packs[0], device.bundle, threads=1)
     assert contents(open_bundle(device.bundle).path) == contents(device.v[1])
+
+
+def test_without_symbolic_links(device, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with pytest.raises(InputError, match="no symbolic links here") as caught:
+        install(device.packs[0], device.bundle, threads=1)
+    assert "filesystem that has them" in str(caught.value)
+    assert version(device.bundle) == version(device.v[0])

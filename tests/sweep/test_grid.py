@@ -149,6 +149,13 @@ def test_preset_with_other_settings(plan_of):
     assert plan.departures == ("epochs 3 (there 35)", "limit-per-class 5 (there None)", "data folder:x")
 
 
+def test_another_kd_head_is_a_setting_of_all_cells_and_a_departure(plan_of, tmp_path):
+    plan = plan_of(data="cifar100", preset="paper-cifar100", seeds="0", kd_head="normalised")
+    assert {c.config.kd_head for c in plan.cells} == {"normalised"}
+    assert plan.departures == ("kd-head normalised (there learner)",)
+    refused(tmp_path, "unknown KD head", "did you mean 'linear'?", kd_head="liner")
+
+
 def test_a_pair_of_a_preset_is_chosen_by_its_backbones(plan_of):
     options = {"data": "cifar100", "preset": "paper-cifar100", "seeds": "0"}
     plan = plan_of(**options, teacher=presets.VIT_L, student=presets.VIT_B)

@@ -28,10 +28,13 @@ def backbone(tiny_vit: Callable[..., str]) -> Backbone:
 
 @pytest.fixture
 def make_model(backbone: Backbone) -> Callable[..., PromptedViT]:
-    """make(learner, learnt=2, kd=True, one_pass=False, seed=0): prompts made large, so that they matter."""
+    """make(learner, learnt=2, kd=True, one_pass=False, seed=0, kd_head="learner"): large prompts, all matter."""
 
-    def make(learner: str, learnt: int = 2, kd: bool = True, one_pass: bool = False, seed: int = 0) -> PromptedViT:
-        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=(6, 6) if kd else None, one_pass=one_pass)
+    def make(
+        learner: str, learnt: int = 2, kd: bool = True, one_pass: bool = False, seed: int = 0, kd_head: str = "learner"
+    ) -> PromptedViT:
+        rows = (6, 6) if kd else None
+        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=rows, one_pass=one_pass, kd_head=kd_head)
         generator = torch.Generator().manual_seed(seed)
         if model.kd is not None:
             for p in model.kd.parameters():
@@ -200,7 +203,7 @@ class Naive:
         return [], []
 
     def classify(self, head: dict[str, np.ndarray], row: np.ndarray) -> np.ndarray:
-        if self.learner == "apt":
+        if "norm.weight" in head:
             row = layer_norm(row, head["norm.weight"], head["norm.bias"], 1e-5)
             return np.array([row @ w / math.sqrt((w * w).sum()) for w in head["weight"]])
         return head["weight"] @ row + head["bias"]

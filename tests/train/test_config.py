@@ -50,6 +50,7 @@ def test_a_required_option_is_missing(key):
         ("query", "two-passes", "two-pass"),
         ("precision", "bf32", "fp32"),
         ("augment", "crop_flip", "crop-flip"),
+        ("kd_head", "normalized", "normalised"),
         ("devices", "cuda0", "cuda"),
     ],
 )
@@ -103,6 +104,7 @@ def test_ranges(key, value):
         ("tau", "2"),
         ("teachers", 3),
         ("query_regulariser", None),
+        ("kd_head", None),
     ],
 )
 def test_wrong_types_in_a_file(key, value):
@@ -116,6 +118,8 @@ def test_good_edges():
         {"tasks": None},
         {"alpha": 1.0},
         {"kd_length": 0},
+        {"kd_head": "linear", "learner": "apt"},
+        {"kd_head": "normalised", "distill": "none"},
         {"limit_per_class": None},
         {"learning_rate": 1},
         {"tau": None},

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
 from cdl_edge.train.config import TrainConfig
+from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import build_model, load_run
+from cdl_edge.train.student import LinearHead, NormalisedHead
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,28 @@ def test_the_student_answers_as_it_did_in_training(run, make_config, tmp_path, m
     student, loaded = models["student"], load_run(tmp_path / "again").student
     with torch.no_grad():
         assert torch.equal(student.combine(student(tokens)), loaded.combine(loaded(tokens)))
+
+
+def test_a_kd_head_of_another_kind_comes_back(make_config, tmp_path):
+    train(make_config(tmp_path / "run", kd_head="normalised"), quiet=True)
+    run = load_run(tmp_path / "run")
+    assert (type(run.student.head), type(run.student.kd_head)) == (LinearHead, NormalisedHead)
+    measured, trained = evaluate_run(tmp_path / "run", "digits"), run.metrics["student"]
+    assert measured["average_accuracy"] == pytest.approx(trained["average_accuracy"], abs=1e-6)
+    with pytest.raises(InputError, match="other options"):
+        train(make_config(tmp_path / "run"), resume=True, quiet=True)
+
+
+def test_a_run_from_before_there_was_a_choice_of_kd_head(run, make_config):
+    config = json.loads((run / "config.json").read_text())
+    del config["kd_head"]
+    (run / "config.json").write_text(json.dumps(config))
+    student = load_run(run).student
+    assert type(student.kd_head) is type(student.head) is LinearHead
+    (run / "metrics.json").unlink()  # as stopped just in front of the end
+    train(make_config(run, learner="dualprompt", seed=5, alpha=0.25), resume=True, quiet=True)
+    again = load_run(run).student
+    assert torch.equal(again.kd_head.weight, student.kd_head.weight)
 
 
 def test_teacher_and_student_of_one_width_start_apart(backbone):

@@ -28,6 +28,29 @@ def test_logits_equal_the_plain_formulas(make_model, backbone, naive, pixels, le
     assert np.abs(got - expected).max() <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("learner", "kd_head", "kinds"),
+    [
+        ("coda", "learner", (LinearHead, LinearHead)),
+        ("apt", "learner", (NormalisedHead, NormalisedHead)),
+        ("coda", "normalised", (LinearHead, NormalisedHead)),
+        ("apt", "linear", (NormalisedHead, LinearHead)),
+    ],
+)
+def test_the_kd_head_may_be_of_another_kind(make_model, backbone, naive, pixels, learner, kd_head, kinds):
+    model, usual = make_model(learner, kd_head=kd_head), make_model(learner)
+    assert (type(model.head), type(model.kd_head)) == kinds
+    assert torch.equal(model.head.weight, usual.head.weight)  # of the rest, nothing starts from other numbers
+    assert torch.equal(model.kd.token, usual.kd.token)
+    assert make_model(learner, kd=False, kd_head=kd_head).kd_head is None
+    model.alpha = 0.3
+    normalise = Normalise(backbone.preprocessing, torch.device("cpu"))
+    with torch.no_grad():
+        got = model.combine(model(model.embed(normalise(pixels[:2])))).numpy()
+    plain = naive(model, backbone, learner)
+    assert np.abs(got - np.stack([plain.logits(p) for p in pixels[:2]])).max() <= 1e-5
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_part_matters(make_model, tokens, learner):
     # Otherwise the comparison above proves little.

@@ -193,6 +193,8 @@ def test_images_are_part_of_it(key, photos, tmp_path, photo):
         {"tau": 7.0},
         {"kd_blocks": 3},
         {"kd_length": 2},
+        {"kd_head": "normalised"},
+        {"kd_head": "normalised", "distill": "kdp"},
         {"devices": "cpu"},
     ],
     ids=lambda c: "-".join(map(str, next(iter(c.items())))),

@@ -16,19 +16,19 @@ GPU = pytest.mark.gpu
 
 
 @pytest.fixture(
-    params=["onnxruntime", "openvino", pytest.param("cuda", marks=GPU), pytest.param("tensorrt", marks=GPU)]
+    params=["onnxruntime", "openvino", *(pytest.param(n, marks=GPU) for n in ("cuda", "ort-tensorrt", "tensorrt"))]
 )
 def backend(request):
     """Name of a backend that can run on this machine."""
     name = request.param
     if name == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cdl-edge[openvino]'")
-    if name in ("cuda", "tensorrt") and not cuda_driver().devices:
+    if name in ("cuda", "ort-tensorrt", "tensorrt") and not cuda_driver().devices:
         pytest.skip(f"backend {name}: {cuda_driver().detail}")
-    if name == "cuda":
+    if wanted := {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}.get(name):
         providers = pytest.importorskip("onnxruntime").get_available_providers()
-        if "CUDAExecutionProvider" not in providers:
-            pytest.skip(f"backend cuda: this onnxruntime has only {', '.join(providers)}")
+        if wanted not in providers:
+            pytest.skip(f"backend {name}: this onnxruntime has only {', '.join(providers)}")
     if name == "tensorrt":
         pytest.importorskip("tensorrt", reason="tensorrt is not installed: pip install 'cdl-edge[tensorrt]'")
     return name

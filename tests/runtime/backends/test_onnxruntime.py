@@ -8,7 +8,6 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.backends.onnxruntime import OrtRunner
 from cdl_edge.runtime.machine import usable_cores
 
 
@@ -54,25 +53,67 @@ def test_an_unknown_backend(bundle):
         load(bundle, "onnxruntme")
 
 
-def test_cuda_that_is_not_built_in(bundle, monkeypatch):
+GPU = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
+
+
+@pytest.mark.parametrize("backend", GPU)
+def test_a_provider_that_is_not_built_in(bundle, monkeypatch, backend):
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(InputError, match="CUDAExecutionProvider cannot be used here"):
-        load(bundle, "cuda")
+    with pytest.raises(InputError, match=f"{GPU[backend]} cannot be used here"):
+        load(bundle, backend)
+
+
+class Session:
+    """Stands in for a session on a GPU: remembers what it was asked for."""
+
+    def __init__(self, path, options, providers):
+        import onnxruntime
+
+        self.asked = providers
+        self.real = onnxruntime.original(path, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self):
+        return [p if isinstance(p, str) else p[0] for p in self.asked]
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+def test_what_tensorrt_inside_of_onnxruntime_is_asked_for(bundle, make_bundle, tiny, monkeypatch):
+    """Its engines are found again by structure: another version of the bundle must look elsewhere."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "original", onnxruntime.InferenceSession, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*GPU.values(), "CPUExecutionProvider"])
+    folders = []
+    for opened in (bundle, make_bundle(graph={"bias": tiny.BIAS + 1})):
+        with load(opened, "ort-tensorrt", threads=1) as runner:
+            (name, options), *behind = runner._session.asked
+            assert (name, behind) == (GPU["ort-tensorrt"], [GPU["cuda"], "CPUExecutionProvider"])
+            assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
+            assert runner.int8 == "int8-trt"
+            folders.append(options["trt_engine_cache_path"])
+            assert folders[-1].startswith(str(opened.path / "engines"))
+    assert folders[0].rsplit("/", 1)[1] != folders[1].rsplit("/", 1)[1]
+    with load(bundle, "cuda") as runner:
+        assert runner._session.asked == [GPU["cuda"], "CPUExecutionProvider"]
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_cuda_that_falls_back_silently(bundle, monkeypatch):
+@pytest.mark.parametrize("backend", GPU)
+def test_a_provider_that_falls_back_silently(bundle, monkeypatch, backend):
     """onnxruntime-gpu lists CUDA even when it cannot load it, and goes on with the CPU."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
-    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    listed = [*GPU.values(), "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
     with pytest.raises(InputError, match="fell back to CPUExecutionProvider"):
-        OrtRunner(bundle, provider="cuda")
+        load(bundle, backend)
 
 
 def test_onnxruntime_is_missing(bundle, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import platform
 
 import numpy as np
 import pytest
@@ -106,14 +107,24 @@ def test_an_error_of_cuda_is_not_swallowed(kit):
         found.upload(found.device(4), found.host(4))
 
 
-def test_neither_is_there(monkeypatch):
+@pytest.mark.parametrize(
+    ("system", "do", "not_do"),
+    [
+        ("6.8.0-generic", "pip install 'cdl-edge[tensorrt]'", "JetPack"),
+        ("5.15.148-tegra", "pip install 'cuda-python>=", "cdl-edge[tensorrt]"),  # the extra is empty there
+    ],
+)
+def test_neither_is_there(monkeypatch, system, do, not_do):
     def load(name):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", load)
+    monkeypatch.setattr(platform, "release", lambda: system)
     with pytest.raises(InputError, match="cannot be reached") as caught:
         memory.open_memory()
     assert "pycuda.driver: No module" in str(caught.value) and "cuda.bindings.runtime: No module" in str(caught.value)
+    assert do in str(caught.value) and "pip install pycuda" in str(caught.value)
+    assert not_do not in str(caught.value)
 
 
 def test_pycuda_goes_first(kit, monkeypatch):

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.runtime import machine
+from cdl_edge.runtime import jetson, machine
 from cdl_edge.runtime.engines import product
 
 NONE = machine.Driver(0, "no NVIDIA driver (libcuda.so.1 is not there)")
@@ -77,7 +77,11 @@ def test_versions(monkeypatch, version, good):
 
 @pytest.mark.parametrize("error", [ImportError("No module named 'tensorrt'"), OSError("libnvinfer.so.10: cannot open")])
 @pytest.mark.parametrize(
-    ("system", "hint"), [("6.8.0-generic", "pip install"), ("5.15.148-tegra", "apt-get install nvidia-jetpack")]
+    ("system", "hint"),
+    [
+        ("6.8.0-generic", "pip install 'cdl-edge[tensorrt]'"),
+        ("5.15.148-tegra", "sudo apt-get install -y tensorrt python3-libnvinfer"),
+    ],
 )
 def test_absent(monkeypatch, error, system, hint):
     def fail(name):
@@ -92,9 +96,9 @@ def test_absent(monkeypatch, error, system, hint):
 
 def test_jetson_linux_is_read(monkeypatch):
     line = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025"
-    monkeypatch.setattr(product, "read_line", lambda path: line if path == "/etc/nv_tegra_release" else None)
+    monkeypatch.setattr(jetson, "read_line", lambda path: line if path == "/etc/nv_tegra_release" else None)
     assert product.l4t() == "36.4.3"
-    monkeypatch.setattr(product, "read_line", lambda path: None)
+    monkeypatch.setattr(jetson, "read_line", lambda path: None)
     assert product.l4t() is None
 
 

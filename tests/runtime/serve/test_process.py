@@ -17,6 +17,8 @@ from cdl_edge.errors import InputError
 from cdl_edge.runtime import serve as room
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'cdl-edge[serve]'")
+anyio = pytest.importorskip("anyio")
+app_room = pytest.importorskip("cdl_edge.runtime.serve.app")
 
 CODE = """
 import sys, time
@@ -86,6 +88,36 @@ def test_a_stop_finishes_what_is_in_flight(start, make_version, tiny, number):
     assert (process.returncode, out) == (0, "ended\n")
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), 1)
+
+
+def test_systemd_hears_of_it(start, make_version, tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        process, _ = start(make_version(0))
+        heard = {systemd.recv(100) for _ in range(4)}
+        assert heard == {b"READY=1", b"WATCHDOG=1"}
+        process.send_signal(signal.SIGTERM)
+        while systemd.recv(100) != b"STOPPING=1":
+            pass
+        process.communicate(timeout=30)
+
+
+def test_a_stuck_engine_is_not_alive(make_server, monkeypatch):
+    server, sent = make_server(), []
+    monkeypatch.setattr(app_room, "notify", sent.append)
+
+    async def watched(status):
+        monkeypatch.setattr(server.handle, "health", lambda: {"status": status})
+        with anyio.move_on_after(0.05):
+            await app_room._guarded(server, 0.01)
+
+    anyio.run(watched, "stuck")
+    assert sent == []
+    anyio.run(watched, "ok")
+    assert set(sent) == {"WATCHDOG=1"}
 
 
 def test_an_address_that_cannot_be_had(make_version):

@@ -6,6 +6,7 @@ import torch
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.run import build_model
+from cdl_edge.train.student import LinearHead, NormalisedHead
 
 CLS = [[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]]
 KD = [[1.0, 1.0, 0.0], [0.0, 3.0, 0.0]]
@@ -40,6 +41,17 @@ def test_the_token_alone_has_no_rows(backbone, learner):
         assert [student.kd.at_block(i) is not None for i in range(6)] == [False, *[name == "kdp"] * 5]
         teacher = build_model(config, backbone, 10, backbone.width, is_student=False)
         assert teacher.kd is None and teacher.kd_head is None
+
+
+@pytest.mark.parametrize("name", ["kdp", "kd-token"])
+def test_the_kind_of_the_kd_head(backbone, name):
+    config = TrainConfig("digits", "x", learner="dualprompt", distill=name, kd_head="normalised")
+    student, teacher = (build_model(config, backbone, 10, 16, is_student=side) for side in (True, False))
+    assert (type(student.head), type(student.kd_head)) == (LinearHead, NormalisedHead)
+    assert (type(teacher.head), teacher.kd_head) == (LinearHead, None)
+    # As with the other options of KD prompts: who has no KD token has no use for it.
+    plain = TrainConfig("digits", "x", learner="dualprompt", distill="kd", kd_head="normalised")
+    assert build_model(plain, backbone, 10, 16, is_student=True).kd_head is None
 
 
 def test_the_token_alone_is_kdp_without_its_rows(backbone):
