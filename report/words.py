@@ -39,6 +39,7 @@ WORDS = {
     "kd_blocks": "Blocks with KD prompts",
     "kd_length": "KD rows a block",
     "out": "Run folder",
+    "extend": "Goes on from the run",
     "distill": "Distiller",
     "batch": "Images in one call",
     "compat": "Authors' behaviour (compat)",
