@@ -30,13 +30,17 @@ def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options
 def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str, Any]:
     """Train teacher and student on one task after another and write a RUN folder with its report.
 
-    options: the fields of train.config.TrainConfig, `data` and `out` at least. Returns: the contents of metrics.json.
+    options: the fields of train.config.TrainConfig, `data` and `out` at least; with `extend` those not given are that
+    run's. Returns: the contents of metrics.json.
     """
     from .files import first_process
     from .report import write_report
     from .train.config import TrainConfig
+    from .train.extend import inherit
     from .train.loop import train as run
 
+    if options.get("extend") is not None:
+        options = inherit(options)
     metrics = run(TrainConfig.from_json(options), resume, quiet)
     folder = Path(metrics["config"]["out"])
     if first_process():

@@ -139,6 +139,12 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--range-images", type=int, help="images a task whose ranges are kept, for INT8; 0: none [default: 256]")
 @click.option("--devices", help="auto | cpu | cuda [default: auto]; several processes: see README, torchrun")
 @click.option(
+    "--extend",
+    metavar="RUN",
+    help="finished run to go on from: --data has its classes and new ones, --tasks (else 1) cuts the new ones, all "
+    "other options are the run's [default: start anew]",
+)
+@click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="JSON file of these options; the command line wins",
@@ -191,7 +197,7 @@ def sweep(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
 
 
 # What the grid does not vary is given as to train.
-VARIED = ("out", "learner", "distill", "query", "seed", "resume", "teachers", "threads", "as_json")
+VARIED = ("out", "learner", "distill", "query", "seed", "resume", "teachers", "extend", "threads", "as_json")
 sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
 
 

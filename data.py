@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,14 +135,27 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(source: str) -> Dataset:
-    """Open a source by its name. Raises: InputError for anything that is not there or not complete."""
+def load_dataset(source: str, learning: bool = True) -> Dataset:
+    """Open a source by its name. Raises: InputError for anything that is not there or not complete.
+
+    learning: every class has training images; otherwise a class may be in val/ alone, to be measured and not learnt.
+    """
     kind, _, path = source.partition(":")
     loaders = {"digits": _digits, "folder": _folder, "cifar100": _cifar100, "imagenet-r": _imagenet_r}
     loader = loaders[choose("data source", kind, loaders)]
     if not path and kind in ("folder", "imagenet-r"):
         raise InputError(f"{source}: the path is missing", expected=f"{kind}:PATH")
-    return loader(source, Path(path).expanduser() if path else None)
+    dataset = loader(source, Path(path).expanduser() if path else None)
+    absent = sorted(set(range(len(dataset.classes))) - set(dataset.train.labels.tolist()))
+    if learning and absent:
+        first = dataset.classes[absent[0]]
+        raise InputError(
+            f"{path}: {len(absent)} class(es) of val/ are missing in train/",
+            got=", ".join(dataset.classes[c] for c in absent[:5]) + (" ..." if len(absent) > 5 else ""),
+            expected="the same class folders in both",
+            fix=f"add train/{first} with at least one image, or remove val/{first}",
+        )
+    return dataset
 
 
 def _held_out(names: Sequence[str]) -> np.ndarray:
@@ -183,11 +196,14 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
 
 
-def _read_split(root: Path, classes: Sequence[str]) -> Split:
+def _read_split(root: Path, classes: Sequence[str], there: Collection[str] | None = None) -> Split:
+    """there: those of the classes that have a folder; None: all."""
     items: list[Path] = []
     labels: list[int] = []
     empty: list[str] = []
     for index, name in enumerate(classes):
+        if there is not None and name not in there:
+            continue
         files = _image_files(root / name)
         if not files:
             empty.append(name)
@@ -217,19 +233,19 @@ def _folder(source: str, path: Path | None) -> Dataset:
                 expected="PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/* to have a fifth held out",
             )
     names = {part: [p.name for p in _class_folders(path / part)] for part in ("train", "val")}
-    for one, other in (("train", "val"), ("val", "train")):
-        missing = sorted(set(names[one]) - set(names[other]))
-        if missing:
-            raise InputError(
-                f"{path}: {len(missing)} class(es) of {one}/ are missing in {other}/",
-                got=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
-                expected="the same class folders in both",
-                fix=f"add {other}/{missing[0]} with at least one image, or remove {one}/{missing[0]}",
-            )
+    missing = sorted(set(names["train"]) - set(names["val"]))
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} class(es) of train/ are missing in val/",
+            got=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
+            expected="the same class folders in both",
+            fix=f"add val/{missing[0]} with at least one image, or remove train/{missing[0]}",
+        )
     if not names["train"]:
         raise InputError(f"{path}/train: no class folder", expected="one folder for each class")
-    classes = names["train"]
-    return Dataset(source, tuple(classes), _read_split(path / "train", classes), _read_split(path / "val", classes))
+    classes = names["val"]
+    train = _read_split(path / "train", classes, set(names["train"]))
+    return Dataset(source, tuple(classes), train, _read_split(path / "val", classes))
 
 
 def _unsplit(source: str, path: Path) -> Dataset:

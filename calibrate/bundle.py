@@ -193,7 +193,8 @@ def _one(
         tried: dict[int, np.ndarray] = {0: answers}
         if failures := gate.failures(before, measure(answers, labels, tasks)):
             assert found is not None
-            some = found.training[:: max(1, len(found.training) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
+            some = found.training if len(found.training) else pixels
+            some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
             units = trial.quantised().units
             ranking = sensitivities(lambda s: trial.session(s).logits(some), units, trial.fp32.logits(some))
             if not searching:
@@ -236,11 +237,11 @@ def _ranges(
         kept_used = kept
     if source == "kept" and kept is None:
         raise InputError(f"{bundle.path}: no ranges were kept", fix="train with --range-images, or give --data")
-    use_images = found is not None and source != "kept"
+    use_images = found is not None and len(found.training) > 0 and source != "kept"
     if kept_used is None and not use_images:
         raise InputError(
             f"{bundle.path}: nothing to take ranges from",
-            got="no ranges in the bundle, no --data",
+            got="no ranges in the bundle, no --data with training images",
             expected="ranges kept while learning, or images",
             fix="train with --range-images above 0 and export again, or give --data",
         )

@@ -26,9 +26,9 @@ class Images:
     labels: np.ndarray
     "int64 (M,), the bundle's classes"
     tasks: tuple[int, ...]
-    "tasks with validation images"
+    "tasks with training images"
     whole: bool
-    "every class of the bundle is there"
+    "every class of the bundle is there, with training images"
 
 
 def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int | None) -> Images:
@@ -36,7 +36,7 @@ def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int |
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
-    dataset = load_dataset(source)
+    dataset = load_dataset(source, learning=False)
     position = {name: index for index, name in enumerate(bundle.classes)}
     mapped = np.array([position.get(name, -1) for name in dataset.classes])
     if (mapped < 0).all():
@@ -49,7 +49,8 @@ def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int |
     task_of = np.full(len(bundle.classes) + 1, -1)  # the last one: not learnt
     for task, classes in enumerate(bundle.tasks):
         task_of[list(classes)] = task
-    training = _spread(dataset.train, task_of[mapped[dataset.train.labels]], per_task)
+    given = mapped[dataset.train.labels]
+    training = _spread(dataset.train, task_of[given], per_task)
     known = dataset.val.take(np.flatnonzero(mapped[dataset.val.labels] >= 0))
     if limit_per_class is not None:
         known = known.limited(limit_per_class, 0)
@@ -63,14 +64,14 @@ def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int |
         )
     validation = known.decode(bundle.preprocessing)
     labels = mapped[validation.labels]
-    tasks = tuple(sorted({int(t) for t in task_of[labels]}))
-    whole = set(bundle.classes) <= set(dataset.classes)
+    tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
+    whole = set(range(len(bundle.classes))) <= set(given.tolist())
     return Images(training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, whole)
 
 
 def _spread(split: Split, tasks: np.ndarray, per_task: int) -> Split:
     """`per_task` images of each task, evenly over its images."""
-    chosen = []
+    chosen = [np.zeros(0, dtype=np.int64)]
     for task in np.unique(tasks[tasks >= 0]):
         mine = np.flatnonzero(tasks == task)
         count = min(per_task, len(mine))

@@ -52,7 +52,7 @@ def export(
     out = Path(out)
     _check_target(out)
     opened = load_run(Path(run))
-    dataset = load_dataset(opened.config.data)
+    dataset = load_dataset(opened.config.data, learning=False)
     pixels = _real_images(opened, dataset, images)
     expected = student_logits(opened, pixels, len(opened.metrics["classes"]))
     graphs = _graphs(opened, dialect, None if dynamic_batch else 1)

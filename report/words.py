@@ -40,6 +40,7 @@ WORDS = {
     "kd_length": "KD rows a block",
     "kd_head": "Kind of the KD head",
     "out": "Run folder",
+    "extend": "Goes on from the run",
     "distill": "Distiller",
     "batch": "Images in one call",
     "compat": "Authors' behaviour (compat)",

@@ -47,7 +47,7 @@ def evaluate(
     if limit_per_class is not None and limit_per_class < 1:
         raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     bundle = runner.bundle
-    dataset = load_dataset(source)
+    dataset = load_dataset(source, learning=False)
     missing = [name for name in bundle.classes if name not in set(dataset.classes)]
     if missing:
         raise InputError(

@@ -20,8 +20,8 @@ LISTS: dict[str, tuple[str, Collection[str], tuple[str, ...]]] = {
 }
 "option -> (what one of them is called, which there are, default)"
 SEEDS = (0, 1, 2)
-VARIED = ("out", "learner", "distill", "query", "seed")
-"options of train that the grid sets"
+VARIED = ("out", "learner", "distill", "query", "seed", "extend")
+"options of train that the grid sets, or that make no sense in one"
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in VARIED)
 ELSEWHERE = ("out", "devices", "teachers")
 "options of train that change where something runs or lies, and no number"

@@ -129,7 +129,13 @@ def test_a_class_missing_in_val_and_the_reverse(tmp_path, image_folder):
     one = image_folder(tmp_path / "one", train={"a": 1, "b": 1}, val={"a": 1})
     refused(f"folder:{one}", "1 class(es) of train/ are missing in val/", "b", "add val/b")
     two = image_folder(tmp_path / "two", train={"a": 1}, val={"a": 1, "zebra": 1})
-    refused(f"folder:{two}", "1 class(es) of val/ are missing in train/", "zebra")
+    refused(f"folder:{two}", "1 class(es) of val/ are missing in train/", "zebra", "add train/zebra")
+    measured = load_dataset(f"folder:{two}", learning=False)
+    assert measured.classes == ("a", "zebra") and measured.train.labels.tolist() == [0]
+    assert measured.val.labels.tolist() == [0, 1]
+    (two / "train" / "zebra").mkdir()  # a folder says that there should be some
+    with pytest.raises(InputError, match="without an image"):
+        load_dataset(f"folder:{two}", learning=False)
 
 
 # -- unsplit folders --------------------------------------------------------------------------------------------------

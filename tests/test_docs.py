@@ -132,11 +132,13 @@ def test_links_lead_somewhere(path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, image_folder, photo, cli):
-    """A folder as the pages have it: photos, a run, a bundle, a broken bundle, a text."""
+    """A folder as the pages have it: photos, those with new classes, a run, a bundle, a broken bundle, a text."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        image_folder(folder / "photos", unsplit=dict.fromkeys(("apple", "cherry", "pear", "plum"), 10))
+        classes = ("apple", "cherry", "pear", "plum")
+        image_folder(folder / "photos", unsplit=dict.fromkeys(classes, 10))
+        image_folder(folder / "photos-new", unsplit=dict.fromkeys((*classes, "kiwi", "lime"), 10))
         photo(folder / "photos" / "apple" / "IMG_0001.jpg", seed=1, colour=0)
         for seed, name in enumerate(("fruit", "fruit-new")):
             options = ["--tasks", "2", "--seed", seed, "--out", f"runs/{name}", *QUICK["train"]]

@@ -69,6 +69,8 @@ class TrainConfig:
     "training images of each task whose ranges are kept for INT8 (ranges.npz); 0: none"
     teachers: str | None = None
     "folder of trained teachers, filled and used by every run with the same teacher; None: train it anew"
+    extend: str | None = None
+    "finished run that this one goes on from: `tasks` are then the new ones (None: 1); see extend.py"
     devices: str = "auto"
     "auto: CUDA if there is one, otherwise CPU; or cpu | cuda"
 

@@ -48,7 +48,7 @@ def evaluate_run(path: Path, source: str, limit_per_class: int | None = None) ->
     Raises: InputError when the source lacks a class of the run.
     """
     run = load_run(path)
-    dataset = load_dataset(source)
+    dataset = load_dataset(source, learning=False)
     names = run.metrics["classes"]
     missing = sorted(set(names) - set(dataset.classes))
     if missing:

@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
 from .engine import Engine
 from .evaluate import accuracy
+from .extend import Origin
 from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
@@ -57,14 +58,22 @@ class _Training:
         self.quiet = quiet
         self.out = Path(config.out)
         self.engine = Engine(config.devices, config.precision)
-        dataset = _limited(load_dataset(config.data), config)
-        self.tasks = config.tasks or default_tasks(len(dataset.classes))
-        self.scenario = make_scenario(dataset.classes, self.tasks, config.seed, shuffle=not config.compat)
+        self.origin = Origin(config) if config.extend is not None else None
+        dataset = load_dataset(config.data, learning=self.origin is None)
+        if self.origin is not None:
+            dataset, tasks = self.origin.new_images(dataset), config.tasks or 1
+            self.scenario = self.origin.scenario(dataset, tasks, config.seed, shuffle=not config.compat)
+        else:
+            tasks = config.tasks or default_tasks(len(dataset.classes))
+            self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
+        dataset, self.tasks = _limited(dataset, config), len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
-        self.config = config = replace(config, tasks=self.tasks, tau=kind.tau if config.tau is None else config.tau)
+        self.config = config = replace(config, tasks=tasks, tau=kind.tau if config.tau is None else config.tau)
         self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
         if kind.needs_teacher:
             self.backbones["teacher"] = load_backbone(config.teacher)
+        if self.origin is not None:
+            self.origin.check(config, {n: b.identity for n, b in self.backbones.items()})
         for split in (dataset.train, dataset.val):
             split.check_readable(dataset.classes)
         self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and dataset.source != "digits")
@@ -83,6 +92,7 @@ class _Training:
                 self.backbones["student"].width,
                 name == "student",
                 (teacher.width, teacher.depth) if teacher else None,
+                self.origin.record if self.origin else None,
             ).to(self.engine.device)
             self.models[name] = model
             self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.engine.device)
@@ -102,7 +112,8 @@ class _Training:
         self.position: tuple[int, str, int] = (0, "", 0)
         "task, side and epochs done of the phase the last checkpoint stands in"
         self.optimiser_state: dict[str, Any] | None = None
-        self.image_counts = {"train": len(self.dataset.train), "val": len(self.dataset.val)}
+        learnt = self.origin.metrics["images"]["train"] if self.origin else 0
+        self.image_counts = {"train": learnt + len(self.dataset.train), "val": len(self.dataset.val)}
         self.val: list[Images] = []
 
     def _distill_spec(self) -> DistillSpec:
@@ -296,6 +307,7 @@ class _Training:
                 "reused": self.reused,
                 "tails_before": self.ranges.before if self.ranges is not None else {},
                 "position": list(self.position),
+                "extends": self.origin.record if self.origin else None,
                 "elapsed": time.perf_counter() - started,
             },
         )
@@ -303,17 +315,19 @@ class _Training:
     def _restore(self) -> float:
         """Continue from the checkpoint, if there is one; returns the seconds spent before."""
         path = self.out / "checkpoint.safetensors"
-        if not path.exists():
+        resumed = path.exists()
+        if resumed:
+            state = load_state(path)
+            self._check_checkpoint(path, state)
+            self.distiller.load_state_dict(state["distiller"])
+        elif self.origin is not None:
+            state = self.origin.state(self.models, self.tasks)
+            if self.ranges is not None:
+                self.origin.copy_ranges(self.ranges.path)
+        else:
             return 0.0
-        state = load_state(path)
-        for name, backbone in self.backbones.items():
-            if state["backbones"][name] != backbone.identity:
-                raise InputError(
-                    f"{path}: started on other {name} weights", got=backbone.identity, fix="choose another --out"
-                )
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
-        self.distiller.load_state_dict(state["distiller"])
         self.matrices = {n: AccuracyMatrix(self.tasks, rows) for n, rows in state["matrices"].items()}
         self.losses, self.seconds, self.skipped = state["losses"], state["seconds"], state["skipped"]
         self.trained_images, self.reused = state["trained_images"], state["reused"]
@@ -321,8 +335,25 @@ class _Training:
         self.position, self.optimiser_state = (task, side, epochs), state["optimiser"]
         if self.ranges is not None:
             self.ranges.restore(task, state["tails_before"])
-        self._say(f"resumed in task {task + 1}" + (f", {side}, after epoch {epochs}" if side else ""))
+        if resumed:
+            self._say(f"resumed in task {task + 1}" + (f", {side}, after epoch {epochs}" if side else ""))
+        else:
+            self._say(f"{task} tasks learnt already, in {self.config.extend}")
         return float(state["elapsed"])
+
+    def _check_checkpoint(self, path: Path, state: dict[str, Any]) -> None:
+        for name, backbone in self.backbones.items():
+            if state["backbones"][name] != backbone.identity:
+                raise InputError(
+                    f"{path}: started on other {name} weights", got=backbone.identity, fix="choose another --out"
+                )
+        if self.origin is not None and state["extends"]["student_sha256"] != self.origin.student_sha256:
+            raise InputError(
+                f"{path}: {self.origin.path} is another run than the one that it started from",
+                got=self.origin.student_sha256,
+                expected=state["extends"]["student_sha256"],
+                fix="bring that run back, or choose another --out",
+            )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         metrics: dict[str, Any] = {
@@ -341,6 +372,8 @@ class _Training:
             }
         if metrics["teacher"]:
             metrics["teacher"]["tasks_reused"] = self.reused
+        if self.origin is not None:
+            metrics["extends"] = self.origin.record
         metrics |= {
             "seconds": seconds,
             "images": self.image_counts,

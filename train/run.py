@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ def build_model(
     key_width: int,
     is_student: bool,
     teacher: tuple[int, int] | None = None,
+    extends: Mapping[str, Any] | None = None,
 ) -> PromptedViT:
     """A prompted ViT for one side of a run, with its initial values.
 
     key_width: the student's width. teacher: width and depth of the teacher, where there is one.
+    extends: what metrics.json says of the run that this one goes on from, where there is one.
     """
     distiller = DISTILLERS[config.distill]
     kd = None
@@ -59,12 +62,13 @@ def build_model(
         backbone.model,
         config.learner,
         classes,
-        config.tasks or 1,  # the loop has put a number there
+        (config.tasks or 1) + (extends["tasks"] if extends else 0),  # the loop has put a number there
         # Teacher and student of one width must not start from the same numbers.
         seed=2 * config.seed + (0 if is_student else 1),
         key_width=key_width,
         kd=kd,
         alpha=config.alpha,
+        pool_tasks=extends["pool_tasks"] if extends else 0,
         one_pass=config.query == "one-pass",
         query_regulariser=config.query_regulariser,
         mapped=teacher if is_student and distiller.maps_prompts else None,
@@ -77,9 +81,8 @@ def save_learnt(path: Path, model: PromptedViT, backbone: Backbone) -> None:
     save_state(path, {"schema": SCHEMA, "backbone": backbone.identity, "state": model.state_dict()})
 
 
-def load_run(path: Path) -> Run:
-    """Open a finished run. Raises: InputError for a folder without one, or weights that are not the ones trained on."""
-    path = Path(path)
+def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Options and metrics of a finished run. Raises: InputError for a folder without one."""
     for name in ("config.json", "metrics.json", "student.safetensors"):
         if not (path / name).is_file():
             fix = "run `cdl-edge train ... --resume` to finish it" if (path / "config.json").is_file() else None
@@ -93,6 +96,13 @@ def load_run(path: Path) -> Run:
         raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
     if metrics.get("schema", 0) > SCHEMA:
         raise InputError(f"{path}: written by a newer cdl-edge", got=metrics["schema"], expected=SCHEMA, fix="upgrade")
+    return config, metrics
+
+
+def load_run(path: Path) -> Run:
+    """Open a finished run. Raises: InputError for a folder without one, or weights that are not the ones trained on."""
+    path = Path(path)
+    config, metrics = read_run(path)
     state = load_state(path / "student.safetensors")
     backbone = load_backbone(config.student)
     if state["backbone"] != backbone.identity:
@@ -104,7 +114,9 @@ def load_run(path: Path) -> Run:
         )
     sizes = (metrics.get("backbones") or {}).get("teacher")
     teacher = (int(sizes["width"]), int(sizes["depth"])) if sizes else None
-    student = build_model(config, backbone, len(metrics["classes"]), backbone.width, is_student=True, teacher=teacher)
+    student = build_model(
+        config, backbone, len(metrics["classes"]), backbone.width, True, teacher, metrics.get("extends")
+    )
     student.load_state_dict(state["state"])
     student.eval().requires_grad_(False)
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from

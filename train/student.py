@@ -99,6 +99,7 @@ class PromptedViT(nn.Module):
         key_width: int | None = None,
         kd: tuple[int, int] | None = None,
         alpha: float = 0.5,
+        pool_tasks: int = 0,
         one_pass: bool = False,
         query_regulariser: float = 0.0,
         mapped: tuple[int, int] | None = None,
@@ -106,6 +107,7 @@ class PromptedViT(nn.Module):
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
+        pool_tasks: see LearnerSpec.
         query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
         mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
         kd_head: key of HEADS, or learner: the kind of the learner's own head.
@@ -114,7 +116,7 @@ class PromptedViT(nn.Module):
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
         self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
         self.query_regulariser = query_regulariser
-        spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed)
+        spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed, pool_tasks)
         self.learner: Learner = LEARNERS[learner](spec)
         # Held outside the module tree: frozen weights are neither trained, nor saved with the run, nor copied.
         self._pretrained = self._backbone = (backbone,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,18 @@ def test_classes_of_the_last_task_and_one_that_was_never_learnt(bundle, digits, 
     assert found.tasks == (2,) and not found.whole
     assert len(found.training) == 24 * len(last) and len(found.validation) == 8 * len(last)
     assert set(found.labels) == set(bundle.tasks[-1])
+
+
+def test_a_class_whose_training_images_are_gone_is_measured_only(bundle, source, tmp_path):
+    root, first = Path(source.removeprefix("folder:")), bundle.classes[bundle.tasks[0][0]]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").symlink_to(root / "val", target_is_directory=True)
+    last = [bundle.classes[c] for c in bundle.tasks[-1]]
+    for name in last:
+        (tmp_path / "train" / name).symlink_to(root / "train" / name, target_is_directory=True)
+    found = images_of(bundle, f"folder:{tmp_path}", 12, None)
+    assert found.tasks == (2,) and not found.whole and len(found.training) == 12
+    assert bundle.classes.index(first) in found.labels and len(found.validation) == 80
 
 
 def test_limits(bundle, source):

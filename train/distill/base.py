@@ -101,6 +101,8 @@ class Distiller(nn.Module):
     "whether `loss` runs the teacher's own blocks: its backbone must be at hand even when its answers are kept"
     maps_prompts: ClassVar[bool] = False
     "whether the teacher's prompts, mapped, join the student's"
+    remembers: ClassVar[bool] = False
+    "whether later tasks need what only checkpoints hold: a finished run cannot be extended then"
     tau: ClassVar[float] = 2.0
     "temperature unless the user gives one"
     learners: ClassVar[tuple[str, ...] | None] = None

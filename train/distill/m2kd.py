@@ -30,6 +30,7 @@ class M2KD(Distiller):
 
     needs_teacher: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __init__(self, spec: DistillSpec) -> None:
         super().__init__(spec)

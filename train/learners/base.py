@@ -25,6 +25,8 @@ class LearnerSpec:
     "number of tasks T of the whole scenario"
     seed: int
     "of initial values"
+    pool_tasks: int = 0
+    "tasks that a pool of fixed size is shared by: those of the run that came first where others extend it; 0: T"
 
 
 @dataclass(frozen=True)

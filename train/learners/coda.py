@@ -14,13 +14,16 @@ BLOCKS, POOL, LENGTH = (0, 1, 2, 3, 4), 100, 8
 
 
 class CODAPrompt(Learner):
-    """prompt = sum_k cos(q * A_k, K_k) P_k over the components of the tasks seen so far."""
+    """prompt = sum_k cos(q * A_k, K_k) P_k over the components of the tasks seen so far.
+
+    The pool is shared by the tasks that were planned; a run that is extended gets as many components for each new one.
+    """
 
     selection: ClassVar[dict[str, object]] = {"kind": "weighted", "k": 5}
 
     def __init__(self, spec: LearnerSpec) -> None:
         super().__init__(spec)
-        self.per_task = max(1, POOL // spec.tasks)
+        self.per_task = max(1, POOL // (spec.pool_tasks or spec.tasks))
         total = self.per_task * spec.tasks
 
         def each(*shape: int) -> nn.ParameterDict:

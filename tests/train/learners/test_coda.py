@@ -47,6 +47,8 @@ def test_components_are_split_evenly_over_the_tasks():
     assert make(tasks=10).per_task == 10
     assert make(tasks=3).per_task == 33
     assert make(tasks=300).per_task == 1  # more tasks than components: one each
+    extended = CODAPrompt(LearnerSpec(16, 12, 12, 6, 0, pool_tasks=4))
+    assert extended.per_task == 25 and extended.key["0"].shape == (150, 12)  # those that came first keep theirs
 
 
 def test_new_components_are_orthonormal():

@@ -1,0 +1,216 @@
+"""A finished run that learns more: its classes and weights, in a run that has new tasks behind them.
+
+The new run starts as if it had been restored from a checkpoint behind the last task of the old one. What a class or a
+task has of its own (rows of the heads, entries of the pools) comes behind what is there, with fresh initial values.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data import Dataset
+from ..errors import InputError
+from ..files import sha256
+from ..ranges import Ranges
+from .checkpoint import load_state
+from .config import TrainConfig
+from .distill import DISTILLERS
+from .run import read_run
+from .scenario import Scenario, make_scenario
+from .student import PromptedViT
+
+OWN = ("data", "out", "tasks", "teachers", "devices", "extend")
+"options that are never the old run's"
+FREE = ("epochs", "batch_size", "learning_rate", "seed", "limit_per_class", "augment", "precision", "range_images")
+"options that are the old run's unless they are given; all others must be its"
+BY_IDENTITY = ("teacher", "student")
+"options that may name the same weights in another place"
+
+
+def inherit(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a training that extends a run: those given in front of the run's. Raises: InputError."""
+    config, _ = read_run(Path(str(options["extend"])))
+    return {**{k: v for k, v in config.to_json().items() if k not in OWN}, **options}
+
+
+class Origin:
+    """The run that is extended."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """config: of the new run. Raises: InputError where there is no such run, or it cannot be extended."""
+        self.path = Path(str(config.extend))
+        self.config, self.metrics = read_run(self.path)
+        kind = DISTILLERS[self.config.distill]
+        if kind.remembers:
+            raise InputError(
+                f"{self.path}: a run with --distill {self.config.distill} cannot be extended: its distiller needs what "
+                "a finished run does not keep",
+                fix="train again with all classes",
+            )
+        if config.teachers is not None:
+            raise InputError(
+                "--extend does not work with --teachers: a kept teacher has learnt all tasks in one run",
+                got=config.teachers,
+                expected="no --teachers",
+            )
+        self.student_sha256 = sha256(self.path / "student.safetensors")
+        "what of it the new run stands on"
+        self.classes: list[str] = self.metrics["classes"]
+        self.tasks = tuple(tuple(task) for task in self.metrics["tasks"])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For metrics.json and checkpoints."""
+        before = self.metrics.get("extends") or {"pool_tasks": len(self.tasks)}
+        return {
+            "run": str(self.path),
+            "student_sha256": self.student_sha256,
+            "tasks": len(self.tasks),
+            "classes": len(self.classes),
+            "pool_tasks": before["pool_tasks"],
+        }
+
+    def new_images(self, dataset: Dataset) -> Dataset:
+        """The source without the training images of the classes that are learnt: they are never read.
+
+        Raises: InputError where a class of the run is missing, nothing is new, or a new class has nothing to learn.
+        """
+        missing = [c for c in self.classes if c not in set(dataset.classes)]
+        if missing:
+            raise InputError(
+                f"{dataset.source}: {len(missing)} of the {len(self.classes)} classes that {self.path} has learnt are "
+                "missing",
+                got="without " + ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else ""),
+                expected="validation images of every class learnt, by name: accuracy and forgetting are measured on "
+                "them (their training images are not read)",
+                fix="bring back at least PATH/val/<class> of each",
+            )
+        new = self._new(dataset)
+        if not new:
+            raise InputError(
+                f"{dataset.source}: no new class",
+                got=f"the {len(self.classes)} classes that {self.path} has learnt",
+                expected="these and at least one more",
+            )
+        train = dataset.train.of_classes([dataset.classes.index(c) for c in new])
+        absent = [c for c in new if dataset.classes.index(c) not in set(train.labels.tolist())]
+        if absent:
+            raise InputError(
+                f"{dataset.source}: {len(absent)} new class(es) without a training image",
+                got=", ".join(absent[:8]),
+                expected="training and validation images of every new class",
+                fix=f"add train/{absent[0]} with at least one image, or remove val/{absent[0]}",
+            )
+        return replace(dataset, train=train)
+
+    def _new(self, dataset: Dataset) -> list[str]:
+        return [c for c in dataset.classes if c not in set(self.classes)]
+
+    def scenario(self, dataset: Dataset, tasks: int, seed: int, shuffle: bool) -> Scenario:
+        """The run's classes and tasks as they were learnt, then the new classes in `tasks` parts."""
+        new, offset = self._new(dataset), len(self.classes)
+        drawn = make_scenario(new, tasks, seed, shuffle)
+        names = [*self.classes, *(new[i] for i in drawn.order)]
+        more = tuple(tuple(offset + p for p in task) for task in drawn.tasks)
+        return Scenario(tuple(dataset.classes.index(n) for n in names), (*self.tasks, *more))
+
+    def check(self, config: TrainConfig, identities: Mapping[str, str]) -> None:
+        """config: of the new run, as it will be stored; identities: of its backbones. Raises: InputError."""
+        mine, theirs = config.to_json(), self.config.to_json()
+        fixed = [f.name for f in fields(TrainConfig) if f.name not in (*OWN, *FREE, *BY_IDENTITY)]
+        differing = [k for k in fixed if mine[k] != theirs[k]]
+        if differing:
+            raise InputError(
+                f"{self.path}: was trained with other options, which its weights depend on",
+                got=", ".join(f"{k}={mine[k]!r}" for k in differing),
+                expected=", ".join(f"{k}={theirs[k]!r}" for k in differing),
+                fix="leave them out: they are the run's",
+            )
+        for name, identity in identities.items():
+            expected = self.metrics["backbones"][name]["identity"]
+            if identity != expected:
+                raise InputError(
+                    f"{self.path}: the {name} was trained on another backbone",
+                    got=f"{getattr(config, name)} = {identity}",
+                    expected=expected,
+                    fix=f"leave --{name} out, or name these weights",
+                )
+            if not (self.path / f"{name}.safetensors").is_file():
+                raise InputError(f"{self.path}: no {name}.safetensors", fix="bring it back, or train again")
+        if config.range_images:
+            self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        path = self.path / "ranges.npz"
+        kept = len(Ranges.load(path).tasks) if path.is_file() else 0
+        if kept != len(self.tasks):
+            raise InputError(
+                f"{path}: no ranges of the tasks that are learnt",
+                got=f"{kept} tasks",
+                expected=f"{len(self.tasks)} tasks",
+                fix="give --range-images 0",
+            )
+
+    def copy_ranges(self, path: Path) -> None:
+        """Put the run's ranges where the new run's will be."""
+        shutil.copyfile(self.path / "ranges.npz", path)
+
+    def state(self, models: Mapping[str, PromptedViT], tasks: int) -> dict[str, Any]:
+        """What a checkpoint behind the run's last task would hold. models: the new run's; tasks: all of its tasks.
+
+        Raises: InputError where the weights do not fit.
+        """
+        sides = {name: self.metrics[name] for name in models}
+        seconds = {name: side["seconds"] for name, side in sides.items()}
+        return {
+            "models": {name: self._grown(name, model.state_dict()) for name, model in models.items()},
+            "matrices": {name: [_widened(row, tasks) for row in side["matrix"]] for name, side in sides.items()},
+            "losses": {name: side["loss"] for name, side in sides.items()},
+            "seconds": seconds,
+            "trained_images": {
+                name: round(side["images_per_second"]["train"] * sum(seconds[name])) for name, side in sides.items()
+            },
+            "skipped": self.metrics["skipped"],
+            "reused": sides["teacher"]["tasks_reused"] if "teacher" in sides else [],
+            "tails_before": {},
+            "position": [len(self.tasks), "", 0],
+            "optimiser": None,
+            "elapsed": self.metrics["seconds"],
+        }
+
+    def _grown(self, name: str, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        path = self.path / f"{name}.safetensors"
+        learnt: dict[str, Tensor] = load_state(path)["state"]
+        try:
+            return grown(learnt, fresh)
+        except ValueError as error:
+            raise InputError(f"{path}: does not fit its own options", got=str(error), fix="train again") from error
+
+
+def grown(learnt: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State of a larger model: (R, ...) of the smaller one's in front of the rest of its own (R + N, ...).
+
+    Raises: ValueError where the two differ in anything but the number of rows.
+    """
+    if odd := sorted(set(learnt) ^ set(fresh)):
+        raise ValueError(f"tensor {odd[0]}")
+    found = {}
+    for key, value in fresh.items():
+        old, found[key] = learnt[key], value.clone()
+        if old.shape == value.shape:
+            found[key].copy_(old)
+        elif old.shape[1:] == value.shape[1:] and len(old) < len(value):
+            found[key][: len(old)] = old
+        else:
+            raise ValueError(f"tensor {key} of {tuple(old.shape)} in {tuple(value.shape)}")
+    return found
+
+
+def _widened(row: list[float | None], tasks: int) -> list[float | None]:
+    return [*row, *[None] * (tasks - len(row))]
