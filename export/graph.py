@@ -79,6 +79,16 @@ class StudentGraph:
         x = self.g.reshape(x, -1, count, self.width)
         return self.g.reshape(self.g.concat([self.g.slice(x, r, r + 1, 1) for r in rows], axis=1), -1, self.width)
 
+    def own_query(self, x: str, count: int) -> str:
+        """(B * count, D) -> (B, D): what a block asks with when there is no query pass; see train.student.OWN_QUERY."""
+        if self.student.query_of == "class":
+            return self.pick(x, count, [0])
+        g = self.g
+        patches = g.slice(g.reshape(g.single(x), -1, count, self.width), 1, self.tokens, 1)
+        mean = g.op("ReduceMean", patches, g.indices(1), keepdims=0)
+        scale, shift = (g.constant(f"query.{k}", torch.full([self.width], v), "") for k, v in (("w", 1.0), ("b", 0.0)))
+        return g.op("LayerNormalization", mean, scale, shift, axis=-1, epsilon=1e-5)
+
     def normed(self, index: int, x: str) -> str:
         """First LayerNorm of a block."""
         return self.g.compute(self.g.norm(f"blocks.{index}.norm1", x, self.vit.blocks[index].norm1))
@@ -238,7 +248,7 @@ class StudentGraph:
         read = [0] if student.kd is None else [0, count - 1]
         for i in range(self.depth):
             if student.one_pass and i in student.learner.blocks():
-                query = g.single(self.pick(x, count, [0]))
+                query = g.single(self.own_query(x, count))
             rows = prompts.at_block(i, query, tokens)
             if i in student.learner.blocks():
                 weights.append(prompts.selection.weights(prompts.pools["prompt"], i, query))

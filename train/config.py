@@ -10,7 +10,7 @@ from .distill import DISTILLERS
 from .learners import LEARNERS
 from .student import HEADS
 
-QUERIES = ("two-pass", "one-pass")
+QUERIES = ("two-pass", "one-pass", "one-pass-mean")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
@@ -113,9 +113,9 @@ class TrainConfig:
                 got=self.learner,
                 expected=" | ".join(distiller.learners),
             )
-        if distiller.maps_prompts and self.query == "one-pass":
+        if distiller.maps_prompts and self.query != "two-pass":
             raise InputError(
-                f"--distill {self.distill} does not work with --query one-pass: the teacher's keys then have the "
+                f"--distill {self.distill} does not work with --query {self.query}: the teacher's keys then have the "
                 "teacher's width, and the student has no query of that width to ask its pool with",
                 got=self.query,
                 expected="two-pass",

@@ -6,6 +6,7 @@ This is the module that `export` turns into a graph: what it computes in eval mo
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,14 @@ class NormalisedHead(nn.Module):
 
 
 HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
+
+
+OWN_QUERY: dict[str, Callable[[Tensor], Tensor]] = {
+    "class": lambda tokens: tokens[:, 0],
+    "mean": lambda tokens: F.layer_norm(tokens[:, 1:].mean(dim=1), tokens.shape[-1:]),
+}
+"""tokens that come into a block (B, 1 + P, D), KD token left out -> its query (B, D). class: OS-Prompt. mean: ours, of
+the patches: in the first blocks, where prompts are chosen, the class token has seen little of the image (README)"""
 
 
 class KDPrompts(nn.Module):
@@ -104,10 +113,12 @@ class PromptedViT(nn.Module):
         query_regulariser: float = 0.0,
         mapped: tuple[int, int] | None = None,
         kd_head: str = "learner",
+        query_of: str = "class",
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
         pool_tasks: see LearnerSpec.
+        one_pass, query_of: a block's own input gives the query, the way that is called so in OWN_QUERY.
         query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
         mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
         kd_head: key of HEADS, or learner: the kind of the learner's own head.
@@ -115,7 +126,7 @@ class PromptedViT(nn.Module):
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
         self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
-        self.query_regulariser = query_regulariser
+        self.query_regulariser, self.query_of = query_regulariser, query_of
         spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed, pool_tasks)
         self.learner: Learner = LEARNERS[learner](spec)
         # Held outside the module tree: frozen weights are neither trained, nor saved with the run, nor copied.
@@ -198,7 +209,8 @@ class PromptedViT(nn.Module):
             x = torch.cat([x, self.kd.token.expand(len(x), -1, -1)], dim=1)
         last = len(self.backbone.blocks) - 1
         for i in range(start, last + 1):
-            q = (x[:, 0] if self.one_pass else query) if self.learner.needs_query else None
+            own = OWN_QUERY[self.query_of](x[:, :count]) if self.one_pass and self.learner.needs_query else None
+            q = (own if self.one_pass else query) if self.learner.needs_query else None
             prompt = self.learner.at_block(i, q, training)
             if prompt is not None and prompt.loss is not None:
                 losses.append(prompt.loss)

@@ -41,6 +41,18 @@ def test_every_learner(lab, learner, kd, one_pass):
     assert ("prompt_weights" in graph.outputs) == (learner != "apt")
 
 
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
+@pytest.mark.parametrize("learner", POOLS)
+def test_the_patches_as_the_query(lab, learner, kd, batch):
+    student = lab.student(learner, kd, True, query_of="mean")
+    pixels = lab.pixels()
+    expected = lab.truth(student, pixels)
+    by_class = lab.truth(lab.student(learner, kd, True), pixels)
+    assert np.abs(expected["prompt_weights"] - by_class["prompt_weights"]).max() > 0.01
+    assert_equal(lab.export(student, batch=batch).each(pixels), expected)
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_depth_twelve(lab, learner):
     student = lab.student(learner, KD, depth=12)

@@ -28,13 +28,13 @@ def backbone(tiny_vit: Callable[..., str]) -> Backbone:
 
 @pytest.fixture
 def make_model(backbone: Backbone) -> Callable[..., PromptedViT]:
-    """make(learner, learnt=2, kd=True, one_pass=False, seed=0, kd_head="learner"): large prompts, all matter."""
+    """make(learner, learnt=2, kd=True, one_pass=False, seed=0, ...): large prompts, all matter."""
 
     def make(
-        learner: str, learnt: int = 2, kd: bool = True, one_pass: bool = False, seed: int = 0, kd_head: str = "learner"
+        learner: str, learnt: int = 2, kd: bool = True, one_pass: bool = False, seed: int = 0, **options: str
     ) -> PromptedViT:
         rows = (6, 6) if kd else None
-        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=rows, one_pass=one_pass, kd_head=kd_head)
+        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=rows, one_pass=one_pass, **options)
         generator = torch.Generator().manual_seed(seed)
         if model.kd is not None:
             for p in model.kd.parameters():
@@ -117,7 +117,8 @@ class Naive:
         self.w, self.l = tree(backbone.model), tree(model.learner)
         self.kd = tree(model.kd) if model.kd is not None else None
         self.head, self.kd_head = tree(model.head), tree(model.kd_head) if model.kd_head is not None else None
-        self.alpha, self.one_pass, self.learner = model.alpha, model.one_pass, learner
+        self.alpha, self.learner = model.alpha, learner
+        self.own = model.query_of if model.one_pass else ""
         self.preprocessing = backbone.preprocessing
         self.depth, self.heads = len(backbone.model.blocks), backbone.model.blocks[0].attn.num_heads
 
@@ -215,7 +216,12 @@ class Naive:
         if self.kd is not None:
             rows = [*rows, self.kd["token"][0, 0]]
         for i in range(self.depth):
-            keys, values = self.prompt(i, rows[0] if self.one_pass else query)
+            own = {"": query, "class": rows[0]}.get(self.own)
+            if own is None:
+                patches = rows[1:-1] if self.kd is not None else rows[1:]
+                own = sum(patches) / len(patches)
+                own = layer_norm(own, np.ones(len(own)), np.zeros(len(own)), 1e-5)
+            keys, values = self.prompt(i, own)
             if self.kd is not None and i >= 1:
                 keys, values = keys + list(self.kd["rows"][i - 1][:3]), values + list(self.kd["rows"][i - 1][3:])
             cls = (self.l["merged"][i][0], self.l["merged"][i][1]) if self.learner == "apt" else None

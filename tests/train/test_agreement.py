@@ -58,8 +58,8 @@ def stack_of(rows: list[Tensor]) -> Tensor:
 class Formulas:
     """A frozen ViT, a learner and two heads as dicts of double tensors."""
 
-    def __init__(self, frozen: dict[str, Tensor], learnt: dict[str, Tensor], learner: str, one_pass: bool) -> None:
-        self.w, self.p, self.learner, self.one_pass = frozen, learnt, learner, one_pass
+    def __init__(self, frozen: dict[str, Tensor], learnt: dict[str, Tensor], learner: str, query: str) -> None:
+        self.w, self.p, self.learner, self.asks = frozen, learnt, learner, query
         self.depth, self.heads, self.width = 6, 2, 16
 
     def embed(self, image: Tensor) -> list[Tensor]:
@@ -151,13 +151,17 @@ class Formulas:
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Logits of the head, of the KD head, and the key term of each block that has one."""
         rows = self.embed(image)
-        full = None if self.one_pass or self.learner == "apt" else self.query(rows).detach()
+        full = None if self.asks != "two-pass" or self.learner == "apt" else self.query(rows).detach()
         has_kd = "kd.token" in self.p
         if has_kd:
             rows = [*rows, self.p["kd.token"][0, 0]]
         terms = []
         for i in range(self.depth):
-            keys, values, term = self.prompt(i, rows[0] if full is None else full)
+            own = rows[0]
+            if self.asks == "one-pass-mean":
+                own = stack_of(rows[1:5]) / 4
+                own = layer_norm(own, torch.ones(self.width).double(), torch.zeros(self.width).double(), 1e-5)
+            keys, values, term = self.prompt(i, own if full is None else full)
             terms += [term] if term is not None else []
             if has_kd and i >= 1:
                 keys = keys + [self.p["kd.rows"][i - 1, r] for r in range(3)]
@@ -209,9 +213,13 @@ CASES = [
     (learner, distill, query)
     for learner in ("l2p", "dualprompt", "coda", "apt")
     for distill in ("none", "kdp")
-    for query in ("two-pass", "one-pass")
-    if (learner, query) != ("apt", "one-pass")  # APT asks nothing
+    for query in ("two-pass", "one-pass", "one-pass-mean")
+    if learner != "apt" or query == "two-pass"  # APT asks nothing
 ]
+
+
+def ways(query):
+    return {"one_pass": query != "two-pass", "query_of": "mean" if query == "one-pass-mean" else "class"}
 
 
 @pytest.fixture
@@ -221,7 +229,7 @@ def student(backbone):
     def make(learner, distill, query):
         frozen = copy.deepcopy(backbone.model).double()
         kd = (6, 6) if distill == "kdp" else None
-        model = PromptedViT(frozen, learner, CLASSES, TASKS, 0, kd=kd, one_pass=query == "one-pass", alpha=ALPHA)
+        model = PromptedViT(frozen, learner, CLASSES, TASKS, 0, kd=kd, alpha=ALPHA, **ways(query))
         for task in range(TASK + 1):
             model.learner.begin_task(task)
         model.double()
@@ -271,7 +279,7 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
     # The formulas, from the same numbers.
     frozen = numbers(model.backbone)
     learnt = {k: v.clone().requires_grad_() for k, v in start.items() if k in dict(model.named_parameters())}
-    formulas = Formulas(frozen, learnt, learner, query == "one-pass")
+    formulas = Formulas(frozen, learnt, learner, query)
     with torch.no_grad():
         for i, image in enumerate(images):
             cls, kd, terms = formulas.forward(image)
@@ -307,7 +315,7 @@ def test_float32_gives_the_same_logits_in_training(student, backbone, scene, lea
     # As it is trained: single precision, the forward pass of a step.
     model = student(learner, distill, query)
     images, _, _ = scene
-    formulas = Formulas(numbers(model.backbone), numbers(model), learner, query == "one-pass")
+    formulas = Formulas(numbers(model.backbone), numbers(model), learner, query)
     single = PromptedViT(
         backbone.model,
         learner,
@@ -315,8 +323,8 @@ def test_float32_gives_the_same_logits_in_training(student, backbone, scene, lea
         TASKS,
         0,
         kd=(6, 6) if distill == "kdp" else None,
-        one_pass=query == "one-pass",
         alpha=ALPHA,
+        **ways(query),
     )
     single.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -51,6 +51,21 @@ def test_the_kd_head_may_be_of_another_kind(make_model, backbone, naive, pixels,
     assert np.abs(got - np.stack([plain.logits(p) for p in pixels[:2]])).max() <= 1e-5
 
 
+@pytest.mark.parametrize("kd", [True, False])
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
+def test_the_patches_as_the_query(make_model, backbone, naive, pixels, learner, kd):
+    model = make_model(learner, kd=kd, one_pass=True, query_of="mean")
+    normalise = Normalise(backbone.preprocessing, torch.device("cpu"))
+    with torch.no_grad():
+        tokens = model.embed(normalise(pixels[:2]))
+        output, other = model(tokens), make_model(learner, kd=kd, one_pass=True)(tokens)
+        difference = (output.prompt_weights - other.prompt_weights).nan_to_num()  # what may not be chosen is -inf
+        assert difference.abs().max() > 1e-2
+        got = model.combine(output).numpy()
+    plain = naive(model, backbone, learner)
+    assert np.abs(got - np.stack([plain.logits(p) for p in pixels[:2]])).max() <= 1e-5
+
+
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_part_matters(make_model, tokens, learner):
     # Otherwise the comparison above proves little.
