@@ -120,7 +120,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp]",
 )
 @click.option(
-    "--query", help="two-pass | one-pass | one-pass-mean: where pool learners get their query [default: two-pass]"
+    "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"
 )
 @click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10, two classes each at least]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
@@ -176,7 +176,7 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="sweep folder to write, or to continue")
 @click.option("--learners", help="names with commas [default: l2p,dualprompt,coda,apt]")
 @click.option("--distillers", help="names with commas [default: none,kd,kdp]")
-@click.option("--queries", help="two-pass | one-pass | one-pass-mean, several with commas [default: two-pass]")
+@click.option("--queries", help="two-pass | one-pass | one-pass-patches, several with commas [default: two-pass]")
 @click.option("--seeds", help="numbers with commas; each draws its own class order [default: 0,1,2]")
 @click.option("--baseline", help="distiller that the others are compared with [default: none, or the first]")
 @click.option("--preset", help="paper-cifar100 | paper-imagenet-r: a published table, ours beside it")

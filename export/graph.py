@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
-from ..train.student import PromptedViT
+from ..train.student import SPREAD_EPS, PromptedViT
 from .nodes import FROZEN, LEARNT, Graph
 from .profiles import PROFILES, Profile
 from .prompts import PromptRows, Rows
@@ -85,9 +85,13 @@ class StudentGraph:
             return self.pick(x, count, [0])
         g = self.g
         patches = g.slice(g.reshape(g.single(x), -1, count, self.width), 1, self.tokens, 1)
-        mean = g.op("ReduceMean", patches, g.indices(1), keepdims=0)
+        mean = g.op("ReduceMean", patches, g.indices(1), keepdims=1)
+        away = g.op("Sub", patches, mean)
+        variance = g.op("ReduceMean", g.op("Mul", away, away), g.indices(1), keepdims=1)
+        spread = g.op("Sqrt", g.op("Add", variance, g.constant("query.eps", torch.tensor(SPREAD_EPS), "")))
         scale, shift = (g.constant(f"query.{k}", torch.full([self.width], v), "") for k, v in (("w", 1.0), ("b", 0.0)))
-        return g.op("LayerNormalization", mean, scale, shift, axis=-1, epsilon=1e-5)
+        parts = [g.op("LayerNormalization", x, scale, shift, axis=-1, epsilon=1e-5) for x in (mean, spread)]
+        return g.reshape(g.op("Add", *parts), -1, self.width)
 
     def normed(self, index: int, x: str) -> str:
         """First LayerNorm of a block."""

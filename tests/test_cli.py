@@ -170,7 +170,7 @@ def test_wrong_usage_is_two(cli, arguments):
     [
         (["--learner", "codda"], ["unknown learner", "'codda'", "did you mean 'coda'?"]),
         (["--distill", "kdpp"], ["unknown distiller", "did you mean 'kdp'?"]),
-        (["--query", "one"], ["unknown query", "one-pass, one-pass-mean, two-pass"]),
+        (["--query", "one"], ["unknown query", "one-pass, one-pass-patches, two-pass"]),
         (["--data", "folder:/nowhere/at/all"], ["/nowhere/at/all: no such folder"]),
         (["--data", "digit"], ["did you mean 'digits'?"]),
         (["--tasks", "11"], ["10 classes, 11 tasks", "1 to 10 tasks"]),

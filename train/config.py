@@ -10,7 +10,7 @@ from .distill import DISTILLERS
 from .learners import LEARNERS
 from .student import HEADS
 
-QUERIES = ("two-pass", "one-pass", "one-pass-mean")
+QUERIES = ("two-pass", "one-pass", "one-pass-patches")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)

@@ -70,7 +70,7 @@ def build_model(
         alpha=config.alpha,
         pool_tasks=extends["pool_tasks"] if extends else 0,
         one_pass=config.query != "two-pass",
-        query_of="mean" if config.query == "one-pass-mean" else "class",
+        query_of="patches" if config.query == "one-pass-patches" else "class",
         query_regulariser=config.query_regulariser,
         mapped=teacher if is_student and distiller.maps_prompts else None,
         kd_head=config.kd_head,

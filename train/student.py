@@ -49,12 +49,24 @@ class NormalisedHead(nn.Module):
 HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
 
 
-OWN_QUERY: dict[str, Callable[[Tensor], Tensor]] = {
-    "class": lambda tokens: tokens[:, 0],
-    "mean": lambda tokens: F.layer_norm(tokens[:, 1:].mean(dim=1), tokens.shape[-1:]),
-}
-"""tokens that come into a block (B, 1 + P, D), KD token left out -> its query (B, D). class: OS-Prompt. mean: ours, of
-the patches: in the first blocks, where prompts are chosen, the class token has seen little of the image (README)"""
+SPREAD_EPS = 1e-6
+"added to the variance of a channel over the patches: a picture of one colour has none"
+
+
+def patch_query(tokens: Tensor) -> Tensor:
+    """Mean and standard deviation of each channel over the patches, each normalised, added. (B, 1 + P, D) -> (B, D).
+
+    Ours: in the first blocks, where prompts are chosen, the class token has seen little of the image; what its patches
+    hold in common and how they differ says more (README has the figures).
+    """
+    spread, mean = torch.var_mean(tokens[:, 1:].float(), dim=1, correction=0)
+    shape = tokens.shape[-1:]
+    query = F.layer_norm(mean, shape) + F.layer_norm((spread + SPREAD_EPS).sqrt(), shape)
+    return query.to(tokens.dtype)
+
+
+OWN_QUERY: dict[str, Callable[[Tensor], Tensor]] = {"class": lambda tokens: tokens[:, 0], "patches": patch_query}
+"tokens that come into a block (B, 1 + P, D), KD token left out -> its query (B, D); class: OS-Prompt"
 
 
 class KDPrompts(nn.Module):

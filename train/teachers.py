@@ -35,7 +35,7 @@ class TeacherKey:
     learner: str
     "prompt learner"
     query: str
-    "two-pass | one-pass | one-pass-mean"
+    "two-pass | one-pass | one-pass-patches"
     query_regulariser: float
     "weight of the one-pass term"
     epochs: int

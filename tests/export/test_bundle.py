@@ -55,7 +55,7 @@ def bundle(make_run, tmp_path_factory):
     [
         ("l2p", "none", "two-pass"),
         ("dualprompt", "kdp", "one-pass"),
-        ("coda", "kd", "one-pass-mean"),
+        ("coda", "kd", "one-pass-patches"),
         ("apt", "kdp", "two-pass"),
     ],
 )

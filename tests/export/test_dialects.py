@@ -82,6 +82,15 @@ def test_one_pass_has_no_parts(lab, learner):
         StudentGraph(student, lab.preprocessing, 7, 1).build("query")
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
+def test_the_patches_as_the_query_in_every_dialect(lab, learner, profile):
+    student, pixels = lab.student(learner, one_pass=True, query_of="patches"), lab.pixels(4)
+    graph, expected = lab.export(student, profile=PROFILES[profile]), lab.truth(student, pixels)
+    got = graph.each(pixels)
+    assert all(np.abs(got[name] - value).max() <= 1e-4 for name, value in expected.items())
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one", "dynamic"])
 @pytest.mark.parametrize("profile", ["ort", "trt10", "trt11"])
 @pytest.mark.parametrize("learner", LEARNERS)

@@ -45,7 +45,7 @@ def test_every_learner(lab, learner, kd, one_pass):
 @pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
 @pytest.mark.parametrize("learner", POOLS)
 def test_the_patches_as_the_query(lab, learner, kd, batch):
-    student = lab.student(learner, kd, True, query_of="mean")
+    student = lab.student(learner, kd, True, query_of="patches")
     pixels = lab.pixels()
     expected = lab.truth(student, pixels)
     by_class = lab.truth(lab.student(learner, kd, True), pixels)

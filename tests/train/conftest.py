@@ -219,8 +219,9 @@ class Naive:
             own = {"": query, "class": rows[0]}.get(self.own)
             if own is None:
                 patches = rows[1:-1] if self.kd is not None else rows[1:]
-                own = sum(patches) / len(patches)
-                own = layer_norm(own, np.ones(len(own)), np.zeros(len(own)), 1e-5)
+                mean = sum(patches) / len(patches)
+                spread = np.sqrt(sum((p - mean) ** 2 for p in patches) / len(patches) + 1e-6)
+                own = sum(layer_norm(x, np.ones(len(x)), np.zeros(len(x)), 1e-5) for x in (mean, spread))
             keys, values = self.prompt(i, own)
             if self.kd is not None and i >= 1:
                 keys, values = keys + list(self.kd["rows"][i - 1][:3]), values + list(self.kd["rows"][i - 1][3:])

@@ -158,9 +158,11 @@ class Formulas:
         terms = []
         for i in range(self.depth):
             own = rows[0]
-            if self.asks == "one-pass-mean":
-                own = stack_of(rows[1:5]) / 4
-                own = layer_norm(own, torch.ones(self.width).double(), torch.zeros(self.width).double(), 1e-5)
+            if self.asks == "one-pass-patches":
+                mean = stack_of(rows[1:5]) / 4
+                spread = torch.sqrt(stack_of([(row - mean) ** 2 for row in rows[1:5]]) / 4 + 1e-6)
+                one, zero = torch.ones(self.width).double(), torch.zeros(self.width).double()
+                own = layer_norm(mean, one, zero, 1e-5) + layer_norm(spread, one, zero, 1e-5)
             keys, values, term = self.prompt(i, own if full is None else full)
             terms += [term] if term is not None else []
             if has_kd and i >= 1:
@@ -213,13 +215,13 @@ CASES = [
     (learner, distill, query)
     for learner in ("l2p", "dualprompt", "coda", "apt")
     for distill in ("none", "kdp")
-    for query in ("two-pass", "one-pass", "one-pass-mean")
+    for query in ("two-pass", "one-pass", "one-pass-patches")
     if learner != "apt" or query == "two-pass"  # APT asks nothing
 ]
 
 
 def ways(query):
-    return {"one_pass": query != "two-pass", "query_of": "mean" if query == "one-pass-mean" else "class"}
+    return {"one_pass": query != "two-pass", "query_of": "patches" if query == "one-pass-patches" else "class"}
 
 
 @pytest.fixture

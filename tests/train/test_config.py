@@ -129,7 +129,7 @@ def test_good_edges():
         {"query_regulariser": 1e-4, "query": "one-pass"},
     ):
         TrainConfig.from_json({**BASE, **change})
-    assert (QUERIES, PRECISIONS[0], AUGMENTATIONS[0]) == (("two-pass", "one-pass", "one-pass-mean"), "auto", "auto")
+    assert (QUERIES, PRECISIONS[0], AUGMENTATIONS[0]) == (("two-pass", "one-pass", "one-pass-patches"), "auto", "auto")
 
 
 @pytest.mark.parametrize("distill", DISTILLERS)

@@ -54,7 +54,7 @@ def test_the_kd_head_may_be_of_another_kind(make_model, backbone, naive, pixels,
 @pytest.mark.parametrize("kd", [True, False])
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_the_patches_as_the_query(make_model, backbone, naive, pixels, learner, kd):
-    model = make_model(learner, kd=kd, one_pass=True, query_of="mean")
+    model = make_model(learner, kd=kd, one_pass=True, query_of="patches")
     normalise = Normalise(backbone.preprocessing, torch.device("cpu"))
     with torch.no_grad():
         tokens = model.embed(normalise(pixels[:2]))

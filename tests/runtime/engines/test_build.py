@@ -95,7 +95,8 @@ def test_the_passes_apart_are_understood(lab, tmp_path, profile, precision, part
     [(learner, *dialect) for dialect in DIALECTS for learner in (LEARNERS if dialect[0] == "trt10" else ["coda"])],
 )
 def test_every_learner_compiles(lab, tmp_path, learner, profile, precision):
-    path = write(lab, tmp_path, lab.student(learner, (12, 6), one_pass=True), profile, precision)
+    way = "patches" if learner in ("dualprompt", "coda") else "class"
+    path = write(lab, tmp_path, lab.student(learner, (12, 6), one_pass=True, query_of=way), profile, precision)
     plan = build(trt, path, NO_REFIT)
     assert len(plan.data) > 100_000 and plan.refittable == ()
 
