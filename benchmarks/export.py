@@ -56,13 +56,14 @@ from cdl_edge.train.student import PromptedViT
 CLASSES = 100
 MANY_TASKS = 100
 VARIANTS = {
-    # name: learner, KD prompts, one-pass
-    "coda": ("coda", True, False),
-    "dualprompt": ("dualprompt", True, False),
-    "l2p": ("l2p", True, False),
-    "coda-one-pass": ("coda", True, True),
-    "apt": ("apt", True, False),
-    "apt-no-kd": ("apt", False, False),
+    # name: learner, KD prompts, own query of one pass (key of train.student.OWN_QUERY), or empty: two passes
+    "coda": ("coda", True, ""),
+    "dualprompt": ("dualprompt", True, ""),
+    "l2p": ("l2p", True, ""),
+    "coda-one-pass": ("coda", True, "class"),
+    "coda-patches": ("coda", True, "patches"),
+    "apt": ("apt", True, ""),
+    "apt-no-kd": ("apt", False, ""),
 }
 STRAIGHT = ("coda", "apt")
 ENGINES = ("ort", "openvino", "openvino-bf16", "torch", "compile")
@@ -107,9 +108,10 @@ def backbone_of(name: str) -> Backbone:
 
 
 @torch.no_grad()
-def trained(backbone: Any, learner: str, kd: bool, one_pass: bool, tasks: int) -> PromptedViT:
-    """A student with all tasks behind it, its learnt values random."""
-    student = PromptedViT(backbone.model, learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, one_pass=one_pass)
+def trained(backbone: Any, learner: str, kd: bool, own_query: str, tasks: int) -> PromptedViT:
+    """A student with all tasks behind it, its learnt values random. own_query: of one pass; empty: two passes."""
+    ways = {"one_pass": bool(own_query), "query_of": own_query or "class"}
+    student = PromptedViT(backbone.model, learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, **ways)
     generator = torch.Generator().manual_seed(0)
     for task in range(tasks):
         student.learner.begin_task(task)

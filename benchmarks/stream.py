@@ -217,7 +217,7 @@ def random_bundle(name: str, folder: Path, images: np.ndarray) -> Bundle:
     from export import CLASSES, backbone_of, trained  # benchmarks/export.py
 
     backbone = backbone_of(name)
-    student = trained(backbone, "coda", True, False, 10)
+    student = trained(backbone, "coda", True, "", 10)
     parts = ("student", "query", "prompted")
     graphs = {
         p: StudentGraph(student, backbone.preprocessing, CLASSES, 1, PROFILES["ort"], "fp32").build(p) for p in parts
