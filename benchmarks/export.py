@@ -130,6 +130,8 @@ def ort(path: Path, feed: dict[str, np.ndarray], threads: int) -> Call:
     options.log_severity_level = 3
     if threads == 1:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    else:  # between calls the other threads would go on spinning, against whatever decodes the next picture
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feed)[0]
 

@@ -67,6 +67,8 @@ class OrtRunner(Runner):
         options.log_severity_level = 3
         if self._threads == 1:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        else:  # between calls the other threads would go on spinning, against whatever decodes the next picture
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self._session = self._ort.InferenceSession(str(self.path), options, providers=self._providers())
         except _errors(self._ort) as error:

@@ -40,6 +40,7 @@ def test_session_options(bundle, monkeypatch):
     assert one.inter_op_num_threads == two.inter_op_num_threads == 1
     assert one.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     assert one.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert two.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 @pytest.mark.parametrize("name", ["auto", "onnxruntime", "ort", "cpu"])
