@@ -83,7 +83,7 @@ def test_every_learner_in_every_flavour(tools, learner, flavour):
 def test_one_pass_without_kd_with_layer_scale_and_heads_of_two_kinds(tools):
     for options in (
         *({"one_pass": True}, {"kd": None}, {"layer_scale": True}, {"qkv_bias": False}, {"stem": "stem"}),
-        {"kd_head": "normalised"},
+        *({"kd_head": "normalised"}, {"one_pass": True, "query_of": "patches"}),
     ):
         graphs = tools.make("coda", **options)
         assert_near(tools, graphs, graphs.write(graphs.quantise()))
