@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import InputError
+
 
 def first_process() -> bool:
     """Whether this is the process that writes and talks, of those that torchrun started or on its own."""
@@ -19,11 +22,31 @@ def first_process() -> bool:
 
 
 @contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn what the system says about a path that the user chose into one message."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written",
+            got=error.strerror or str(error),
+            expected="a path in a folder that may be written",
+            fix="choose another path, or mend the permissions of this one",
+        ) from error
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path`, on error it disappears."""
+    """Yield a temporary path beside `path`; on success it replaces `path`, on error it disappears.
+
+    Raises: InputError for a place that cannot be written to.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with writable(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,10 +65,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A folder cannot be swapped in one system call portably: the old one is moved aside, the new one in, the old one
     deleted; a crash between the two moves leaves both complete on disk.
+
+    Raises: InputError for a place that cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     temporary.chmod(0o755)
     try:
         yield temporary

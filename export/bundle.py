@@ -15,6 +15,7 @@ import onnx
 
 from ..data import Dataset, load_dataset
 from ..errors import InputError
+from ..files import writable
 from ..runtime import load
 from ..runtime.bundle import Bundle, open_bundle, write_bundle
 from ..runtime.confidence import SELECTIONS, fit, pack_selections
@@ -64,8 +65,10 @@ def export(
         files[RANGES] = opened.path / RANGES
     manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with writable(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    with aside as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
         draft = write_bundle(Path(folder) / out.name, manifest, files)
         parities = _prove(draft, graphs, pixels, expected)

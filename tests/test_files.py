@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdl_edge import files
+from cdl_edge.errors import InputError
 from cdl_edge.files import atomic_file, atomic_folder, sha256, write_json, write_text
 
 
@@ -127,3 +128,13 @@ def test_sha256_of_a_file_larger_than_a_block(tmp_path):
     assert sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
     with open(tmp_path / "a", "rb") as stream:
         assert files._slow(stream) == hashlib.sha256(content).hexdigest()  # what Python 3.10 uses
+
+
+@pytest.mark.parametrize("write", [atomic_file, atomic_folder])
+def test_a_place_that_cannot_be_written_to(tmp_path, write):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"), write(tmp_path / "file" / "x"):
+        pass
+    with pytest.raises(InputError, match="directory"), atomic_file(tmp_path):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
