@@ -67,7 +67,10 @@ def create(
             fix="copy the whole bundle to the device",
         )
     number = sequence_of(after.manifest) if sequence is None else sequence
-    if number <= (floor := sequence_of(before.manifest)):
+    floor = sequence_of(before.manifest)
+    if sequence is None and number == floor:
+        number += 1  # both were exported within a second
+    if number <= floor:
         raise InputError(
             f"{new}: not newer than {old}: devices would refuse the pack as a replay",
             got=f"sequence {number}",

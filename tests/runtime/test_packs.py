@@ -323,3 +323,10 @@ def test_without_symbolic_links(device, monkeypatch):
         install(device.packs[0], device.bundle, threads=1)
     assert "filesystem that has them" in str(caught.value)
     assert version(device.bundle) == version(device.v[0])
+
+
+def test_two_exports_within_a_second(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(packs, "sequence_of", lambda manifest: 5)
+    assert create(device.v[0], device.v[1], tmp_path / "a.pack")["sequence"] == 6
+    with pytest.raises(InputError, match="not newer"):
+        create(device.v[0], device.v[1], tmp_path / "b.pack", sequence=5)
