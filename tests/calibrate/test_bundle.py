@@ -172,7 +172,10 @@ def test_sources_of_ranges(exported, source, tmp_path):
     assert scales[0] != scales[1] and weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("learner", ["l2p", "dualprompt", "apt"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("l2p", "dualprompt")]  # test_quantize has all of them
+
+
+@pytest.mark.parametrize("learner", ["apt", *SLOW])
 def test_every_learner(exported, tmp_path, learner):
     result = calibrate(exported(learner, epochs=2), tmp_path / "out", method="percentile", smooth=0.5)
     assert all(f["agreement"] >= 75 for f in result["flavours"].values())

@@ -92,7 +92,10 @@ def test_the_passes_apart_are_understood(lab, tmp_path, profile, precision, part
 
 @pytest.mark.parametrize(
     ("learner", "profile", "precision"),
-    [(learner, *dialect) for dialect in DIALECTS for learner in (LEARNERS if dialect[0] == "trt10" else ["coda"])],
+    [
+        *((learner, *dialect) for dialect in DIALECTS if dialect[0] == "trt10" for learner in LEARNERS),
+        *(pytest.param("coda", *dialect, marks=pytest.mark.slow) for dialect in DIALECTS if dialect[0] != "trt10"),
+    ],
 )
 def test_every_learner_compiles(lab, tmp_path, learner, profile, precision):
     way = "patches" if learner in ("dualprompt", "coda") else "class"
