@@ -125,13 +125,7 @@ def write(student: PromptedViT, backbone: Backbone, done: int, per_task: int, im
         "outputs": {key: [1, *shape] for key, shape in outputs.items()},
         "selection": {**selection, "k": min(int(str(selection["k"])), entries)},
         "graphs": {name: f"{name}.onnx" for name in graphs},
-        "signatures": {
-            name: {
-                "inputs": {key: [1, *shape] for key, (_, shape) in graph.inputs.items()},
-                "outputs": {key: [1, *shape] for key, shape in graph.outputs.items()},
-            }
-            for name, graph in graphs.items()
-        },
+        "signatures": {name: graph.signature for name, graph in graphs.items()},
         "selftest": "selftest.npz",
         "training": {"student": {"matrix": matrix}, "teacher": {"matrix": matrix[::-1]}},
     }

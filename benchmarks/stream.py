@@ -239,13 +239,7 @@ def random_bundle(name: str, folder: Path, images: np.ndarray) -> Bundle:
         "query": "two-pass",
         "selection": {"kind": "weighted", "k": 5, "blocks": list(range(outputs["prompt_weights"][1]))},
         "graphs": {p: f"{p}.onnx" for p in parts},
-        "signatures": {
-            p: {
-                "inputs": {k: [1, *shape] for k, (_, shape) in g.inputs.items()},
-                "outputs": {k: [1, *shape] for k, shape in g.outputs.items()},
-            }
-            for p, g in graphs.items()
-        },
+        "signatures": {p: g.signature for p, g in graphs.items()},
     }
     files: dict[str, Any] = {f"{p}.onnx": model for p, model in artefact.models.items()} | artefact.constants
     draft = write_bundle(folder / "draft", manifest, files)

@@ -228,13 +228,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         "precision": "fp32",
         "quantisation": None,
         "graphs": {name: f"{name}.onnx" for name in graphs},
-        "signatures": {
-            name: {
-                "inputs": {key: [1, *shape] for key, (_, shape) in graph.inputs.items()},
-                "outputs": {key: [1, *shape] for key, shape in graph.outputs.items()},
-            }
-            for name, graph in graphs.items()
-        },
+        "signatures": {name: graph.signature for name, graph in graphs.items()},
         "selftest": SELFTEST,
         "ranges": RANGES if (run.path / RANGES).is_file() else None,
         "accuracy": None,

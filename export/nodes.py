@@ -43,6 +43,14 @@ class Graph:
     _cast: dict[str, str] = field(default_factory=dict)
     "constant -> the same in the graph's precision"
 
+    @property
+    def signature(self) -> dict[str, dict[str, list[Any]]]:
+        """For the manifest: name -> shape of one image, of inputs and outputs."""
+        return {
+            "inputs": {name: [1, *shape] for name, (_, shape) in self.inputs.items()},
+            "outputs": {name: [1, *shape] for name, shape in self.outputs.items()},
+        }
+
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node with one output; returns the output's name."""
         return self.ops(kind, 1, *inputs, **attributes)[0]

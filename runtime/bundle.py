@@ -79,6 +79,11 @@ class Bundle:
         return None if fields.get("dynamic_batch") else int(fields["shape"][0])
 
     @property
+    def two_pass(self) -> bool:
+        """Whether a query pass selects the prompts of the second one."""
+        return self.manifest.get("query") == "two-pass"
+
+    @property
     def selection(self) -> dict[str, Any]:
         """How `runtime.select` reads prompt_weights: {"kind", "k", "blocks"}."""
         return dict(self.manifest.get("selection") or {"kind": "none"})

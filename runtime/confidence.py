@@ -68,11 +68,6 @@ class Confidence:
                 fix="export the bundle again",
             ) from error
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the probabilities were fitted on images."""
-        return self.unknown_below is not None
-
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Softmax of logits (B, C) at the fitted temperature: float64 (B, C)."""
         return np.exp(_log_softmax(logits.astype(np.float64) / self.temperature))

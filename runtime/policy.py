@@ -142,7 +142,7 @@ class Selector:
                 return self._pinned(images)
             if self.policy == "sticky":
                 return self._sticky(images)
-            path = "query" if "prompted" in self.bundle.manifest["graphs"] else "single"
+            path = "query" if self.bundle.two_pass else "single"
             outputs = self._runners["student"].run(images)
             return self._done(outputs.logits, outputs.prompt_weights, (path,) * len(images))
 
@@ -240,7 +240,7 @@ class Selector:
 def needed(bundle: Bundle, policy: str) -> tuple[str, ...]:
     """The graphs that a policy runs. Raises: InputError for an unknown policy, or a bundle without its passes apart."""
     choose("policy", policy, POLICIES)
-    if policy == "exact" or bundle.manifest.get("query") != "two-pass":
+    if policy == "exact" or not bundle.two_pass:
         return ("student",)
     if "prompted" not in bundle.manifest["graphs"]:
         raise InputError(

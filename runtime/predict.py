@@ -74,7 +74,7 @@ def _step(student: Runner | Selector, images: np.ndarray) -> Step:
     if isinstance(student, Selector):
         return student.step(images)
     outputs = student.run(images)
-    path = "query" if student.bundle.manifest.get("query") == "two-pass" else "single"
+    path = "query" if student.bundle.two_pass else "single"
     return Step(outputs.logits, outputs.prompt_weights, student.bundle, student.certainty, (path,) * len(images))
 
 

@@ -57,7 +57,7 @@ def test_unknown_is_what_excites_no_class():
     confidence = Confidence(TASKS, unknown_below=document["unknown"]["below"])
     assert confidence.unknown(logits).mean() == pytest.approx(0.05, abs=0.001)
     assert confidence.unknown(np.full((1, 4), -20, np.float32)).tolist() == [True]
-    assert Confidence(TASKS).unknown(logits) is None and not Confidence(TASKS).calibrated
+    assert Confidence(TASKS).unknown(logits) is None and Confidence(TASKS).unknown_below is None
 
 
 def test_the_task_posterior_uses_the_prompts_as_far_as_they_help():
@@ -114,7 +114,7 @@ def test_through_a_bundle(bundle, tmp_path):
     json.dumps(document, allow_nan=False)
     found = Confidence.of(with_confidence(tmp_path, bundle, document, selections))
     assert (found.temperature, found.unknown_below) == (document["temperature"], document["unknown"]["below"])
-    assert found.calibrated and found.tasks == bundle.tasks
+    assert found.unknown_below is not None and found.tasks == bundle.tasks
     np.testing.assert_array_equal(found.selection(1)["prompt_weights"], selections["prompt_weights"][1])
     with pytest.raises(InputError, match="0 to 1"):
         found.selection(2)
