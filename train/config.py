@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError, choose
+from .closed_form import STATISTICS_HEADS
 from .distill import DISTILLERS
 from .learners import LEARNERS
 from .student import HEADS
@@ -14,6 +15,9 @@ QUERIES = ("two-pass", "one-pass", "one-pass-patches")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
+HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
+FIRST_SCHEMA = {"head": "learned"}
+"options that runs had before there was a name for them"
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class TrainConfig:
     "backbone of the student, likewise"
     learner: str = "coda"
     "prompt learner, of teacher and student"
-    distill: str = "kdp"
-    "distiller; none trains no teacher"
+    distill: str = "auto"
+    "distiller; none trains no teacher; auto: kdp, but none for --learner frozen"
     query: str = "two-pass"
     "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
     tasks: int | None = None
@@ -55,6 +59,12 @@ class TrainConfig:
     "temperature; None: the distiller's own (papers: 2, DKD 4)"
     query_regulariser: float = 0.0
     "one-pass training only: weight of the term that ties selections to those of the full query (OS-Prompt: 0.0001)"
+    head: str = "auto"
+    """what answers: learned (the heads that the prompts learn with, as in the papers), or made from class statistics after
+    each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and where a whole network learns"""
+    prompt_tasks: int | None = None
+    """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which would
+    otherwise grow stale (first-session adaptation: APER, RanPAC)"""
     kd_blocks: int = 12
     "blocks with KD prompts, token included (papers: 12)"
     kd_length: int = 6
@@ -78,6 +88,12 @@ class TrainConfig:
         for field in fields(self):  # a JSON file may hold anything
             self._check_type(field.name, str(field.type))
         choose("learner", self.learner, LEARNERS)
+        choose("head", self.head, HEAD_KINDS)
+        whole = LEARNERS[self.learner].whole_network
+        if self.distill == "auto":
+            object.__setattr__(self, "distill", "none" if self.learner == "frozen" else "kdp")
+        if self.head == "auto":
+            object.__setattr__(self, "head", "learned" if self.compat or whole else "ranpac")
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
         self._check_pair()
@@ -87,7 +103,7 @@ class TrainConfig:
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
-        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class"):
+        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is too small", got=value, expected="at least 1")
@@ -121,6 +137,27 @@ class TrainConfig:
                 expected="two-pass",
             )
 
+        if self.learner == "frozen" and self.distill != "none":
+            raise InputError(
+                "--learner frozen has nothing that could be taught", got=f"--distill {self.distill}", expected="none"
+            )
+        if LEARNERS[self.learner].whole_network and self.head != "learned":
+            raise InputError(
+                f"--learner {self.learner} changes the features of earlier classes, and their statistics with them",
+                got=f"--head {self.head}",
+                expected="learned",
+            )
+        if self.compat and self.head != "learned":
+            raise InputError(
+                "--compat is the papers' setting, whose heads are learnt", got=f"--head {self.head}", expected="learned"
+            )
+
+    def learns_prompts(self, task: int) -> bool:
+        """Whether anything is trained by gradient in a task, 0-based."""
+        if self.head == "learned":
+            return self.prompt_tasks is None or task < self.prompt_tasks
+        return self.learner != "frozen" and task < (self.prompt_tasks or 1)
+
     def _check_type(self, name: str, annotation: str) -> None:
         """annotation: the text of the field's type, such as "int | None"."""
         allowed = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "None": (type(None),)}
@@ -133,6 +170,11 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def stored(cls, document: dict[str, Any]) -> TrainConfig:
+        """The config of a run as it was written, perhaps before an option existed."""
+        return cls.from_json({**FIRST_SCHEMA, **document})
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TrainConfig:

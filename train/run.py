@@ -74,6 +74,7 @@ def build_model(
         query_regulariser=config.query_regulariser,
         mapped=teacher if is_student and distiller.maps_prompts else None,
         kd_head=config.kd_head,
+        head=config.head,
     )
 
 
@@ -91,7 +92,7 @@ def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
                 f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix
             )
     try:
-        config = TrainConfig.from_json(json.loads((path / "config.json").read_text()))
+        config = TrainConfig.stored(json.loads((path / "config.json").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
