@@ -251,7 +251,7 @@ def test_each_pass_has_its_own_ranges(tools):
             assert scale == pytest.approx((max(histogram.high, 0) - min(histogram.low, 0)) / 255, rel=1e-5)
 
 
-@pytest.mark.quick("int8-x86-0.5", "int8-trt-1.0")
+@pytest.mark.quick("0.5-int8-x86", "1.0-int8-trt")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):
