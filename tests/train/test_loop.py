@@ -70,6 +70,7 @@ def test_a_run_writes_its_folder(tmp_path, make_config):
     assert metrics["teacher"]["tasks_reused"] == [] and metrics["distiller"] == {}
 
 
+@pytest.mark.quick("l2p")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learner):
     metrics = train(make_config(tmp_path / "run", learner=learner, distill="none", teacher="builtin:none"), quiet=True)
@@ -77,6 +78,7 @@ def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learn
     assert not list((tmp_path / "run").glob("teacher*"))
 
 
+@pytest.mark.quick("coda", "apt")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_it_learns(tmp_path, make_config, image_folder, learner):
     # Red, green and blue: a ViT of random weights is enough to tell them apart.
@@ -330,6 +332,7 @@ def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
     assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
 
 
+@pytest.mark.quick("dualprompt")
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_without_weight_the_one_pass_regulariser_changes_no_number(tmp_path, make_config, learner):
     options = {"learner": learner, "query": "one-pass", "distill": "kd"}
