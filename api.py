@@ -6,6 +6,7 @@ Each imports what it needs when it is called. All raise InputError for bad input
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,23 @@ def quickstart(
 
 
 def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options: Any) -> dict[str, Any]:
-    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig."""
+    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig, or of train.hybrid.HybridConfig."""
+    from .errors import InputError
+    from .train.hybrid import HYBRIDS, HybridConfig, pretrain_hybrid
     from .train.pretrain import PretrainConfig
     from .train.pretrain import pretrain as run
 
-    return run(PretrainConfig(**options), resume, say)
+    config: Any = HybridConfig if options.get("arch") in HYBRIDS else PretrainConfig
+    known = config.__dataclass_fields__
+    given = {k: v for k, v in options.items() if v is not None and v is not False}
+    if odd := [k for k in given if k not in known]:
+        raise InputError(
+            f"--{odd[0].replace('_', '-')} does not belong to --arch {options.get('arch')}",
+            expected=", ".join(f"--{k.replace('_', '-')}" for k in known),
+        )
+    if missing := [k for k, f in known.items() if k not in given and f.default is MISSING]:
+        raise InputError(f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0])
+    return (pretrain_hybrid if config is HybridConfig else run)(config(**given), resume, say)
 
 
 def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str, Any]:

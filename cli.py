@@ -85,12 +85,22 @@ def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None
 
 @cli.command()
 @click.option("--data", required=True, help="image source whose classes are learnt, see `train --help`")
-@click.option("--arch", required=True, help="convnet | teacher | student | teacher-plain | student-plain")
+@click.option(
+    "--arch",
+    required=True,
+    help="hybrid-student | hybrid-teacher (behind a pretrained trunk) | convnet | teacher | student | teacher-plain | "
+    "student-plain",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help=".safetensors file to write")
-@click.option("--epochs", type=click.IntRange(1), default=40, show_default=True, help="passes over the images")
-@click.option("--batch-size", type=click.IntRange(1), default=256, show_default=True, help="images of one step")
-@click.option("--learning-rate", type=float, help="peak [default: 0.2 for convnet (SGD), 0.001 for a ViT (AdamW)]")
-@click.option("--distill-from", help="a convnet made by this command, to learn from")
+@click.option("--epochs", type=click.IntRange(1), help="passes over the images [default: 40; hybrids 5]")
+@click.option("--batch-size", type=click.IntRange(1), help="images of one step [default: 256]")
+@click.option(
+    "--learning-rate", type=float, help="peak [default: 0.2 for convnet (SGD), 0.001 for a ViT (AdamW), hybrids 0.0005]"
+)
+@click.option("--trunk", help="hybrids: file with the published weights of the trunk")
+@click.option("--distill-from", help="what to learn from: a convnet made by this command; hybrids: weights of lite2")
+@click.option("--views", type=click.IntRange(1), help="hybrids: of each image, itself and random crops [default: 2]")
+@click.option("--limit-per-class", type=click.IntRange(1), help="hybrids: training images a class [default: all]")
 @click.option("--freeze-stem", is_flag=True, help="teacher: keep the convnet's stem, computed once for both")
 @click.option("--seed", type=int, default=0, show_default=True, help="of initial values and batches")
 @click.option("--resume", is_flag=True, help="continue from the checkpoint beside --out")
@@ -114,26 +124,38 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--out", help="run folder to write; needed, here or in --config")
 @click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
 @click.option("--student", help="likewise [default: builtin:student]")
-@click.option("--learner", help="l2p | dualprompt | coda | apt | finetune [default: coda]")
+@click.option("--learner", help="frozen (no prompts) | l2p | dualprompt | coda | apt | finetune [default: coda]")
 @click.option(
     "--distill",
-    help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp]",
+    help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp; "
+    "none for --learner frozen]",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"
 )
-@click.option("--tasks", type=int, help="tasks the classes are cut into [default: 10, two classes each at least]")
+@click.option("--tasks", type=int, help="tasks the classes are cut into [default: 1]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
 @click.option("--batch-size", type=int, help="images of one step, over all processes [default: 64]")
-@click.option("--learning-rate", type=float, help="Adam's peak [default: 0.001]")
+@click.option("--learning-rate", type=float, help="Adam's peak [default: 0.005; 0.001 with --compat]")
 @click.option("--seed", type=int, help="of class order, initial values, batches [default: 0]")
 @click.option("--limit-per-class", type=int, help="training images a class [default: all]")
-@click.option("--augment", help="auto | none | crop-flip [default: auto, none for digits]")
+@click.option("--augment", help="auto | none | crop-flip [default: auto: crop-flip for photographs where heads are learnt]")
 @click.option("--alpha", type=float, help="share of distillation, and of the KD head [default: 0.5]")
 @click.option("--tau", type=float, help="temperature [default: the distiller's, 2; dkd 4]")
 @click.option("--query-regulariser", type=float, help="one-pass training: weight of the OS-Prompt term [default: 0]")
 @click.option("--kd-blocks", type=int, help="blocks with KD prompts [default: 12]")
 @click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
+@click.option(
+    "--head",
+    help="learned | ncm | slda | ranpac | aligned: what answers; all but the first are made from class statistics after "
+    "each task [default: ranpac; learned with --compat or finetune]",
+)
+@click.option(
+    "--prompt-tasks",
+    type=int,
+    help="tasks in which prompts learn [default: 1 for heads from statistics, all for learned ones]",
+)
+@click.option("--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]")
 @click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
@@ -166,7 +188,7 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
-    document = {**sides, "seconds": metrics["seconds"], "run": out, "report": str(report)}
+    document = {**sides, "baseline": metrics["baseline"], "seconds": metrics["seconds"], "run": out, "report": str(report)}
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")

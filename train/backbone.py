@@ -125,15 +125,19 @@ class Backbone:
         return len(self.model.blocks)
 
 
-def load_backbone(source: str) -> Backbone:
+def load_backbone(source: str, identity: str | None = None) -> Backbone:
     """Load `builtin:teacher|student`, `file:PATH.safetensors`, a full timm tag, or `random:NAME` (untrained).
 
     Raises: InputError for an unknown name, an unreachable hub, a file without our metadata, or a ViT with parts that
     prompts and export do not support.
+
+    identity: of the weights that a run was trained on, where there is one: a builtin of an earlier release is found by it.
     """
     kind, _, rest = source.partition(":")
     if kind == "builtin":
         path = BUILTIN[choose("builtin backbone", rest, BUILTIN)]
+        if identity is not None and identity != "sha256:" + sha256(path):  # an earlier one of this name
+            path = next((p for p in BUILTIN.values() if "sha256:" + sha256(p) == identity), path)
         model, preprocessing = load_file(path)
         identity = "sha256:" + sha256(path)
     elif kind == "file":

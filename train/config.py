@@ -16,7 +16,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
-FIRST_SCHEMA = {"head": "learned"}
+FIRST_SCHEMA = {"head": "learned", "min_steps": 0}
 "options that runs had before there was a name for them"
 
 
@@ -39,20 +39,23 @@ class TrainConfig:
     query: str = "two-pass"
     "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
     tasks: int | None = None
-    "number of tasks the classes are cut into; None: 10, or fewer so that each has two classes at least"
+    "number of tasks the classes are cut into; None: 1"
     epochs: int = 20
     "passes over a task's images, for the teacher and for the student (papers: 20 CIFAR-100, 35 ImageNet-R)"
     batch_size: int = 64
     "images a step (papers: 64)"
-    learning_rate: float = 1e-3
-    "Adam's peak, cosine to 0 within each task (papers: 0.001)"
+    learning_rate: float | None = None
+    "Adam's peak, cosine to 0 within each task; None: 0.005, and the papers' 0.001 with --compat"
+    min_steps: int | None = None
+    """steps of a task at least: few images get more epochs; None: 200, and 0 with --compat"""
     seed: int = 0
     "of class order, initial values, batches and augmentation"
     limit_per_class: int | None = None
     "training images a class; None: all"
     augment: str = "auto"
     """crop-flip: random resized crop and mirror; none: every image as it is, and what the frozen parts compute is kept;
-    auto: none for digits, crop-flip for photographs"""
+    auto: crop-flip for photographs where heads are learnt; none for digits, and for heads from statistics, which are of the
+    images as they are"""
     alpha: float = 0.5
     "share of the distillation term, and of the KD head at inference (papers: 0.5)"
     tau: float | None = None
@@ -96,6 +99,10 @@ class TrainConfig:
             object.__setattr__(self, "head", "learned" if self.compat or whole else "ranpac")
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-3 if self.compat else 5e-3)
+        if self.min_steps is None:
+            object.__setattr__(self, "min_steps", 0 if self.compat else 200)
         self._check_pair()
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
@@ -112,7 +119,8 @@ class TrainConfig:
             ("alpha", 0 <= self.alpha <= 1, "0 to 1"),
             ("tau", self.tau is None or 0 < self.tau < float("inf"), "a number above 0"),
             ("query_regulariser", 0 <= self.query_regulariser < float("inf"), "0 or more"),
-            ("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0"),
+            ("learning_rate", 0 < (self.learning_rate or 0) < float("inf"), "a number above 0"),
+            ("min_steps", (self.min_steps or 0) >= 0, "0 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("range_images", self.range_images >= 0, "0 or more"),
         ):
@@ -151,6 +159,10 @@ class TrainConfig:
             raise InputError(
                 "--compat is the papers' setting, whose heads are learnt", got=f"--head {self.head}", expected="learned"
             )
+
+    def epochs_of(self, images: int) -> int:
+        """Epochs of a task with so many images: `epochs`, or as many as `min_steps` take."""
+        return max(self.epochs, -(-(self.min_steps or 0) // -(-images // self.batch_size)))
 
     def learns_prompts(self, task: int) -> bool:
         """Whether anything is trained by gradient in a task, 0-based."""

@@ -37,7 +37,7 @@ from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
 from .run import SCHEMA, build_model, preprocessing_of, save_learnt
-from .scenario import default_tasks, make_scenario
+from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
 
@@ -67,7 +67,7 @@ class _Training:
             dataset, tasks = self.origin.new_images(dataset), config.tasks or 1
             self.scenario = self.origin.scenario(dataset, tasks, config.seed, shuffle=not config.compat)
         else:
-            tasks = config.tasks or default_tasks(len(dataset.classes))
+            tasks = config.tasks or 1
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
         dataset, self.tasks = _limited(dataset, config), len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
@@ -79,7 +79,8 @@ class _Training:
             self.origin.check(config, {n: b.identity for n, b in self.backbones.items()})
         for split in (dataset.train, dataset.val):
             split.check_readable(dataset.classes)
-        self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and dataset.source != "digits")
+        by_default = dataset.source != "digits" and config.head == "learned"
+        self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and by_default)
         self.dataset = dataset
         self.teachers = self._teachers()
         self.engine.on_main(lambda: self._claim(resume))  # nothing is written before this line
@@ -154,7 +155,9 @@ class _Training:
             query_regulariser=config.query_regulariser,
             epochs=config.epochs,
             batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
+            learning_rate=float(config.learning_rate or 0),
+            min_steps=config.min_steps or 0,
+            head=config.head,
             seed=config.seed,
             augmented=self.augmented,
             compat=config.compat,
@@ -167,7 +170,7 @@ class _Training:
 
     def run(self) -> dict[str, Any]:
         if any(len(task) == 1 for task in self.scenario.tasks):
-            self._say("warning: a task of one class teaches nothing: the loss compares the classes of one task")
+            self._say("warning: a task of one class teaches prompts nothing: the loss compares the classes of one task")
         if (self.out / "metrics.json").exists():
             self._say(f"{self.out}: already finished")
             finished: dict[str, Any] = json.loads((self.out / "metrics.json").read_text())
@@ -223,7 +226,7 @@ class _Training:
         """The teacher as another run left it after this task."""
         self.models["teacher"].load_state_dict(taught.state)
         for begun in self.losses["teacher"][task:]:  # here, before the stop; another run has finished it since
-            self.trained_images["teacher"] -= len(begun) * taught.images // self.config.epochs
+            self.trained_images["teacher"] -= len(begun) * taught.images // max(1, len(taught.losses))
         del self.losses["teacher"][task:], self.seconds["teacher"][task:]
         self.losses["teacher"].append(taught.losses)
         self.seconds["teacher"].append(taught.seconds)
@@ -254,7 +257,7 @@ class _Training:
             self.seconds[name][-1] += done.seconds
             self.trained_images[name] += len(images)
             self.position = (task, name, done.epoch)
-            if done.epoch < config.epochs:
+            if done.epoch < config.epochs_of(len(images)):
                 self._checkpoint(started, phase.optimiser)
         # The authors' code merges APT's prompt after the student has trained: its teacher answers with the old one.
         if name == "student" or not config.compat:
@@ -293,7 +296,7 @@ class _Training:
             row = [a for a in self.matrices["teacher"].rows[task] if a is not None]
             logits = answers.logits if answers is not None else None
             losses, seconds = self.losses["teacher"][task], self.seconds["teacher"][task]
-            self.teachers.store(task, TaughtTask(state, row, losses, seconds, self.config.epochs * count, logits))
+            self.teachers.store(task, TaughtTask(state, row, losses, seconds, len(losses) * count, logits))
 
     # -- start, stop, end ---------------------------------------------------------------------------------------------
 
@@ -306,7 +309,7 @@ class _Training:
         elif not resume:
             raise InputError(f"{self.out}: a run is there already", fix="add --resume, or choose another --out")
         else:
-            old = TrainConfig.from_json(json.loads(stored.read_text()))
+            old = TrainConfig.stored(json.loads(stored.read_text()))
             mine, theirs = self.config.to_json(), old.to_json()
             differing = [k for k in mine if mine[k] != theirs[k] and k not in ("out", "devices", "teachers")]
             if differing:

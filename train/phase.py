@@ -101,12 +101,13 @@ class Phase:
         if taught and answers is None:
             names = ["student", "teacher"]
         steps = math.ceil(len(images) / config.batch_size)
-        for epoch in range(done, config.epochs):
+        epochs = config.epochs_of(len(images))
+        for epoch in range(done, epochs):
             begun = time.perf_counter()
             key = ((config.seed * 1009 + self.task) * 2 + self.is_student) * 100_003 + epoch
             generator = torch.Generator().manual_seed(key)
             total = 0.0
-            title = f"{self.bar} epoch {epoch + 1}/{config.epochs}"
+            title = f"{self.bar} epoch {epoch + 1}/{epochs}"
             batches = images.epoch(
                 names, config.batch_size, self.engine.autocast, generator, self.augmented, self.engine.share
             )
@@ -115,7 +116,7 @@ class Phase:
                 tqdm(batches, total=steps, desc=title, unit="batch", leave=False, disable=quiet)
             ):
                 for group in self.optimiser.param_groups:
-                    group["lr"] = group["share"] * rate(config, epoch, step, steps)
+                    group["lr"] = group["share"] * rate(config, epoch, epochs, step, steps)
                 said = None
                 if taught:
                     said = answers.at(torch.from_numpy(batch.index)) if answers else self._answer(batch)
@@ -189,10 +190,10 @@ class Phase:
         return Answers(torch.cat([p.logits for p in parts]), hidden)
 
 
-def rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
+def rate(config: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:
     """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
     if config.compat:
-        share = max(0, epoch - 1) / config.epochs
+        share = max(0, epoch - 1) / epochs
     else:
-        share = (epoch * steps + step) / (config.epochs * steps)
-    return 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))
+        share = (epoch * steps + step) / (epochs * steps)
+    return 0.5 * float(config.learning_rate or 0) * (1 + math.cos(math.pi * share))

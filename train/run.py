@@ -106,7 +106,7 @@ def load_run(path: Path) -> Run:
     path = Path(path)
     config, metrics = read_run(path)
     state = load_state(path / "student.safetensors")
-    backbone = load_backbone(config.student)
+    backbone = load_backbone(config.student, state["backbone"])
     if state["backbone"] != backbone.identity:
         raise InputError(
             f"{path}: the student was trained on another backbone",

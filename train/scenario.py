@@ -37,11 +37,6 @@ class Scenario:
         return self.tasks[task][-1] + 1
 
 
-def default_tasks(classes: int) -> int:
-    """10 as in the papers, or fewer so that each task has at least two classes to tell apart."""
-    return max(1, min(10, classes // 2))
-
-
 def make_scenario(classes: Sequence[str], tasks: int, seed: int, shuffle: bool = True) -> Scenario:
     """Cut the classes into `tasks` parts; where it does not divide, the first parts get one more.
 

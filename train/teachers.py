@@ -44,6 +44,10 @@ class TeacherKey:
     "images a step"
     learning_rate: float
     "Adam's peak"
+    min_steps: int
+    "of a task"
+    head: str
+    "what answers"
     seed: int
     "of initial values, batches, augmentation"
     augmented: bool
