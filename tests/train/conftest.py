@@ -68,6 +68,8 @@ def make_config(tiny_vit: Callable[..., str]) -> Callable[..., TrainConfig]:
             "limit_per_class": 8,
             "batch_size": 16,
             "learning_rate": 0.02,
+            "head": "learned",
+            "min_steps": 0,
         }
         return TrainConfig(out=str(out), **{**options, **changes})
 
