@@ -117,7 +117,8 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--learner", help="l2p | dualprompt | coda | apt | finetune [default: coda]")
 @click.option(
     "--distill",
-    help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp]",
+    help="none | kd | dkd | fitnets | reviewkd | two-heads | kd-token | kdp | cdl-prompt | blockwise | m2kd "
+    "[default: kdp]",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"
@@ -135,6 +136,10 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--kd-blocks", type=int, help="blocks with KD prompts [default: 12]")
 @click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
 @click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
+@click.option("--apt-momentum", type=float, help="c, the old prompt's share in APT's merged one [default: 0.7]")
+@click.option("--exemplars", type=int, help="m2kd: training images kept of each earlier class [default: 0]")
+@click.option("--retrain-epochs", type=int, help="m2kd, finetune: epochs behind pruning [default: 0]")
+@click.option("--pruned", help="m2kd, finetune: pretrained | zero: what pruned weights become [default: pretrained]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")

@@ -8,12 +8,14 @@ from typing import Any
 from ..errors import InputError, choose
 from .distill import DISTILLERS
 from .learners import LEARNERS
+from .snapshots import PRUNED
 from .student import HEADS
 
 QUERIES = ("two-pass", "one-pass", "one-pass-patches")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
+PRUNING = "--distill m2kd --learner finetune"
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,18 @@ class TrainConfig:
     "KD rows a block, half keys, half values (papers: 6)"
     kd_head: str = "learner"
     "kind of the head on the KD token; learner: that of the learner's own head (papers)"
+    apt_momentum: float = 0.7
+    "c, the share of the old prompt in APT's merged one (its paper: 0.7 CIFAR-100, 0.8 ImageNet-R)"
+    exemplars: int = 0
+    "M2KD only: training images of each earlier class that come with those of a task; 0: none"
+    retrain_epochs: int = 0
+    "M2KD with a whole network only: epochs behind pruning, at a tenth of the rate; 0: none"
+    pruned: str = "pretrained"
+    "M2KD with a whole network only: what a weight that no task keeps becomes; zero: PackNet's way"
     compat: bool = False
-    "the authors' behaviour where it differs: see docs in README, `--compat`"
+    "the authors' behaviour where it differs: see docs/methods.md"
+    compat_schema: int = 2
+    "what `compat` was when the run was made: 1 until 2026-11-27 (see from_stored), 2 since"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
     range_images: int = 256
@@ -87,6 +99,7 @@ class TrainConfig:
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
+        choose("value of pruned weights", self.pruned, PRUNED)
         for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,6 +112,10 @@ class TrainConfig:
             ("learning_rate", 0 < self.learning_rate < float("inf"), "a number above 0"),
             ("seed", self.seed >= 0, "0 or more"),
             ("range_images", self.range_images >= 0, "0 or more"),
+            ("apt_momentum", 0 <= self.apt_momentum <= 1, "0 to 1"),
+            ("exemplars", self.exemplars >= 0, "0 or more"),
+            ("retrain_epochs", self.retrain_epochs >= 0, "0 or more"),
+            ("compat_schema", self.compat_schema in (1, 2), "1 or 2"),
         ):
             if not holds:
                 option = name.replace("_", "-")
@@ -120,6 +137,24 @@ class TrainConfig:
                 got=self.query,
                 expected="two-pass",
             )
+        network = LEARNERS[self.learner].whole_network
+        for name, given, allowed, wanted in (
+            ("exemplars", self.exemplars > 0, self.distill == "m2kd", "--distill m2kd"),
+            ("retrain-epochs", self.retrain_epochs > 0, self.distill == "m2kd" and network, PRUNING),
+            ("pruned", self.pruned != "pretrained", self.distill == "m2kd" and network, PRUNING),
+        ):
+            if given and not allowed:
+                raise InputError(
+                    f"--{name} is of M2KD" + (", where it prunes a whole network" if wanted == PRUNING else ""),
+                    got=f"--distill {self.distill} --learner {self.learner}",
+                    expected=wanted,
+                    fix=f"leave --{name} out",
+                )
+
+    @property
+    def as_authors(self) -> bool:
+        """Whether inference is that of the authors' code, as --compat has it today: masks, heads, test images."""
+        return self.compat and self.compat_schema > 1
 
     def _check_type(self, name: str, annotation: str) -> None:
         """annotation: the text of the field's type, such as "int | None"."""
@@ -144,3 +179,9 @@ class TrainConfig:
             if required not in document:
                 raise InputError("a training option is missing", got="nothing", expected=required)
         return cls(**document)
+
+    @classmethod
+    def from_stored(cls, document: dict[str, Any]) -> TrainConfig:
+        """The options of a run or checkpoint, also of one made before there were some of them."""
+        old = {"compat_schema": 1} if document.get("compat") else {}
+        return cls.from_json({**old, **document})

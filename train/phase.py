@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import KEPT_BYTES, Batch, Images
+from .batches import KEPT_BYTES, Batch, Images, images_seen
 from .config import TrainConfig
 from .distill import Distiller, Lesson
 from .engine import Engine
@@ -20,6 +20,8 @@ from .student import PromptedViT
 
 CHUNK = 256
 "images a pass without gradient"
+RETRAINING = 0.1
+"share of the learning rate behind pruning (PackNet's)"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Phase:
         self.distiller = distiller
         self.model = models[name]
         self.is_student = name == "student"
+        self.length = config.epochs + (config.retrain_epochs if self.is_student else 0)
+        "epochs of the phase"
         if "teacher" in models:  # blockwise goes back through the teacher's blocks, not to what it has learnt
             models["teacher"].requires_grad_(not self.is_student)
         self.parameters = [*self.model.trainable(), *(distiller.parameters() if self.is_student else ())]
@@ -100,15 +104,24 @@ class Phase:
                 answers = self._all_answers(images)
         if taught and answers is None:
             names = ["student", "teacher"]
-        steps = math.ceil(len(images) / config.batch_size)
-        for epoch in range(done, config.epochs):
+        count = images_seen(len(images), config.batch_size, config.compat)
+        steps = math.ceil(count / config.batch_size)
+        for epoch in range(done, self.length):
             begun = time.perf_counter()
+            if self.is_student and self.distiller.begin_epoch(epoch, self.task, self.model):
+                self.optimiser.state.clear()
             key = ((config.seed * 1009 + self.task) * 2 + self.is_student) * 100_003 + epoch
             generator = torch.Generator().manual_seed(key)
             total = 0.0
-            title = f"{self.bar} epoch {epoch + 1}/{config.epochs}"
+            title = f"{self.bar} epoch {epoch + 1}/{self.length}"
             batches = images.epoch(
-                names, config.batch_size, self.engine.autocast, generator, self.augmented, self.engine.share
+                names,
+                config.batch_size,
+                self.engine.autocast,
+                generator,
+                self.augmented,
+                self.engine.share,
+                config.compat,
             )
             quiet = self.bar is None or not sys.stderr.isatty()
             for step, batch in enumerate(
@@ -126,7 +139,7 @@ class Phase:
                 if self.is_student:
                     self.distiller.before_step(self.model)
                 self.optimiser.step()
-                total += loss.item() * min(config.batch_size, len(images) - step * config.batch_size)
+                total += loss.item() * min(config.batch_size, count - step * config.batch_size)
             total = float(self.engine.sum(torch.tensor(total)))
             self.model.learner.synchronise(self.engine.any)
             if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
@@ -134,7 +147,7 @@ class Phase:
                     f"{self.name}, task {self.task + 1}, epoch {epoch + 1}: the loss is not finite; "
                     "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
                 )
-            yield EpochDone(epoch + 1, total / len(images), time.perf_counter() - begun)
+            yield EpochDone(epoch + 1, total / count, time.perf_counter() - begun)
         self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
         self.answers = answers
 
@@ -190,9 +203,15 @@ class Phase:
 
 
 def rate(config: TrainConfig, epoch: int, step: int, steps: int) -> float:
-    """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
+    """Half a cosine over the task's epochs, from the peak to 0; the same again from a tenth of it for retraining.
+
+    compat: a quarter of a cosine, one value an epoch, where epoch 1 repeats epoch 0's. The CDL authors' schedule is
+    cos(99 pi e / (200 (K - 1))) for e of K epochs; it counts from -1 and is stepped from the second epoch on.
+    """
+    if epoch >= config.epochs:
+        share = ((epoch - config.epochs) * steps + step) / (config.retrain_epochs * steps)
+        return RETRAINING * 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))
     if config.compat:
-        share = max(0, epoch - 1) / config.epochs
-    else:
-        share = (epoch * steps + step) / (config.epochs * steps)
+        return config.learning_rate * math.cos(99 * math.pi * max(0, epoch - 1) / (200 * max(1, config.epochs - 1)))
+    share = (epoch * steps + step) / (config.epochs * steps)
     return 0.5 * config.learning_rate * (1 + math.cos(math.pi * share))

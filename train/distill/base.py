@@ -38,6 +38,19 @@ class DistillSpec:
     "first and last + 1 learned class position of each task"
     seed: int
     "of initial values"
+    compat: bool = False
+    "as the CDL authors' code: ReviewKD's fusion, feature terms of two GPUs"
+    epochs: int = 0
+    "of learning on a task; those behind are for retraining"
+    exemplars: bool = False
+    "whether images of earlier classes come with those of the task (M2KD)"
+    pruned: str = "pretrained"
+    "key of snapshots.PRUNED (M2KD)"
+
+    @property
+    def features(self) -> float:
+        """Factor of a feature term. The CDL authors train on two GPUs and sum the replicas' means: 2."""
+        return 2.0 if self.compat else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Lesson:
     student: StudentOutput
     "(B, C) logits; tokens behind each block where the distiller wants them"
     labels: Tensor
-    "int64 (B,), 0..c-1 within the task"
+    "int64 (B,), 0..c-1 within the task; below 0 for an exemplar of an earlier one"
     task: int
     "0-based"
     span: tuple[int, int]
@@ -120,6 +133,10 @@ class Distiller(nn.Module):
 
     def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
         """Called before the student trains on a task; not called again when that training is resumed."""
+
+    def begin_epoch(self, epoch: int, task: int, student: PromptedViT) -> bool:
+        """Called before each epoch of the student (0-based); whether the optimiser must forget its moments."""
+        return False
 
     def before_step(self, student: PromptedViT) -> None:
         """Called between backward and the optimiser's step."""
