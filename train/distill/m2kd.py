@@ -26,10 +26,10 @@ class M2KD(Distiller):
     seen so far. With retraining the last epochs of a task, behind pruning, change only the weights that it keeps.
 
     Ours: the paper's sum has no weights, this project's a and 1 - a stand before its two parts as in every other
-    distiller; lambda; which exemplars (drawn by the seed); all that snapshots.py says. The auxiliary head is a Linear on
-    the class token in the middle of the depth, normalised without parameters; each snapshot answers with the auxiliary
-    head of its time. There is no large teacher. Snapshots are asked without gradient, one after the other, in the
-    precision of training: a step of task k costs about 1 + k / 3 plain ones.
+    distiller; lambda; which exemplars (drawn by the seed); all that snapshots.py says. The auxiliary head is a Linear
+    on the class token in the middle of the depth, normalised without parameters; each snapshot answers with the
+    auxiliary head of its time. There is no large teacher. Snapshots are asked without gradient, one after the other, in
+    the precision of training: a step of task k costs about 1 + k / 3 plain ones.
     """
 
     needs_teacher: ClassVar[bool] = False
