@@ -4,14 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test check bench clean
+# Two processes; the tests of a file stay in one of them, where they share what its fixtures have made.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: quickstart test test-all check bench clean
 
 quickstart: $(READY)   ## environment, install, then the whole way once on bundled data
 	rm -rf quickstart
 	$(BIN)/cdl-edge quickstart --out quickstart
 
-test: $(READY)         ## no network, no GPU
-	$(BIN)/python -m pytest
+test: $(READY)         ## no network, no GPU; about three minutes on two cores
+	$(PYTEST)
+
+test-all: $(READY)     ## the same and all that is marked slow: whole grids, kills, torchrun
+	$(PYTEST) -m ""
 
 check: $(READY)        ## style and types
 	$(BIN)/ruff check .

@@ -14,12 +14,14 @@ thread, medians of 60 interleaved calls, 2026-11-21. MatMul-Softmax-MatMul takes
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
+from ..train.closed_form import StatisticsHead
 from ..train.student import SPREAD_EPS, PromptedViT
 from .nodes import FROZEN, LEARNT, Graph
 from .profiles import PROFILES, Profile
@@ -256,9 +258,38 @@ class StudentGraph:
             rows = prompts.at_block(i, query, tokens)
             if i in student.learner.blocks():
                 weights.append(prompts.selection.weights(prompts.pools["prompt"], i, query))
+            if i == self.depth - 1 and student.statistics_head is not None:
+                patches = self.patches_mean(x, count)
             x = self.block(i, x, count, rows, read if i == self.depth - 1 else None, qkv if i == 0 else None)
-        self.heads(g.norm("norm", x, self.vit.norm), len(read))
+        x = g.norm("norm", x, self.vit.norm)
+        if student.statistics_head is None:
+            self.heads(x, len(read))
+        else:
+            self.statistics_head(student.statistics_head, x, len(read), patches)
         return weights
+
+    def patches_mean(self, x: str, count: int) -> str:
+        """Mean of the normalised patches in front of the last block: (B * count, D) -> (B, D) in fp32."""
+        g = self.g
+        normed = g.reshape(g.norm("norm", x, self.vit.norm), -1, count, self.width)
+        patches = g.slice(normed, 1, self.tokens, 1)
+        return g.op("ReduceMean", patches, g.indices(1), keepdims=0)
+
+    def statistics_head(self, head: StatisticsHead, x: str, rows: int, patches: str) -> None:
+        """A head made from class statistics, in fp32: (B * rows, D) and (B, D) -> `logits` (B, C)."""
+        g = self.g
+        classes = self.classes if self.rewrites.learnt else self.student.classes
+        x = g.op("Concat", g.reshape(x, -1, rows * self.width), patches, axis=1)
+        if head.map.kind == "unit":
+            size = g.op("ReduceL2", x, g.indices(1), keepdims=1)
+            x = g.op("Div", x, g.op("Max", size, g.constant("head.least", np.array([1e-12]), "")))
+        elif head.projection is not None:
+            x = g.op("Relu", g.op("MatMul", x, g.constant("head.projection", head.projection, FROZEN)))
+        weight = g.constant("head.weight", head.weight[:classes].t(), LEARNT)
+        logits = g.op("Gemm", x, weight, g.constant("head.bias", head.bias[:classes], LEARNT))
+        if classes > self.classes:
+            logits = g.slice(logits, 0, self.classes, 1)
+        g.output("logits", logits, self.classes)
 
     def heads(self, x: str, rows: int) -> None:
         """(B * rows, D) in fp32 -> `logits` (B, C) in fp32."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
+from ..train.trunk import Residual, same_padding
 from .nodes import FROZEN, TYPES, Graph
 
 
@@ -76,32 +78,62 @@ class Stem:
 
     def convolutions(self, pixels: str, layers: list[Any], scale: Tensor, shift: Tensor) -> str:
         """A convolutional stem: (B, N - 1, D)."""
-        g, name = self.g, self.name
+        g = self.g
         x = g.op("Transpose", self.numbers(pixels), perm=[0, 3, 1, 2])
+        x, _ = self.sequence(self.name, x, self.preprocessing.size, layers, (scale, shift))
+        return g.op("Transpose", g.reshape(x, -1, self.width, self.patches_count), perm=[0, 2, 1])
+
+    def sequence(
+        self, name: str, x: str, size: int, layers: list[Any], pixels: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[str, int]:
+        """Layers one behind the other, and the side of what comes out. size: of what goes in.
+
+        pixels: scale and shift of the normalisation, where the first convolution reads pixels.
+        """
+        g = self.g
         for i, layer in enumerate(layers):
-            if isinstance(layer, nn.ReLU):
+            if isinstance(layer, Residual):
+                inner, size = self.sequence(f"{name}.{i}", x, size, list(layer))
+                x = g.op("Add", x, inner)
+            elif isinstance(layer, nn.ReLU6):
+                x = g.op("Clip", x, *(g.weight(f"clip.{v}", np.array(float(v)), "") for v in (0, 6)))
+            elif isinstance(layer, nn.ReLU):
                 x = g.op("Relu", x)
-                continue
-            if not isinstance(layer, nn.Conv2d) or layer.groups != 1 or set(layer.dilation) != {1}:
-                raise InputError("the stem cannot be exported", got=str(layer), expected="plain Conv2d and ReLU")
-            weight, bias = normalised(layer, None, None)
-            if i == 0 and any(layer.padding):
+            elif isinstance(layer, nn.Conv2d) and set(layer.dilation) == {1}:
+                x, size = self.convolution(f"{name}.{i}", x, size, layer, pixels if i == 0 else None)
+            else:
+                raise InputError(
+                    "the stem cannot be exported", got=str(layer), expected="Conv2d, ReLU, ReLU6 and residual sums"
+                )
+        return x, size
+
+    def convolution(
+        self, name: str, x: str, size: int, layer: nn.Conv2d, pixels: tuple[Tensor, Tensor] | None
+    ) -> tuple[str, int]:
+        """One convolution; see `sequence`."""
+        g = self.g
+        before, behind = same_padding(layer, size)
+        weight, bias = normalised(layer, None, None)
+        if pixels is not None:
+            scale, shift = pixels
+            if before or behind:
                 # Padding is zero behind the normalisation: only what multiplies can move into this convolution.
                 weight = weight * scale.view(1, 3, 1, 1)
                 if torch.any(shift != 0):
-                    x = g.op("Add", x, g.weight(f"{name}.padding", (shift / scale).view(1, 3, 1, 1), FROZEN))
-            elif i == 0:
+                    x = g.op("Add", x, g.weight(f"{self.name}.padding", (shift / scale).view(1, 3, 1, 1), FROZEN))
+            else:
                 weight, bias = normalised(layer, scale, shift)
-            x = g.op(
-                "Conv",
-                x,
-                g.weight(f"{name}.{i}.weight", weight, FROZEN),
-                g.weight(f"{name}.{i}.bias", bias, FROZEN),
-                kernel_shape=list(layer.kernel_size),
-                strides=list(layer.stride),
-                pads=[*layer.padding, *layer.padding],
-            )
-        return g.op("Transpose", g.reshape(x, -1, self.width, self.patches_count), perm=[0, 2, 1])
+        out = g.op(
+            "Conv",
+            x,
+            g.weight(f"{name}.weight", weight, FROZEN),
+            g.weight(f"{name}.bias", bias, FROZEN),
+            kernel_shape=list(layer.kernel_size),
+            strides=list(layer.stride),
+            pads=[before, before, behind, behind],
+            group=layer.groups,
+        )
+        return out, (size + before + behind - layer.kernel_size[0]) // layer.stride[0] + 1
 
 
 def normalised(layer: nn.Conv2d, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,34 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 
 
+def choose_quick_cases(cases: list[Any]) -> None:
+    """Mark as slow every case of a parametrized test that its marker `quick("id", ...)` does not name.
+
+    So the default suite has a representative of each kind, and `make test-all` the whole grid. Raises: CollectError for
+    an id that no case has, since a grid that changes would otherwise leave the default suite unnoticed.
+    """
+    marker = cases[0].get_closest_marker("quick")
+    if marker is None:
+        return
+    ids = {case.callspec.id for case in cases}
+    if not marker.args or set(marker.args) - ids:
+        raise pytest.Collector.CollectError(
+            f"{cases[0].originalname}: quick{marker.args} names no case, or one that is not in {sorted(ids)}"
+        )
+    for case in cases:
+        if case.callspec.id not in marker.args:
+            case.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Any:
+    """All cases of a test function at once, before anything is selected."""
+    made = yield
+    if isinstance(made, list) and made and isinstance(made[0], pytest.Function):
+        choose_quick_cases(made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root, which is the package."""

@@ -25,6 +25,8 @@ QUICK = {
     "profile": ("--runs", "40"),
 }
 "what the tests put behind a command: the last one of an option holds"
+SECONDS = ("calibrate.md", "export.md", "jetson.md", "pretrain.md", "quickstart.md", "sweep.md", "train.md")
+"pages whose commands train, export or calibrate"
 
 
 def load_make():
@@ -183,7 +185,7 @@ def matches(shown, real):
     return len(got) >= len(wanted) and all(re.fullmatch(w, g) for w, g in zip(wanted, got[-len(wanted) :], strict=True))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in PAGES])
 def test_what_a_page_shows(page, place, cli):
     found = blocks(DOCS / page)
     if page == "jetson.md":  # the whole way, from the photographs on
@@ -209,6 +211,7 @@ def test_what_a_page_shows(page, place, cli):
             same_shape(json.loads(block.text), answer.json, page)
 
 
+@pytest.mark.slow
 def test_the_way_that_the_readme_shows(place, cli):
     section = (ROOT / "README.md").read_text("utf-8").split("## Your own photographs", 1)[1].split("\n## ", 1)[0]
     Path("section.md").write_text(section)

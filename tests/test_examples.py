@@ -67,6 +67,7 @@ def test_video_stream(place, capsys):
     assert "'reused'" in lines["sticky"] and "100.0 % as exact" in lines["sticky"]
 
 
+@pytest.mark.slow
 def test_train_and_export(tmp_path, capsys):
     run, bundle = str(tmp_path / "run"), str(tmp_path / "bundle")
     assert load("train_and_export").main(run, bundle, "1", limit=8, images=20) < 1e-4
@@ -83,6 +84,7 @@ def test_update_device(place, tmp_path, capsys):
     assert f"* {updated}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_int8(place, tmp_path, capsys):
     off = load("int8").main(str(place / "bundles/fruit"), str(tmp_path / "int8"), "2")
     assert off["fp32"] < 1e-4 < off["int8"] < 0.2

@@ -101,8 +101,6 @@ def test_the_runtime_needs_numpy_pillow_and_one_engine_only():
                 "runtime/backends/openvino.py": {"openvino"},
                 "runtime/signature.py": {"cryptography"},
             }.get(source, engines)
-            if source.startswith("runtime/serve/"):
-                allowed = {"starlette", "uvicorn", "python_multipart"}
             assert foreign <= {"numpy", "PIL", *allowed}, f"{source} imports {foreign}"
 
 

@@ -19,8 +19,12 @@ from torch import nn
 from ..errors import InputError, choose
 from ..files import atomic_file, sha256
 from ..images import Preprocessing
+from .trunk import Residual, build_trunk
 
-BUILTIN = {name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("teacher", "student")}
+BUILTIN = {
+    name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("teacher", "student", "student-v1")
+}
+"student-v1: the student shipped until 2026-11-27, for the runs that were trained with it"
 StemSpec = tuple[tuple[int, int, int, int], ...]
 "one (channels out, kernel, stride, padding) for each convolution of a convolutional stem"
 
@@ -44,18 +48,24 @@ class Architecture:
     stem: StemSpec = ()
     """Convolutions in front of the blocks in place of the patch embedding ("Early convolutions help transformers see
     better", arXiv 2106.14881). Empty: a plain patch embedding."""
+    trunk: str = ""
+    "key of trunk.TRUNKS: a pretrained network as the stem, whose stride is the patch size; empty: none"
+    mlp_ratio: float = 4.0
+    "width of the MLP in units of embed_dim"
 
     def build(self, batch_norm: bool = False) -> VisionTransformer:
         """A randomly initialised timm model. `batch_norm` is for pre-training only: saved files have it folded."""
         embed: dict[str, Any] = {}
-        if self.stem:
-            embed["embed_layer"] = partial(HybridEmbed, backbone=conv_stem(self.stem, batch_norm))
+        if self.trunk or self.stem:
+            front = build_trunk(self.trunk) if self.trunk else conv_stem(self.stem, batch_norm)
+            embed["embed_layer"] = partial(HybridEmbed, backbone=front)
         return VisionTransformer(
             img_size=self.img_size,
-            patch_size=1 if self.stem else self.patch_size,
+            patch_size=1 if embed else self.patch_size,
             embed_dim=self.embed_dim,
             depth=self.depth,
             num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
             num_classes=self.num_classes,
             **embed,
         )
@@ -201,12 +211,17 @@ def _check_supported(source: str, model: nn.Module) -> None:
 
 
 def _plain_stem(embed: nn.Module) -> bool:
-    """A patch embedding, or our convolutional stem: the hybrids' residual networks are not exported."""
+    """A patch embedding, our convolutional stem or a trunk: other hybrids' residual networks are not exported."""
     if isinstance(embed, HybridEmbed):
-        return isinstance(embed.backbone, nn.Sequential) and all(
-            isinstance(layer, (nn.Conv2d, nn.ReLU)) for layer in embed.backbone
-        )
+        return isinstance(embed.backbone, nn.Sequential) and _plain_layers(embed.backbone)
     return isinstance(embed, PatchEmbed)
+
+
+def _plain_layers(layers: nn.Sequential) -> bool:
+    return all(
+        _plain_layers(layer) if isinstance(layer, Residual) else isinstance(layer, (nn.Conv2d, nn.ReLU, nn.ReLU6))
+        for layer in layers
+    )
 
 
 def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
@@ -228,7 +243,12 @@ def load_file(path: Path) -> tuple[VisionTransformer, Preprocessing]:
         )
     try:
         stem = tuple(tuple(int(v) for v in layer) for layer in json.loads(metadata.get("stem", "[]")))
-        architecture = Architecture(**{k: int(metadata[k]) for k in sizes}, stem=stem)  # type: ignore[arg-type]
+        architecture = Architecture(
+            **{k: int(metadata[k]) for k in sizes},
+            stem=stem,  # type: ignore[arg-type]
+            trunk=metadata.get("trunk", ""),
+            mlp_ratio=float(metadata.get("mlp_ratio", "4")),
+        )
         mean, std = (tuple(float(v) for v in metadata[k].split(",")) for k in ("mean", "std"))
         resize = int(metadata.get("resize", architecture.img_size))
     except (ValueError, TypeError) as error:
@@ -252,7 +272,9 @@ def save_backbone(
 ) -> None:
     """Write fp16 safetensors with timm key names, BatchNorm folded, sizes and preprocessing in the metadata."""
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("patch_embed.backbone.")}
-    if architecture.stem:
+    if architecture.trunk:
+        state |= {f"patch_embed.backbone.{k}": v for k, v in model.patch_embed.backbone.state_dict().items()}
+    elif architecture.stem:
         stem = fold_batch_norm(model.patch_embed.backbone)
         state |= {f"patch_embed.backbone.{k}": v for k, v in stem.state_dict().items()}
     metadata = {
@@ -260,6 +282,8 @@ def save_backbone(
         **{k: str(getattr(architecture, k)) for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")},
         "num_classes": str(architecture.num_classes),
         "stem": json.dumps(architecture.stem),
+        "trunk": architecture.trunk,
+        "mlp_ratio": str(architecture.mlp_ratio),
         "mean": ",".join(str(v) for v in preprocessing.mean),
         "std": ",".join(str(v) for v in preprocessing.std),
         "resize": str(preprocessing.resize),

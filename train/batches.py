@@ -115,6 +115,15 @@ class Images:
         return side.model.prepare(side.normalise(self._pixels[side.decoding][index]))
 
     @torch.no_grad()
+    def bare_tokens(self, name: str, index: np.ndarray) -> Tensor:
+        """Tokens (B, 1 + P, D) that the pretrained backbone of a model starts from, float32."""
+        kept = self._inputs.get(name)
+        side = self.sides[name]
+        if kept is not None and not side.model.learner.whole_network:
+            return kept[torch.from_numpy(index)]
+        return side.model.embed(side.normalise(self._pixels[side.decoding][index]))
+
+    @torch.no_grad()
     def batch(
         self,
         index: np.ndarray,

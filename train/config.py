@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError, choose
+from .closed_form import STATISTICS_HEADS
 from .distill import DISTILLERS
 from .learners import LEARNERS
 from .snapshots import PRUNED
@@ -16,6 +17,9 @@ PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
 PRUNING = "--distill m2kd --learner finetune"
+HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
+FIRST_SCHEMA = {"head": "learned"}
+"options that runs had before there was a name for them"
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,8 @@ class TrainConfig:
     "backbone of the student, likewise"
     learner: str = "coda"
     "prompt learner, of teacher and student"
-    distill: str = "kdp"
-    "distiller; none trains no teacher"
+    distill: str = "auto"
+    "distiller; none trains no teacher; auto: kdp, but none for --learner frozen"
     query: str = "two-pass"
     "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
     tasks: int | None = None
@@ -57,6 +61,12 @@ class TrainConfig:
     "temperature; None: the distiller's own (papers: 2, DKD 4)"
     query_regulariser: float = 0.0
     "one-pass training only: weight of the term that ties selections to those of the full query (OS-Prompt: 0.0001)"
+    head: str = "auto"
+    """what answers: learned (the heads that the prompts learn with, as in the papers), or made from class statistics after
+    each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and where a whole network learns"""
+    prompt_tasks: int | None = None
+    """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which would
+    otherwise grow stale (first-session adaptation: APER, RanPAC)"""
     kd_blocks: int = 12
     "blocks with KD prompts, token included (papers: 12)"
     kd_length: int = 6
@@ -74,7 +84,7 @@ class TrainConfig:
     compat: bool = False
     "the authors' behaviour where it differs: see docs/methods.md"
     compat_schema: int = 2
-    "what `compat` was when the run was made: 1 until 2026-11-27 (see from_stored), 2 since"
+    "what `compat` was when the run was made: 1 until 2026-11-27 (see stored), 2 since"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
     range_images: int = 256
@@ -90,6 +100,12 @@ class TrainConfig:
         for field in fields(self):  # a JSON file may hold anything
             self._check_type(field.name, str(field.type))
         choose("learner", self.learner, LEARNERS)
+        choose("head", self.head, HEAD_KINDS)
+        whole = LEARNERS[self.learner].whole_network
+        if self.distill == "auto":
+            object.__setattr__(self, "distill", "none" if self.learner == "frozen" else "kdp")
+        if self.head == "auto":
+            object.__setattr__(self, "head", "learned" if self.compat or whole else "ranpac")
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
         self._check_pair()
@@ -100,7 +116,7 @@ class TrainConfig:
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
         choose("value of pruned weights", self.pruned, PRUNED)
-        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class"):
+        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is too small", got=value, expected="at least 1")
@@ -151,10 +167,31 @@ class TrainConfig:
                     fix=f"leave --{name} out",
                 )
 
+        if self.learner == "frozen" and self.distill != "none":
+            raise InputError(
+                "--learner frozen has nothing that could be taught", got=f"--distill {self.distill}", expected="none"
+            )
+        if LEARNERS[self.learner].whole_network and self.head != "learned":
+            raise InputError(
+                f"--learner {self.learner} changes the features of earlier classes, and their statistics with them",
+                got=f"--head {self.head}",
+                expected="learned",
+            )
+        if self.compat and self.head != "learned":
+            raise InputError(
+                "--compat is the papers' setting, whose heads are learnt", got=f"--head {self.head}", expected="learned"
+            )
+
     @property
     def as_authors(self) -> bool:
         """Whether inference is that of the authors' code, as --compat has it today: masks, heads, test images."""
         return self.compat and self.compat_schema > 1
+
+    def learns_prompts(self, task: int) -> bool:
+        """Whether anything is trained by gradient in a task, 0-based."""
+        if self.head == "learned":
+            return self.prompt_tasks is None or task < self.prompt_tasks
+        return self.learner != "frozen" and task < (self.prompt_tasks or 1)
 
     def _check_type(self, name: str, annotation: str) -> None:
         """annotation: the text of the field's type, such as "int | None"."""
@@ -170,6 +207,12 @@ class TrainConfig:
         return asdict(self)
 
     @classmethod
+    def stored(cls, document: dict[str, Any]) -> TrainConfig:
+        """The config of a run as it was written, perhaps before an option existed."""
+        old = {"compat_schema": 1} if document.get("compat") else {}
+        return cls.from_json({**FIRST_SCHEMA, **old, **document})
+
+    @classmethod
     def from_json(cls, document: dict[str, Any]) -> TrainConfig:
         """The inverse of `to_json`; an unknown key is an InputError with the closest match."""
         names = [f.name for f in fields(cls)]
@@ -179,9 +222,3 @@ class TrainConfig:
             if required not in document:
                 raise InputError("a training option is missing", got="nothing", expected=required)
         return cls(**document)
-
-    @classmethod
-    def from_stored(cls, document: dict[str, Any]) -> TrainConfig:
-        """The options of a run or checkpoint, also of one made before there were some of them."""
-        old = {"compat_schema": 1} if document.get("compat") else {}
-        return cls.from_json({**old, **document})

@@ -34,6 +34,21 @@ def logits_of(images: Images, name: str, classes: int | None = None, rows: slice
     return np.concatenate(parts)
 
 
+@torch.no_grad()
+def features_of(images: Images, name: str) -> list[torch.Tensor]:
+    """What the statistics head of a model reads of every image, in chunks, float32 (n, D)."""
+    images.keep([name], nullcontext, CHUNK)
+    model = images.sides[name].model
+    parts = []
+    for start in range(0, len(images), CHUNK):
+        index = np.arange(start, min(start + CHUNK, len(images)))
+        batch = images.batch(index, [name], nullcontext)
+        features = model(batch.inputs[name], batch.queries[name]).features
+        assert features is not None
+        parts.append(features)
+    return parts
+
+
 def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:
     """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
     rows, weight = (engine.share if engine else Share()).of(len(images))

@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..class_statistics import ClassStatistics
 from ..data import Dataset, Split, load_dataset
 from ..errors import InputError
 from ..files import write_json
 from .backbone import Backbone, load_backbone
+from .baseline import FrozenBaseline
 from .batches import Images, Side
 from .checkpoint import load_state, save_state
+from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
 from .engine import Engine
-from .evaluate import accuracy
+from .evaluate import accuracy, features_of
 from .extend import Origin
 from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
@@ -109,6 +112,8 @@ class _Training:
         self.ranges: RangeKeeper | None = None
         if config.range_images and self.engine.is_main:
             self.ranges = RangeKeeper(self.out / "ranges.npz", config.range_images)
+        self.statistics = StatisticsKeeper(self.out, self.engine.is_main)
+        self.baseline = FrozenBaseline(self.backbones["student"], config.seed, self.statistics)
         self.skipped: list[str] = []
         self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
@@ -183,13 +188,17 @@ class _Training:
             names: list[str] = [n for n in ("teacher", "student") if n in self.models]
             if task == first_task and side:
                 names = names[names.index(side) :] if side in names else []
-            taught = self.teachers.load(task) if self.teachers else None
+            learns = self.config.learns_prompts(task)
+            if not learns:
+                names = self._pass_over(task, names, images)
+            taught = self.teachers.load(task) if self.teachers and learns else None
             answers = Answers(taught.logits) if taught is not None and taught.logits is not None else None
             for name in names:
                 if name == "teacher" and taught is not None:
                     self._reuse(task, taught)
                 else:
                     answers = self._phase(task, name, images, started, answers) or answers
+            self._collect(task, images)
             self._measure(task, taught, answers, len(images))
             self.position = (task + 1, "", 0)
             self._checkpoint(started, None)
@@ -203,6 +212,28 @@ class _Training:
             return own
         drawn = self.dataset.train.limited(kept, self.config.seed)
         return own.joined(*(self.scenario.split(drawn, t) for t in range(task)))
+
+    def _pass_over(self, task: int, names: list[str], images: Images) -> list[str]:
+        """A task in which no prompt learns; nobody is left to train."""
+        for name in names:
+            self.losses[name].append([])
+            self.seconds[name].append(0.0)
+        if self.ranges is not None:
+            self.ranges.begin(images)
+            self.ranges.end(images)
+        return []
+
+    def _collect(self, task: int, images: Images) -> None:
+        """The statistics of a task's classes, and every head made new from those of all tasks so far."""
+        classes, first = self.scenario.classes_of(self.dataset), self.scenario.tasks[task][0]
+        names = classes[first : self.scenario.seen(task)]
+        for name, model in self.models.items():
+            head = model.statistics_head
+            if head is not None:
+                x = as_numpy(features_of(images, name))
+                self.statistics.add(name, task + 1, ClassStatistics.of(head.map, x, images.labels - first, names))
+                head.set(make(self.config.head, self.statistics.totals[name], self.config.seed))
+        self.baseline.learn(task, images, first, names)
 
     def _reuse(self, task: int, taught: TaughtTask) -> None:
         """The teacher as another run left it after this task."""
@@ -274,7 +305,7 @@ class _Training:
                 f"task {task + 1}/{self.tasks} {name}: average accuracy {matrix.accuracy_after(task):.2f} %, "
                 f"forgetting {matrix.forgetting_after(task):.2f} points over {self.scenario.seen(task)} classes"
             )
-        if self.teachers is not None and taught is None and self.engine.is_main:
+        if self.teachers is not None and taught is None and self.engine.is_main and self.config.learns_prompts(task):
             row = [a for a in self.matrices["teacher"].rows[task] if a is not None]
             logits = answers.logits if answers is not None else None
             losses, seconds = self.losses["teacher"][task], self.seconds["teacher"][task]
@@ -291,7 +322,7 @@ class _Training:
         elif not resume:
             raise InputError(f"{self.out}: a run is there already", fix="add --resume, or choose another --out")
         else:
-            old = TrainConfig.from_stored(json.loads(stored.read_text()))
+            old = TrainConfig.stored(json.loads(stored.read_text()))
             mine, theirs = self.config.to_json(), old.to_json()
             differing = [k for k in mine if mine[k] != theirs[k] and k not in ("out", "devices", "teachers")]
             if differing:
@@ -349,6 +380,8 @@ class _Training:
         self.trained_images, self.reused = state["trained_images"], state["reused"]
         task, side, epochs = state["position"]
         self.position, self.optimiser_state = (task, side, epochs), state["optimiser"]
+        sides = [n for n, m in self.models.items() if m.statistics_head is not None] + self.baseline.sides
+        self.statistics.restore(sides, task, None if resumed else Path(str(self.config.extend)))
         if self.ranges is not None:
             self.ranges.restore(task, state["tails_before"])
         if resumed:
@@ -394,6 +427,7 @@ class _Training:
             "seconds": seconds,
             "images": self.image_counts,
             "skipped": self.skipped,
+            "baseline": self.baseline.measure(self.val),
             "definitions": DEFINITIONS,
             "backbones": {
                 n: {"source": b.source, "identity": b.identity, "width": b.width, "depth": b.depth}
@@ -416,6 +450,7 @@ class _Training:
         for name, matrix in self.matrices.items():
             matrix.write_csv(self.out / f"{name}_matrix.csv")
             save_learnt(self.out / f"{name}.safetensors", self.models[name], self.backbones[name])
+        self.statistics.finish(self.tasks)
         write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
         (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
 

@@ -84,6 +84,7 @@ def build_model(
         kd_head=config.kd_head,
         compat=config.as_authors,
         apt_momentum=config.apt_momentum,
+        head=config.head,
     )
 
 
@@ -101,7 +102,7 @@ def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
                 f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix
             )
     try:
-        config = TrainConfig.from_stored(json.loads((path / "config.json").read_text()))
+        config = TrainConfig.stored(json.loads((path / "config.json").read_text()))
         metrics = json.loads((path / "metrics.json").read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error

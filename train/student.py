@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .closed_form import StatisticsHead
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
 from .learners.base import uniform
 from .learners.mapped import MappedPrompts
@@ -122,6 +123,8 @@ class StudentOutput:
     "(B, L, K), L query-dependent blocks"
     hidden: tuple[Tensor, ...] = ()
     "(B, 1 + P, D) class and patch tokens behind each block, where asked for"
+    features: Tensor | None = None
+    "float32 (B, 2 D or 3 D) what a head made from statistics reads; only while not training"
 
 
 class PromptedViT(nn.Module):
@@ -148,6 +151,7 @@ class PromptedViT(nn.Module):
         query_of: str = "class",
         compat: bool = False,
         apt_momentum: float = 0.7,
+        head: str = "learned",
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
@@ -157,6 +161,7 @@ class PromptedViT(nn.Module):
         mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
         kd_head: key of HEADS, or learner: the kind of the learner's own head.
         compat, apt_momentum: see LearnerSpec; compat is also of heads, KD prompts and the sum of key losses.
+        head: learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads.
         """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
@@ -179,6 +184,7 @@ class PromptedViT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.kd = KDPrompts(width, min(kd[0], depth), kd[1], generator, compat) if kd else None
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
+        self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed) if head != "learned" else None
 
     @property
     def backbone(self) -> VisionTransformer:
@@ -207,11 +213,11 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised images -> (B, 1 + P, D) class and patch tokens with positions."""
-        return self._tokens(x)
+        """(B, 3, S, S) normalised images -> (B, 1 + P, D) tokens with positions, by the backbone as it was given."""
+        return self._tokens(x, self.pretrained)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        vit = self.backbone
+    def _tokens(self, x: Tensor, vit: VisionTransformer | None = None) -> Tensor:
+        vit = vit or self.backbone
         tokens = vit.patch_embed(x)
         return torch.cat([vit.cls_token.expand(len(x), -1, -1), tokens], dim=1) + vit.pos_embed
 
@@ -258,6 +264,9 @@ class PromptedViT(nn.Module):
             if training and self.reads_reference and q is not None and query is not None:
                 term = self.learner.reference_loss(i, q, query)
                 references += [term] if term is not None else []
+            if i == last and self.statistics_head is not None and not training:
+                # In front of the last block, which then answers for one or two rows only.
+                patches = self.backbone.norm(x[:, 1:count]).float().mean(dim=1)
             rows = None
             if i == last and not hidden:  # only these rows are read behind it
                 rows = [0] if self.kd is None else [0, x.shape[1] - 1]
@@ -267,6 +276,10 @@ class PromptedViT(nn.Module):
             if hidden:
                 kept.append(x[:, :count])
         x = self.backbone.norm(x)
+        features = None
+        if self.statistics_head is not None and not training:
+            ends = [x[:, 0], x[:, -1]] if self.kd is not None else [x[:, 0]]
+            features = torch.cat([*(t.float() for t in ends), patches], dim=1)
         # Keys: the mean over blocks (the authors: their sum); the regulariser, as published, the sum over blocks.
         # In bf16 it would be swallowed.
         keys = torch.stack(losses).float() if losses else None
@@ -278,10 +291,13 @@ class PromptedViT(nn.Module):
             torch.stack(key_losses).sum() if key_losses else None,
             torch.stack(weights, dim=1) if weights else None,
             tuple(kept),
+            features,
         )
 
     def combine(self, output: StudentOutput) -> Tensor:
-        """(1 - a) * head(CLS) + a * kd_head(KD token), or the one head there is. (B, C)."""
+        """The head made from statistics; else (1 - a) * head(CLS) + a * kd_head(KD token), or the one there is. (B, C)."""
+        if self.statistics_head is not None and output.features is not None:
+            return self.statistics_head(output.features)  # type: ignore[no-any-return]
         if output.kd_logits is None:
             return output.cls_logits
         return (1 - self.alpha) * output.cls_logits + self.alpha * output.kd_logits

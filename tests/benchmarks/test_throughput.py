@@ -144,6 +144,7 @@ def test_an_unknown_variant_is_refused(root, tmp_path):
     assert process.returncode == 2 and "our" in process.stderr
 
 
+@pytest.mark.slow
 def test_one_run_beside_a_stand_in(root, tmp_path):
     package = tmp_path / "checkout" / "learners"
     package.mkdir(parents=True)

@@ -161,6 +161,7 @@ def test_all_images(exported, source, tmp_path, lines):
     assert lines == []
 
 
+@pytest.mark.slow
 def test_sources_of_ranges(exported, source, tmp_path):
     options = {"flavours": ["int8-x86"], "images": 40}
     kept = calibrate(exported(), tmp_path / "kept", source, "kept", **options)
@@ -185,11 +186,13 @@ def test_every_learner(exported, tmp_path, learner):
         assert np.abs(runner.infer(images) - logits).max() <= 0.15 * np.ptp(logits)
 
 
+@pytest.mark.slow
 def test_a_kd_head_of_another_kind(exported, tmp_path):
     result = calibrate(exported("coda", kd_head="normalised", epochs=2), tmp_path / "out", smooth=0.5)
     assert all(f["agreement"] >= 75 for f in result["flavours"].values())
 
 
+@pytest.mark.quick("trt10")
 @pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
 def test_every_profile(exported, tmp_path, profile):
     result = calibrate(exported("coda", profile), tmp_path / "out")
@@ -201,6 +204,7 @@ def test_every_profile(exported, tmp_path, profile):
     }
 
 
+@pytest.mark.slow
 def test_a_free_batch(exported, tmp_path):
     result = calibrate(exported(dynamic_batch=True), tmp_path / "out", flavours=["int8-x86"])
     assert result["flavours"]["int8-x86"]["agreement"] >= 75
@@ -248,6 +252,7 @@ def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_pat
         assert evaluate(runner, source)["per_task"] == pytest.approx(found["after"]["per_task"])
 
 
+@pytest.mark.slow
 def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, exported, source, tmp_path, monkeypatch):
     """They share the file of weights: one flavour's layers in float may not move the other's bytes."""
     found = iter([["blocks.0.fc2"], ["blocks.0.fc2", "blocks.0.qkv", "blocks.1.fc1"]])
@@ -264,6 +269,7 @@ def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, expor
         assert np.abs(answers - logits).max() <= 0.15 * np.ptp(logits), name
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("searching", [True, False])
 def test_a_gate_that_is_missed_writes_nothing(exported, source, tmp_path, searching):
     with pytest.raises(GateError) as error:
@@ -354,6 +360,7 @@ def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick("inverted")
 @pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x // 200], ids=["inverted", "of another scale"])
 def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
     recorded = open_bundle(exported()).manifest["accuracy"]["average_accuracy"]

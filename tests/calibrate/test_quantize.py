@@ -40,6 +40,7 @@ def test_of_every_depth(tools, depth):
     assert set(linears(graphs.path())) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
 
 
+@pytest.mark.quick("coda-kd0")
 @pytest.mark.parametrize(("learner", "kd"), [("coda", (12, 6)), ("apt", None), ("l2p", None)])
 def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, kd):
     graphs = tools.make(learner, kd=kd, patch=4)
@@ -70,6 +71,7 @@ def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected), np.abs(got - expected).max()
 
 
+@pytest.mark.quick("l2p-int8-x86", "dualprompt-int8-arm", "coda-int8-trt", "apt-int8-x86")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_in_every_flavour(tools, learner, flavour):
@@ -105,6 +107,7 @@ def test_weights_are_bytes_within_half_a_step(tools):
         assert name not in stored  # nobody reads the float weights any more
 
 
+@pytest.mark.quick("int8-x86", "int8-trt")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_linear_computes_the_quantised_product(tools, flavour):
     """y = (q - z) s_x (W s_w) + b with q = round(x / s_x) + z, worked out by numpy."""
@@ -248,6 +251,7 @@ def test_each_pass_has_its_own_ranges(tools):
             assert scale == pytest.approx((max(histogram.high, 0) - min(histogram.low, 0)) / 255, rel=1e-5)
 
 
+@pytest.mark.quick("0.5-int8-x86", "1.0-int8-trt")
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):

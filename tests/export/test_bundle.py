@@ -50,6 +50,7 @@ def bundle(make_run, tmp_path_factory):
     return out, export(make_run(learner="coda", distill="kdp"), out, images=100)
 
 
+@pytest.mark.quick("l2p-none-two-pass", "apt-kdp-two-pass")
 @pytest.mark.parametrize(
     ("learner", "distill", "query"),
     [
@@ -83,6 +84,7 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
         assert len(manifest["selection"]["blocks"]) == manifest["outputs"]["prompt_weights"][1]
 
 
+@pytest.mark.quick("coda-normalised")
 @pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
 def test_a_kd_head_of_another_kind(make_run, tmp_path, learner, kd_head):
     run = make_run(learner=learner, distill="kdp", kd_head=kd_head)
@@ -93,6 +95,7 @@ def test_a_kd_head_of_another_kind(make_run, tmp_path, learner, kd_head):
     )
 
 
+@pytest.mark.slow
 def test_with_the_backbones_that_are_shipped(tmp_path):
     run = tmp_path / "run"
     train(TrainConfig("digits", str(run), learner="coda", tasks=5, epochs=1, limit_per_class=20), quiet=True)
@@ -231,6 +234,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
     monkeypatch.setattr(module, "assemble", wrong)
 
 
+@pytest.mark.quick("backbone.bin-0.3", "prompts.bin-0.5")
 @pytest.mark.parametrize(("file", "where"), [("backbone.bin", 0.3), ("backbone.bin", 0.7), ("prompts.bin", 0.5)])
 def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeypatch, file, where):
     spoiled(monkeypatch, file, where)

@@ -34,6 +34,7 @@ def close(got, expected, tolerance=1e-4):
         assert np.abs(got[name] - value).max() <= tolerance, name
 
 
+@pytest.mark.quick("l2p-trt10", "dualprompt-trt11", "coda-ort", "coda-trt10", "apt-openvino")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_profiles(lab, many_tokens, learner, profile):
@@ -55,6 +56,7 @@ def test_bytes_go_to_a_cast_only(lab, profile):
     assert set(readers) == {"Cast"}
 
 
+@pytest.mark.quick("l2p-trt10", "dualprompt-ort", "coda-trt11")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_the_passes_apart(lab, many_tokens, learner, profile):
@@ -82,6 +84,7 @@ def test_one_pass_has_no_parts(lab, learner):
         StudentGraph(student, lab.preprocessing, 7, 1).build("query")
 
 
+@pytest.mark.quick("l2p-trt10", "coda-openvino")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_the_patches_as_the_query_in_every_dialect(lab, learner, profile):
@@ -91,6 +94,7 @@ def test_the_patches_as_the_query_in_every_dialect(lab, learner, profile):
     assert all(np.abs(got[name] - value).max() <= 1e-4 for name, value in expected.items())
 
 
+@pytest.mark.quick("l2p-ort-one", "dualprompt-trt10-dynamic", "coda-trt11-one", "apt-trt10-one")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one", "dynamic"])
 @pytest.mark.parametrize("profile", ["ort", "trt10", "trt11"])
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -136,6 +140,17 @@ def test_the_frozen_file_does_not_depend_on_what_learns(lab, many_tokens, learne
     assert with_kd == without
 
 
+@pytest.mark.quick(
+    "l2p-last_rows",
+    "dualprompt-last_products",
+    "coda-shared_stem",
+    "coda-coda_products",
+    "l2p-tables",
+    "apt-input",
+    "apt-scale",
+    "dualprompt-heads",
+    "l2p-learnt",
+)
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_rewrite_is_exact(lab, learner, switch):
@@ -154,6 +169,7 @@ def test_every_rewrite_is_exact(lab, learner, switch):
     assert changed == (learner not in nothing_to_do.get(switch, ()))
 
 
+@pytest.mark.quick("coda-two-pass", "apt-one-pass")
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_no_rewrite_at_all(lab, learner, one_pass):
@@ -162,6 +178,7 @@ def test_no_rewrite_at_all(lab, learner, one_pass):
     close(lab.export(student, rewrites=none).each(pixels), lab.truth(student, pixels))
 
 
+@pytest.mark.quick("coda-normalised-trt10", "apt-linear-ort")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
 def test_heads_of_two_kinds(lab, many_tokens, learner, kd_head, profile):

@@ -28,6 +28,7 @@ def assert_equal(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
         assert difference.max() <= TOLERANCE, f"{name}: max {difference.max():.2e}, mean {difference.mean():.2e}"
 
 
+@pytest.mark.quick("l2p-kdp-two-pass", "dualprompt-kdp-one-pass", "coda-no-kd-two-pass", "apt-kdp-two-pass")
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
 @pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -41,6 +42,7 @@ def test_every_learner(lab, learner, kd, one_pass):
     assert ("prompt_weights" in graph.outputs) == (learner != "apt")
 
 
+@pytest.mark.quick("l2p-kdp-1", "coda-no-kd-None")
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
 @pytest.mark.parametrize("learner", POOLS)
@@ -53,6 +55,7 @@ def test_the_patches_as_the_query(lab, learner, kd, batch):
     assert_equal(lab.export(student, batch=batch).each(pixels), expected)
 
 
+@pytest.mark.quick("coda")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_as_the_authors_have_it(lab, learner):
     """Heads with a bias behind a fixed LayerNorm, and entries that are not learnt yet may be selected."""
@@ -69,6 +72,7 @@ def test_depth_twelve(lab, learner):
     assert_equal(lab.export(student).each(lab.pixels(2)), lab.truth(student, lab.pixels(2)))
 
 
+@pytest.mark.quick("coda-stem", "apt-padded stem")
 @pytest.mark.parametrize("stem", ["stem", "padded stem"])
 @pytest.mark.parametrize("learner", ["coda", "apt"])
 def test_convolutional_stem(lab, learner, stem):
@@ -83,6 +87,7 @@ def test_raw_pixels_as_the_authors_feed_them(lab, stem):
     assert_equal(lab.export(student, preprocessing=raw).each(pixels), lab.truth(student, pixels, raw))
 
 
+@pytest.mark.quick("coda-layer-scale", "apt-no-qkv-bias")
 @pytest.mark.parametrize("options", [{"layer_scale": True}, {"qkv_bias": False}], ids=["layer-scale", "no-qkv-bias"])
 @pytest.mark.parametrize("learner", ["coda", "apt"])
 def test_other_backbones(lab, learner, options):
@@ -100,6 +105,7 @@ def test_other_kd_prompts(lab, kd):
 MIXED = [("coda", "normalised"), ("dualprompt", "normalised"), ("apt", "linear")]
 
 
+@pytest.mark.quick("coda-normalised-one", "apt-linear-dynamic")
 @pytest.mark.parametrize("batch", [1, None], ids=["one", "dynamic"])
 @pytest.mark.parametrize(("learner", "kd_head"), MIXED)
 def test_a_kd_head_of_another_kind_than_the_own_one(lab, learner, kd_head, batch):
@@ -113,6 +119,7 @@ def test_a_kd_head_of_another_kind_than_the_own_one(lab, learner, kd_head, batch
     np.testing.assert_allclose(logits, got["logits"][:, :4], atol=TOLERANCE)
 
 
+@pytest.mark.quick("l2p-1", "coda-4")
 @pytest.mark.parametrize("learnt", [1, 4])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_other_numbers_of_tasks(lab, learner, learnt):
@@ -140,6 +147,7 @@ def test_coda_with_a_component_that_is_zero(lab):
     assert_equal(lab.export(student).each(lab.pixels(2)), lab.truth(student, lab.pixels(2)))
 
 
+@pytest.mark.quick("l2p-dynamic-two-pass", "dualprompt-static-one-pass", "coda-dynamic-one-pass", "apt-static-two-pass")
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
 @pytest.mark.parametrize("batch", [None, 3], ids=["dynamic", "static"])
 @pytest.mark.parametrize("learner", LEARNERS)

@@ -90,6 +90,7 @@ def prepared(device: SimpleNamespace, number: int, name: str) -> Path:
     return bundle
 
 
+@pytest.mark.quick("0")
 @pytest.mark.parametrize("number", [0, 1])
 def test_killed_before_any_single_change(device, number):
     bundle = prepared(device, number, "counted")
@@ -115,6 +116,7 @@ def test_killed_before_any_single_change(device, number):
     assert seen == sorted(seen) and set(seen) == {number, number + 1}, "one moment decides"
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(device):
     rng = random.Random(0)
     begin = time.perf_counter()
@@ -131,6 +133,7 @@ def test_killed_at_random_moments(device):
         shutil.rmtree(bundle)
 
 
+@pytest.mark.slow
 def test_a_killed_rollback(device):
     bundle = prepared(device, 1, "counted")
     count, status = steps(lambda: rollback(bundle, threads=1))

@@ -16,6 +16,8 @@ from cdl_edge import api
 from cdl_edge.sweep import runner, sweep
 from cdl_edge.sweep.runner import hold
 
+pytestmark = pytest.mark.slow
+
 
 def learnt(run):
     """Everything of a finished run but times."""

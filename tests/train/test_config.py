@@ -184,8 +184,8 @@ def test_options_of_m2kd():
 
 def test_a_run_of_before_is_read_as_what_it_was():
     old = {**BASE, "learner": "apt", "compat": True}
-    assert TrainConfig.from_json(old).as_authors and not TrainConfig.from_stored(old).as_authors
-    plain = TrainConfig.from_stored({**BASE, "learner": "apt"})
+    assert TrainConfig.from_json(old).as_authors and not TrainConfig.stored(old).as_authors
+    plain = TrainConfig.stored({**BASE, "learner": "apt"})
     assert plain == TrainConfig.from_json({**BASE, "learner": "apt"}) and plain.apt_momentum == 0.7
     again = TrainConfig.from_json(old)
-    assert TrainConfig.from_stored(again.to_json()) == again
+    assert TrainConfig.stored(again.to_json()) == again

@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from cdl_edge.train.checkpoint import load_state
 from cdl_edge.train.loop import train
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
+]
 # 35 images a task in steps of 17, 17 and 1: the first process has nothing of its own in the last one.
 OPTIONS = {"limit_per_class": 7, "batch_size": 17, "learning_rate": 0.005, "precision": "fp32", "devices": "cpu"}
 

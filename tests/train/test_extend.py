@@ -98,6 +98,7 @@ def logits(model, preprocessing):
 # -- what was learnt stays --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("coda", "l2p-cdl-prompt", "finetune-kd")
 @pytest.mark.parametrize("options", KINDS, ids=name_of)
 def test_what_a_run_says_of_its_classes_is_the_same_before_the_new_task(finished, extending, options):
     run = finished(**options)
@@ -115,6 +116,7 @@ def test_what_a_run_says_of_its_classes_is_the_same_before_the_new_task(finished
     assert made.position == (2, "", 0) and made.tasks == 3
 
 
+@pytest.mark.quick("coda", "l2p-cdl-prompt")
 @pytest.mark.parametrize("options", KINDS, ids=name_of)
 def test_it_learns_on_and_is_a_run_like_any_other(finished, extending, photos, options):
     run = finished(**options)
@@ -143,6 +145,7 @@ def test_tables_of_other_shapes_are_not_mixed():
             grown(small, {**other, "n": small["n"]})
 
 
+@pytest.mark.slow
 def test_codas_share_of_the_pool_stays_through_a_chain(tmp_path, finished, extending, image_folder):
     one = finished(learner="coda")
     train(extending(one), quiet=True)
@@ -188,6 +191,7 @@ def test_ranges_go_on(finished, extending, tmp_path):
 # -- images of what is learnt -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("gone")
 @pytest.mark.parametrize("there", [True, False], ids=["damaged", "gone"])
 def test_training_images_of_learnt_classes_are_never_read(tmp_path, finished, extending, photos, there):
     run, data = finished(learner="coda"), tmp_path / "data"
@@ -207,6 +211,7 @@ def test_training_images_of_learnt_classes_are_never_read(tmp_path, finished, ex
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("coda")
 @pytest.mark.parametrize(
     "options",
     [{"learner": "coda"}, {"learner": "dualprompt", "distill": "cdl-prompt"}, {"learner": "apt", "distill": "fitnets"}],
@@ -326,6 +331,7 @@ def test_a_run_without_some_of_its_files(tmp_path, finished, extending):
 # -- from the command line to the device ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_a_run_to_a_device_that_knows_a_new_class(tmp_path, image_folder, tiny_vit, cli):
     old, more = tmp_path / "old", tmp_path / "photos"
     image_folder(old, unsplit=dict.fromkeys("abcd", 12))

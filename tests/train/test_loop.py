@@ -72,6 +72,7 @@ def test_a_run_writes_its_folder(tmp_path, make_config):
     assert metrics["teacher"]["tasks_reused"] == [] and metrics["distiller"] == {}
 
 
+@pytest.mark.quick("l2p")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learner):
     metrics = train(make_config(tmp_path / "run", learner=learner, distill="none", teacher="builtin:none"), quiet=True)
@@ -79,6 +80,7 @@ def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learn
     assert not list((tmp_path / "run").glob("teacher*"))
 
 
+@pytest.mark.quick("coda", "apt")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_it_learns(tmp_path, make_config, image_folder, learner):
     # Red, green and blue: a ViT of random weights is enough to tell them apart.
@@ -288,7 +290,7 @@ def test_test_images_as_the_authors_see_them(backbone, data, resize):
     theirs = preprocessing_of(own, TrainConfig(data, "x", compat=True))
     assert theirs == Preprocessing(224, resize, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # trap 10
     assert preprocessing_of(own, TrainConfig(data, "x")) == own.preprocessing
-    before = TrainConfig.from_stored({"data": data, "out": "x", "compat": True})
+    before = TrainConfig.stored({"data": data, "out": "x", "compat": True})
     assert preprocessing_of(own, before) == Preprocessing(224, 248, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -340,6 +342,7 @@ def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
     assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
 
 
+@pytest.mark.quick("dualprompt")
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_without_weight_the_one_pass_regulariser_changes_no_number(tmp_path, make_config, learner):
     options = {"learner": learner, "query": "one-pass", "distill": "kd"}

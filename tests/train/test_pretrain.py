@@ -108,6 +108,7 @@ def test_resume_with_other_options_is_refused(tmp_path, photos, small):
     assert out.read_bytes() == before
 
 
+@pytest.mark.quick("teacher-True")
 @pytest.mark.parametrize(("arch", "freeze"), [("student", False), ("teacher", False), ("teacher", True)])
 def test_learning_from_a_convnet(tmp_path, photos, small, arch, freeze):
     net, out = tmp_path / "net.safetensors", tmp_path / "w.safetensors"

@@ -45,6 +45,15 @@ def assert_same(one, two):
             assert torch.equal(value, other_tensors[name][key]), f"{name}: {key}"
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, make_config):
+    """The folder of a run of the usual options that was never stopped."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(make_config(folder), quiet=True)
+    return folder
+
+
+@pytest.mark.quick("before-coda-kdp", "behind-l2p-none")
 @pytest.mark.parametrize(
     ("moment", "options"),
     [
@@ -93,8 +102,7 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, moment,
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
-def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatch):
-    train(make_config(tmp_path / "unbroken"), quiet=True)
+def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatch, unbroken):
     real = loop.write_json
 
     def write(path, document):
@@ -108,26 +116,25 @@ def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatc
     monkeypatch.setattr(loop, "write_json", real)
     assert not (tmp_path / "broken" / "metrics.json").exists()
     train(make_config(tmp_path / "broken"), resume=True, quiet=True)
-    assert_same(tmp_path / "unbroken", tmp_path / "broken")
+    assert_same(unbroken, tmp_path / "broken")
 
 
-def test_stopped_before_the_first_checkpoint(tmp_path, make_config, monkeypatch):
-    train(make_config(tmp_path / "unbroken"), quiet=True)
+def test_stopped_before_the_first_checkpoint(tmp_path, make_config, monkeypatch, unbroken):
     monkeypatch.setattr(loop, "save_state", lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         train(make_config(tmp_path / "broken"), quiet=True)
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "broken").iterdir()] == ["config.json"]
     train(make_config(tmp_path / "broken"), resume=True, quiet=True)
-    assert_same(tmp_path / "unbroken", tmp_path / "broken")
+    assert_same(unbroken, tmp_path / "broken")
 
 
-def test_resume_with_nothing_there_is_a_start(tmp_path, make_config):
-    train(make_config(tmp_path / "one"), quiet=True)
-    train(make_config(tmp_path / "two"), resume=True, quiet=True)
-    assert_same(tmp_path / "one", tmp_path / "two")
+def test_resume_with_nothing_there_is_a_start(tmp_path, make_config, unbroken):
+    train(make_config(tmp_path / "run"), resume=True, quiet=True)
+    assert_same(unbroken, tmp_path / "run")
 
 
+@pytest.mark.quick("fitnets-regressor.weight")
 @pytest.mark.parametrize(
     ("distill", "part"),
     [("fitnets", "regressor.weight"), ("reviewkd", "fusions.0.leave.weight"), ("blockwise", "connectors.2.weight")],
@@ -207,6 +214,7 @@ def kill_when(config, condition, *more):
     return tuple(load_state(checkpoint)["position"])
 
 
+@pytest.mark.slow
 def test_killed_in_both_phases(tmp_path, make_config):
     options = {"epochs": 6, "learner": "coda", "distill": "kdp"}
     unbroken, broken = make_config(tmp_path / "unbroken", **options), make_config(tmp_path / "broken", **options)

@@ -14,6 +14,7 @@ from cdl_edge.train.student import LinearHead, NormalisedHead, PromptedViT, Stud
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
 
 
+@pytest.mark.quick("l2p-True-False", "dualprompt-False-False", "coda-True-True", "apt-True-False")
 @pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize("kd", [True, False])
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -51,6 +52,7 @@ def test_the_kd_head_may_be_of_another_kind(make_model, backbone, naive, pixels,
     assert np.abs(got - np.stack([plain.logits(p) for p in pixels[:2]])).max() <= 1e-5
 
 
+@pytest.mark.quick("l2p-True", "coda-False")
 @pytest.mark.parametrize("kd", [True, False])
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_the_patches_as_the_query(make_model, backbone, naive, pixels, learner, kd):

@@ -55,6 +55,7 @@ def reused(folder):
 # -- a kept teacher ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("coda-kdp")
 @pytest.mark.parametrize(
     ("options", "other"),
     [
@@ -206,6 +207,7 @@ def test_what_it_does_not_depend_on(key, change):
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopped_in_the_second_task_the_first_is_kept(tmp_path, make_config, phases, monkeypatch):
     options = {"learner": "l2p", "distill": "kdp"}
     keep = {**options, "teachers": str(tmp_path / "kept")}
@@ -231,6 +233,7 @@ def test_stopped_in_the_second_task_the_first_is_kept(tmp_path, make_config, pha
     assert_same(tmp_path / "second", tmp_path / "without")
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_run_on_kept_teachers_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, lost):
     # Also where the folder has gone in between: what the checkpoint holds is enough.
@@ -288,12 +291,21 @@ def test_the_folder_may_be_named_anew_when_a_run_is_resumed(tmp_path, make_confi
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, make_config):
+    """A folder with a run `first` and its teachers in `kept`."""
+    folder = tmp_path_factory.mktemp("kept")
+    options = {"learner": "apt", "distill": "kd", "teachers": str(folder / "kept")}
+    train(make_config(folder / "first", **options), quiet=True)
+    return folder
+
+
 @pytest.fixture
-def kept(tmp_path, make_config):
-    """(config of a second run, file of the first task's teacher)."""
-    options = {"learner": "apt", "distill": "kd", "teachers": str(tmp_path / "kept")}
-    train(make_config(tmp_path / "first", **options), quiet=True)
+def kept(first, tmp_path, make_config):
+    """(config of a second run, file of the first task's teacher), in a copy."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
     (path,) = (tmp_path / "kept").rglob("task-01.safetensors")
+    options = {"learner": "apt", "distill": "kd", "teachers": str(tmp_path / "kept")}
     return make_config(tmp_path / "second", **options), path
 
 

@@ -7,6 +7,7 @@ from .base import BlockPrompt, Learner, LearnerSpec
 from .coda import CODAPrompt
 from .dualprompt import DualPrompt
 from .finetune import FineTune
+from .frozen import Frozen
 from .l2p import L2P
 
 LEARNERS: dict[str, type[Learner]] = {
@@ -15,6 +16,7 @@ LEARNERS: dict[str, type[Learner]] = {
     "coda": CODAPrompt,
     "apt": APT,
     "finetune": FineTune,
+    "frozen": Frozen,
 }
 
 __all__ = ["LEARNERS", "BlockPrompt", "Learner", "LearnerSpec"]

@@ -238,6 +238,7 @@ def assert_same(one, two):
     assert all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
 
 
+@pytest.mark.quick("finetune")
 @pytest.mark.parametrize("learner", ["finetune", "l2p"])
 def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, learner):
     train(make_config(tmp_path / "unbroken", **options(learner)), quiet=True)
@@ -327,6 +328,7 @@ def test_stopped_while_it_retrains(tmp_path, make_config, monkeypatch):
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_task(tmp_path, make_config):
     """By SIGKILL, as soon as there is a checkpoint of an epoch of the second task."""
     train(make_config(tmp_path / "unbroken", **options("finetune"), epochs=6), quiet=True)

@@ -82,6 +82,7 @@ def test_the_frozen_backbone_is_not_touched(backbone):
     assert not torch.equal(model.backbone.pos_embed, backbone.model.pos_embed)
 
 
+@pytest.mark.quick("kd", "kdp")
 @pytest.mark.parametrize("distill", DISTILLERS)
 def test_it_works_with_every_distiller_or_says_why_not(tmp_path, config, distill):
     if distill not in ABLE:
@@ -118,6 +119,7 @@ def test_it_learns(tmp_path, config):
     assert metrics["student"]["average_accuracy"] > 60
 
 
+@pytest.mark.slow
 def test_a_kept_teacher_gives_the_same_student(tmp_path, config):
     options = {"distill": "kd", "teachers": str(tmp_path / "teachers")}
     one = train(config(tmp_path / "one", **options), quiet=True)

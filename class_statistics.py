@@ -1,0 +1,203 @@
+"""Class statistics: for each class the number of its images and the sum of their features, and one second moment.
+
+They are what a classifier head is made from in closed form (heads.py), without any image: adding a class, adding
+pictures to a class and taking them out again are additions and subtractions in float64, exact to rounding and
+independent of order. Numpy only: a device uses them too.
+
+What they say about people's pictures: a mean of features is not a picture, but the statistics of a class of one picture
+are that picture's features. Share a bundle's statistics as you would share the classifier.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .files import atomic_file
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Which features the statistics are of: outputs of the network, and what is done to them."""
+
+    parts: tuple[str, ...]
+    "what is concatenated, in order: query (class token of the bare pass), class, kd, patches (their mean)"
+    width: int
+    "of the concatenation, D"
+    kind: str = "plain"
+    "plain | unit (divided by the Euclidean norm) | random (random projection, then ReLU: RanPAC)"
+    size: int = 0
+    "columns of the random projection, L; 0 for the other kinds"
+    seed: int = 0
+    "of the random projection"
+
+    @property
+    def features(self) -> int:
+        """Length of a feature vector, F."""
+        return self.size if self.kind == "random" else self.width
+
+    def projection(self) -> np.ndarray | None:
+        """float32 (D, L), standard normal, the same for the same seed everywhere; None for the other kinds."""
+        if self.kind != "random":
+            return None
+        return np.random.default_rng([self.seed, 0x4A9]).standard_normal((self.width, self.size), np.float32)
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, F) in float64."""
+        x = np.asarray(x, np.float64)
+        if self.kind == "unit":
+            return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        projection = self.projection()
+        return x if projection is None else np.maximum(x @ projection, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**vars(self), "parts": list(self.parts)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> FeatureMap:
+        """The inverse of `to_json`."""
+        return cls(**{**document, "parts": tuple(document["parts"])})
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """Of some classes, over features of length F. All arrays are float64 but the counts."""
+
+    map: FeatureMap
+    classes: tuple[str, ...]
+    "names, C"
+    counts: np.ndarray
+    "int64 (C,)"
+    sums: np.ndarray
+    "(C, F), sum of the features of each class"
+    moment: np.ndarray
+    "(F, F), sum of x x^T over all images of all these classes"
+
+    @classmethod
+    def of(cls, map: FeatureMap, x: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> ClassStatistics:
+        """x: (N, D) outputs of the network; labels: int (N,), positions in `classes`."""
+        count = len(classes)
+        sums, moment = np.zeros((count, map.features)), np.zeros((map.features, map.features))
+        for start in range(0, len(x), 1024):  # random features of all images at once would not fit everywhere
+            h, y = map.apply(x[start : start + 1024]), labels[start : start + 1024]
+            np.add.at(sums, y, h)
+            moment += h.T @ h
+        return cls(map, tuple(classes), np.bincount(labels, minlength=count).astype(np.int64), sums, moment)
+
+    @property
+    def images(self) -> int:
+        """All of them."""
+        return int(self.counts.sum())
+
+    @property
+    def means(self) -> np.ndarray:
+        """(C, F)."""
+        return self.sums / np.maximum(self.counts, 1)[:, None]
+
+    def scatter(self) -> np.ndarray:
+        """(F, F): covariance within the classes, divided by the number of images."""
+        means = self.means
+        within = self.moment - (means * self.counts[:, None]).T @ means
+        return (within + within.T) / (2 * max(1, self.images))
+
+    def _check(self, other: ClassStatistics) -> None:
+        if self.map != other.map:
+            raise InputError(
+                "class statistics of different features cannot be combined",
+                got=str(other.map.to_json()),
+                expected=str(self.map.to_json()),
+            )
+
+    def __add__(self, other: ClassStatistics) -> ClassStatistics:
+        """Of the images of both; a class that both have is one class. Raises: InputError for other features."""
+        self._check(other)
+        names = [*self.classes, *(c for c in other.classes if c not in set(self.classes))]
+        counts, sums = np.zeros(len(names), np.int64), np.zeros((len(names), self.map.features))
+        for part in (self, other):
+            rows = [names.index(c) for c in part.classes]
+            counts[rows] += part.counts
+            sums[rows] += part.sums
+        return ClassStatistics(self.map, tuple(names), counts, sums, self.moment + other.moment)
+
+    def __sub__(self, other: ClassStatistics) -> ClassStatistics:
+        """Without the images of `other`; a class that has none left goes.
+
+        Raises: InputError for other features, or for images that are not in these statistics.
+        """
+        self._check(other)
+        counts, sums = self.counts.copy(), self.sums.copy()
+        for i, name in enumerate(other.classes):
+            held = self.counts[self.classes.index(name)] if name in self.classes else 0
+            if other.counts[i] > held:
+                raise InputError(
+                    f"class {name!r} has fewer images than are to be taken out",
+                    got=int(other.counts[i]),
+                    expected=f"at most {int(held)}",
+                )
+            counts[self.classes.index(name)] -= other.counts[i]
+            sums[self.classes.index(name)] -= other.sums[i]
+        kept = np.flatnonzero(counts > 0)
+        names = tuple(self.classes[i] for i in kept)
+        return ClassStatistics(self.map, names, counts[kept], sums[kept], self.moment - other.moment)
+
+    def ordered(self, classes: Sequence[str]) -> ClassStatistics:
+        """The same with its classes in the order given. Raises: InputError where the names are others."""
+        if sorted(classes) != sorted(self.classes):
+            odd = sorted(set(classes) ^ set(self.classes))
+            raise InputError("class statistics of other classes", got=", ".join(odd[:5]), expected="the same names")
+        rows = [self.classes.index(c) for c in classes]
+        return ClassStatistics(self.map, tuple(classes), self.counts[rows], self.sums[rows], self.moment)
+
+    def save(self, path: Path) -> None:
+        """Write an .npz atomically; the same statistics give the same bytes. Only a triangle of the moment is kept."""
+        with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+            np.savez(
+                stream,
+                schema=np.array(SCHEMA),
+                map=np.array(json.dumps(self.map.to_json(), sort_keys=True)),
+                classes=np.array(self.classes, dtype=np.str_),
+                counts=self.counts,
+                sums=self.sums,
+                moment=self.moment[np.triu_indices(len(self.moment))],
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> ClassStatistics:
+        """The inverse of `save`. Raises: InputError when the file is not there or not one of ours."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if int(file["schema"]) > SCHEMA:
+                    raise InputError(f"{path}: written by a newer cdl-edge", got=int(file["schema"]), expected=SCHEMA)
+                map = FeatureMap.from_json(json.loads(str(file["map"])))
+                triangle, rows = file["moment"], np.triu_indices(map.features)
+                moment = np.zeros((map.features, map.features))
+                moment[rows] = triangle
+                moment.T[rows] = triangle
+                names = tuple(str(c) for c in file["classes"])
+                counts, sums = file["counts"].astype(np.int64), file["sums"].astype(np.float64)
+                if counts.shape != (len(names),) or sums.shape != (len(names), map.features):
+                    raise ValueError("counts and sums of other shapes")
+                return cls(map, names, counts, sums, moment)
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(
+                f"{path}: no class statistics", got=" ".join(str(error).split()), expected="a file written by train"
+            ) from error
+
+
+def merged(parts: Iterable[ClassStatistics]) -> ClassStatistics:
+    """The sum of several, at least one."""
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first

@@ -1,0 +1,68 @@
+"""The frozen baseline: closed-form heads on the bare student backbone, on the same images. Seconds, nothing learnt.
+
+It stands beside every result: prompts and distillation have to beat it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..class_statistics import ClassStatistics
+from ..heads import CLOSED_FORM, feature_map
+from .backbone import Backbone
+from .batches import Images
+from .closed_form import StatisticsKeeper
+from .student import run_block
+
+HEADS = ("slda", "ranpac")
+CHUNK = 128
+
+
+class FrozenBaseline:
+    """Learns the classes of a run task by task, as the run does, and answers for its validation images."""
+
+    def __init__(self, backbone: Backbone, seed: int, keeper: StatisticsKeeper) -> None:
+        self.backbone, self.keeper = backbone, keeper
+        self.maps = {h: feature_map(h, ("class", "patches"), 2 * backbone.width, seed) for h in HEADS}
+
+    @property
+    def sides(self) -> list[str]:
+        """Names of its statistics among those of the run."""
+        return [f"frozen-{h}" for h in HEADS]
+
+    @torch.no_grad()
+    def features(self, images: Images) -> np.ndarray:
+        """Class token and mean of the patches, as heads read them: float32 (N, 2 D)."""
+        vit, parts = self.backbone.model, []
+        for start in range(0, len(images), CHUNK):
+            tokens = images.bare_tokens("student", np.arange(start, min(start + CHUNK, len(images))))
+            for i, block in enumerate(vit.blocks):
+                last = i == len(vit.blocks) - 1
+                patches = vit.norm(tokens[:, 1:]).mean(dim=1)  # of the last block: in front of it, as students do
+                tokens = run_block(block, tokens, keep=[0] if last else None)
+            parts.append(torch.cat([vit.norm(tokens)[:, 0], patches], dim=1).float().cpu())
+        return torch.cat(parts).numpy()
+
+    def learn(self, task: int, images: Images, first: int, classes: list[str]) -> None:
+        """The statistics of a task, 0-based. first: label of its first class; classes: names in the order of labels."""
+        x = self.features(images)
+        for head, map in self.maps.items():
+            part = ClassStatistics.of(map, x, images.labels - first, classes)
+            self.keeper.add(f"frozen-{head}", task + 1, part)
+
+    def measure(self, val: list[Images]) -> dict[str, Any]:
+        """{"head", "average_accuracy", "heads": {...}}: in %, mean over tasks, of the better of both heads."""
+        features = [self.features(images) for images in val]
+        found: dict[str, float] = {}
+        for head, map in self.maps.items():
+            made = CLOSED_FORM[head][1](self.keeper.totals[f"frozen-{head}"])
+            right = []
+            for x, images in zip(features, val, strict=True):
+                answers = (map.apply(x) @ made.weight.T + made.bias).argmax(axis=1)
+                right.append(100.0 * float((answers == images.labels).mean()))
+            found[head] = sum(right) / len(right)
+        best = max(found, key=lambda h: found[h])
+        return {"head": best, "average_accuracy": found[best], "heads": found}

@@ -1,0 +1,111 @@
+"""A head in closed form as a module of the student, and the statistics that it is made from, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..class_statistics import ClassStatistics, FeatureMap
+from ..heads import CLOSED_FORM, LinearMap, feature_map
+from .aligned import align
+
+STATISTICS_HEADS = (*CLOSED_FORM, "aligned")
+"heads that are made from class statistics; `aligned` learns a linear head on features drawn from them"
+
+
+def feature_parts(kd_token: bool) -> tuple[str, ...]:
+    """What the features of a student are, in order; see FeatureMap."""
+    return ("class", "kd", "patches") if kd_token else ("class", "patches")
+
+
+class StatisticsHead(nn.Module):
+    """Logits of features by a linear map that was made from class statistics; nothing here learns by gradient."""
+
+    def __init__(self, kind: str, width: int, kd_token: bool, classes: int, seed: int) -> None:
+        """width: of a token, D; the features are two or three of them. classes: of all tasks, C."""
+        super().__init__()
+        parts = feature_parts(kd_token)
+        self.kind, self.classes = kind, classes
+        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), seed)
+        self.weight: Tensor
+        self.bias: Tensor
+        self.projection: Tensor | None
+        self.register_buffer("weight", torch.zeros(classes, self.map.features))
+        self.register_buffer("bias", torch.zeros(classes))
+        projection = self.map.projection()
+        # Made from its seed again: it is not saved with the run.
+        self.register_buffer(
+            "projection", torch.from_numpy(projection) if projection is not None else None, persistent=False
+        )
+
+    def set(self, made: LinearMap) -> None:
+        """Take the head of the first classes, as many as it has rows."""
+        count = len(made.weight)
+        self.weight.zero_()
+        self.bias.zero_()
+        self.weight[:count] = torch.from_numpy(made.weight).to(self.weight)
+        self.bias[:count] = torch.from_numpy(made.bias).to(self.bias)
+
+    def mapped(self, x: Tensor) -> Tensor:
+        """(B, D) features of the network -> (B, F), what the linear map reads."""
+        if self.map.kind == "unit":
+            return F.normalize(x, dim=1, eps=1e-12)
+        return x if self.projection is None else F.relu(x @ self.projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) features -> (B, C) logits."""
+        return F.linear(self.mapped(x.float()), self.weight, self.bias)
+
+
+def make(kind: str, statistics: ClassStatistics, seed: int) -> LinearMap:
+    """The head of a kind from statistics. seed: of the features that `aligned` draws."""
+    return align(statistics, seed) if kind == "aligned" else CLOSED_FORM[kind][1](statistics)
+
+
+class StatisticsKeeper:
+    """The statistics of a run, all tasks so far merged: `statistics/<side>-<tasks>.npz` in the RUN folder.
+
+    The file before the last one stays until the next task, so that a run that was killed between a file and its
+    checkpoint finds the one that its checkpoint belongs to.
+    """
+
+    def __init__(self, run: Path, write: bool) -> None:
+        """write: whether this process writes files."""
+        self.folder, self.write = run / "statistics", write
+        self.totals: dict[str, ClassStatistics] = {}
+
+    def add(self, side: str, tasks: int, part: ClassStatistics) -> None:
+        """The statistics of a task, the `tasks`-th."""
+        self.totals[side] = self.totals[side] + part if side in self.totals else part
+        if self.write:
+            self.folder.mkdir(exist_ok=True)
+            self.totals[side].save(self.folder / f"{side}-{tasks}.npz")
+            (self.folder / f"{side}-{tasks - 2}.npz").unlink(missing_ok=True)
+
+    def restore(self, sides: Sequence[str], tasks: int, run: Path | None = None) -> None:
+        """Read those of the first `tasks` tasks; of the run that this one extends where `run` is given.
+
+        Raises: InputError where one is missing.
+        """
+        folder = self.folder if run is None else run / "statistics"
+        self.totals = {side: ClassStatistics.load(folder / f"{side}-{tasks}.npz") for side in sides if tasks}
+
+    def finish(self, tasks: int) -> None:
+        """Leave only the file of all tasks."""
+        for side in self.totals if self.write else ():
+            (self.folder / f"{side}-{tasks - 1}.npz").unlink(missing_ok=True)
+
+
+def load_statistics(run: Path, side: str, tasks: int) -> ClassStatistics:
+    """The statistics of a finished run. Raises: InputError where they are missing or damaged."""
+    return ClassStatistics.load(run / "statistics" / f"{side}-{tasks}.npz")
+
+
+def as_numpy(parts: Sequence[Tensor]) -> np.ndarray:
+    """float32 (N, D) of chunks."""
+    return torch.cat(list(parts)).float().cpu().numpy()
