@@ -16,6 +16,7 @@ QUERIES = ("two-pass", "one-pass", "one-pass-patches")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
+REPLAY = "--distill m2kd --head learned"
 PRUNING = "--distill m2kd --learner finetune"
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
 FIRST_SCHEMA = {"head": "learned"}
@@ -155,14 +156,15 @@ class TrainConfig:
             )
         network = LEARNERS[self.learner].whole_network
         for name, given, allowed, wanted in (
-            ("exemplars", self.exemplars > 0, self.distill == "m2kd", "--distill m2kd"),
+            # Statistics heads count every image that a task brings as one of its own classes.
+            ("exemplars", self.exemplars > 0, self.distill == "m2kd" and self.head == "learned", REPLAY),
             ("retrain-epochs", self.retrain_epochs > 0, self.distill == "m2kd" and network, PRUNING),
             ("pruned", self.pruned != "pretrained", self.distill == "m2kd" and network, PRUNING),
         ):
             if given and not allowed:
                 raise InputError(
                     f"--{name} is of M2KD" + (", where it prunes a whole network" if wanted == PRUNING else ""),
-                    got=f"--distill {self.distill} --learner {self.learner}",
+                    got=f"--distill {self.distill} --learner {self.learner} --head {self.head}",
                     expected=wanted,
                     fix=f"leave --{name} out",
                 )

@@ -165,6 +165,7 @@ def test_every_option_has_its_line():
     ("change", "words"),
     [
         ({"exemplars": 2, "distill": "kdp"}, ["--exemplars is of M2KD", "--distill m2kd"]),
+        ({"exemplars": 2, "distill": "m2kd", "learner": "apt", "head": "ranpac"}, ["--head ranpac", "--head learned"]),
         ({"retrain_epochs": 1, "distill": "kdp"}, ["--retrain-epochs", "--distill m2kd --learner finetune"]),
         ({"retrain_epochs": 1, "distill": "m2kd", "learner": "apt"}, ["a whole network", "--learner apt"]),
         ({"pruned": "zero", "distill": "m2kd", "learner": "apt"}, ["--pruned is of M2KD", "--learner finetune"]),
@@ -178,7 +179,10 @@ def test_options_that_have_no_meaning_are_refused(change, words):
 
 
 def test_options_of_m2kd():
-    for change in ({"exemplars": 3, "learner": "apt"}, {"learner": "finetune", "retrain_epochs": 2, "pruned": "zero"}):
+    for change in (
+        {"exemplars": 3, "learner": "apt", "head": "learned"},
+        {"learner": "finetune", "retrain_epochs": 2, "pruned": "zero"},
+    ):
         TrainConfig.from_json({**BASE, "distill": "m2kd", **change})
 
 

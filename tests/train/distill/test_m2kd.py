@@ -268,7 +268,7 @@ def test_every_task_sees_its_images_and_those_kept_of_earlier_classes(tmp_path, 
         return real(split, *more)
 
     monkeypatch.setattr(loop, "Images", note)
-    train(make_config(tmp_path / "run", **options("apt"), exemplars=2, epochs=1), quiet=True)
+    train(make_config(tmp_path / "run", **options("apt"), head="learned", exemplars=2, epochs=1), quiet=True)
     trained = seen[0::2]  # behind each comes its validation
     counts = [[int((s.labels == c).sum()) for c in range(10)] for s in trained]
     assert counts[0] == [8] * 4 + [0] * 6
