@@ -127,8 +127,8 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--learner", help="frozen (no prompts) | l2p | dualprompt | coda | apt | finetune [default: coda]")
 @click.option(
     "--distill",
-    help="none | kd | dkd | fitnets | reviewkd | kd-token | kdp | cdl-prompt | blockwise | m2kd [default: kdp; "
-    "none for --learner frozen]",
+    help="none | kd | dkd | fitnets | reviewkd | two-heads | kd-token | kdp | cdl-prompt | blockwise | m2kd "
+    "[default: kdp; none for --learner frozen]",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"
@@ -139,7 +139,9 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--learning-rate", type=float, help="Adam's peak [default: 0.005; 0.001 with --compat]")
 @click.option("--seed", type=int, help="of class order, initial values, batches [default: 0]")
 @click.option("--limit-per-class", type=int, help="training images a class [default: all]")
-@click.option("--augment", help="auto | none | crop-flip [default: auto: crop-flip for photographs where heads are learnt]")
+@click.option(
+    "--augment", help="auto | none | crop-flip [default: auto: crop-flip for photographs where heads are learnt]"
+)
 @click.option("--alpha", type=float, help="share of distillation, and of the KD head [default: 0.5]")
 @click.option("--tau", type=float, help="temperature [default: the distiller's, 2; dkd 4]")
 @click.option("--query-regulariser", type=float, help="one-pass training: weight of the OS-Prompt term [default: 0]")
@@ -147,8 +149,8 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--kd-length", type=int, help="KD rows a block, half keys, half values [default: 6]")
 @click.option(
     "--head",
-    help="learned | ncm | slda | ranpac | aligned: what answers; all but the first are made from class statistics after "
-    "each task [default: ranpac; learned with --compat or finetune]",
+    help="learned | ncm | slda | ranpac | aligned: what answers; all but the first are made from class statistics "
+    "after each task [default: ranpac; learned with --compat or finetune]",
 )
 @click.option(
     "--prompt-tasks",
@@ -157,6 +159,10 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 )
 @click.option("--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]")
 @click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
+@click.option("--apt-momentum", type=float, help="c, the old prompt's share in APT's merged one [default: 0.7]")
+@click.option("--exemplars", type=int, help="m2kd: training images kept of each earlier class [default: 0]")
+@click.option("--retrain-epochs", type=int, help="m2kd, finetune: epochs behind pruning [default: 0]")
+@click.option("--pruned", help="m2kd, finetune: pretrained | zero: what pruned weights become [default: pretrained]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")
@@ -188,7 +194,13 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
-    document = {**sides, "baseline": metrics["baseline"], "seconds": metrics["seconds"], "run": out, "report": str(report)}
+    document = {
+        **sides,
+        "baseline": metrics["baseline"],
+        "seconds": metrics["seconds"],
+        "run": out,
+        "report": str(report),
+    }
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")

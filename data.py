@@ -48,6 +48,13 @@ class Split:
         items = self.items[index] if isinstance(self.items, np.ndarray) else [self.items[int(i)] for i in index]
         return Split(items, self.labels[index])
 
+    def joined(self, *others: Split) -> Split:
+        """These images, then those of the others; all are paths, or all are arrays."""
+        labels = np.concatenate([s.labels for s in (self, *others)])
+        if isinstance(self.items, np.ndarray):
+            return Split(np.concatenate([np.asarray(s.items) for s in (self, *others)]), labels)
+        return Split([item for s in (self, *others) for item in s.items], labels)
+
     def of_classes(self, classes: Sequence[int]) -> Split:
         """The images of some classes, in their order here."""
         return self.take(np.flatnonzero(np.isin(self.labels, np.asarray(classes))))

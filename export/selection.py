@@ -31,10 +31,8 @@ class Pool:
     @property
     def learnt(self) -> list[int]:
         """Entries that inference may select."""
-        if isinstance(self.learner, L2P):
+        if isinstance(self.learner, (L2P, DualPrompt)):
             return [int(i) for i in self.learner.learnt_entries()]
-        if isinstance(self.learner, DualPrompt):
-            return list(range(max(1, self.learner.learnt)))
         if isinstance(self.learner, CODAPrompt):
             return list(range(self.learner.components()))
         raise InputError("the learner cannot be exported", got=type(self.learner).__name__, expected="a known learner")

@@ -252,7 +252,8 @@ def _departures(preset: Preset, settings: Mapping[str, Any], pairs: tuple[Pair, 
     usual = TrainConfig(data="", out="").to_json() | dict(preset.settings)
     # compat is no departure: the paper's code is one thing, its text the other. The table says which it was.
     names = [k for k in SETTINGS if k not in (*ELSEWHERE, "data", "teacher", "student", "precision", "compat")]
-    lines = [f"{k.replace('_', '-')} {settings[k]} (there {usual[k]})" for k in names if settings[k] != usual[k]]
+    lines = [*preset.unlike]
+    lines += [f"{k.replace('_', '-')} {settings[k]} (there {usual[k]})" for k in names if settings[k] != usual[k]]
     if settings["data"].partition(":")[0] != preset.data:
         lines.append(f"data {settings['data']}")
     there = {p.name: p for p in preset.pairs}

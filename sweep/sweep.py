@@ -126,7 +126,7 @@ class _Sweep:
     def _find(self, cell: Cell) -> None:
         """Take over what an earlier sweep has left. Raises: InputError when that was started with other options."""
         if (cell.run / "config.json").is_file():
-            changed = differing(cell.config, TrainConfig.from_json(_read_json(cell.run / "config.json")))
+            changed = differing(cell.config, TrainConfig.stored(_read_json(cell.run / "config.json")))
             if changed:
                 raise InputError(
                     f"{cell.run}: was started with other options",
@@ -240,7 +240,7 @@ def _check_folder(plan: Plan) -> None:
     stored = _read_json(path)
     mine = {**plan.settings, **{p.name: (p.teacher, p.student) for p in plan.pairs}}
     try:
-        settings = TrainConfig.from_json({**stored["settings"], "out": ""}).to_json()
+        settings = TrainConfig.stored({**stored["settings"], "out": ""}).to_json()
         theirs = {k: settings[k] for k in SETTINGS}
         theirs |= {p["name"]: (p["teacher"], p["student"]) for p in stored["grid"]["pairs"]}
     except (KeyError, TypeError) as error:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..train.distill import DISTILLERS
 from .grid import Key, Plan
 from .presets import BEST_OTHER, KDP, NONE, POOL_LEARNERS
 
@@ -205,7 +206,7 @@ def _paper(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
             continue
         for figure, published in figures.items():
             chosen = {NONE: ["none"], KDP: ["kdp"]}.get(
-                figure, [d for d in plan.distillers if d not in ("none", "kdp")]
+                figure, [d for d in plan.distillers if DISTILLERS[d].needs_teacher and d != "kdp"]
             )
             having = [r for r in ours if r["distiller"] in chosen and r["n"]]
             best = max(having, key=_accuracy, default=None)

@@ -354,3 +354,12 @@ def test_imagenet_r(tmp_path, image_folder):
     root = image_folder(tmp_path, unsplit={"n01443537": 6, "n01484850": 6})
     data = load_dataset(f"imagenet-r:{root}")
     assert data.classes == ("n01443537", "n01484850") and len(data.train) + len(data.val) == 12
+
+
+def test_splits_are_joined_in_order(tmp_path):
+    arrays = [Split(np.full((n, 2, 2, 3), n, np.uint8), np.full(n, n)) for n in (2, 1, 3)]
+    whole = arrays[0].joined(*arrays[1:])
+    assert whole.labels.tolist() == [2, 2, 1, 3, 3, 3] and whole.items[:, 0, 0, 0].tolist() == whole.labels.tolist()
+    paths = [Split([tmp_path / str(n)], np.array([n])) for n in (5, 4)]
+    joined = paths[0].joined(paths[1])
+    assert joined.items == [tmp_path / "5", tmp_path / "4"] and joined.labels.tolist() == [5, 4]

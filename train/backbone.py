@@ -131,7 +131,7 @@ def load_backbone(source: str, identity: str | None = None) -> Backbone:
     Raises: InputError for an unknown name, an unreachable hub, a file without our metadata, or a ViT with parts that
     prompts and export do not support.
 
-    identity: of the weights that a run was trained on, where there is one: a builtin of an earlier release is found by it.
+    identity: of the weights that a run was trained on, where there is one; it finds a builtin of an earlier release.
     """
     kind, _, rest = source.partition(":")
     if kind == "builtin":

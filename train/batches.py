@@ -20,6 +20,8 @@ KEPT_BYTES = 2_000_000_000
 "what a task's images give is kept in memory up to this size, computed again otherwise"
 CROP_AREA = (0.5, 1.0)
 "share of the image that a random crop shows"
+COMPAT_CROP_AREA = (0.08, 1.0)
+"the same in the CDL authors' code"
 
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -38,6 +40,11 @@ class Batch:
     "model name -> (B, Q)"
     weight: float = 1.0
     "share of the step's images that are these: what the loss counts for"
+
+
+def images_seen(count: int, batch_size: int, compat: bool) -> int:
+    """Images of an epoch: all; in the CDL authors' code full steps only (one step where there is no full one)."""
+    return count // batch_size * batch_size if compat and count >= batch_size else count
 
 
 class Side:
@@ -160,14 +167,18 @@ class Images:
         generator: torch.Generator,
         augmented: bool,
         share: Share = Share(),  # noqa: B008 (frozen)
+        compat: bool = False,
     ) -> Iterator[Batch]:
         """Every image once over all processes, in an order drawn from the generator; this process's share of each step.
 
         Order and crops are drawn for the whole step by every process: the step does not change with their number.
+        compat: as the CDL authors' code, smaller crops, and no last step of fewer than batch_size images.
         """
         order = torch.randperm(len(self), generator=generator).numpy()
+        order = order[: images_seen(len(self), batch_size, compat)]
+        area = COMPAT_CROP_AREA if compat else CROP_AREA
         for start in range(0, len(order), batch_size):
             step = order[start : start + batch_size]
-            boxes = augment.random_boxes(len(step), generator, CROP_AREA) if augmented else None
+            boxes = augment.random_boxes(len(step), generator, area) if augmented else None
             mine, weight = share.of(len(step))
             yield self.batch(step[mine], names, precision, boxes[mine] if boxes is not None else None, weight)

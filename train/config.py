@@ -9,12 +9,15 @@ from ..errors import InputError, choose
 from .closed_form import STATISTICS_HEADS
 from .distill import DISTILLERS
 from .learners import LEARNERS
+from .snapshots import PRUNED
 from .student import HEADS
 
 QUERIES = ("two-pass", "one-pass", "one-pass-patches")
 PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
+REPLAY = "--distill m2kd --head learned"
+PRUNING = "--distill m2kd --learner finetune"
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
 FIRST_SCHEMA = {"head": "learned", "min_steps": 0}
 "options that runs had before there was a name for them"
@@ -54,8 +57,8 @@ class TrainConfig:
     "training images a class; None: all"
     augment: str = "auto"
     """crop-flip: random resized crop and mirror; none: every image as it is, and what the frozen parts compute is kept;
-    auto: crop-flip for photographs where heads are learnt; none for digits, and for heads from statistics, which are of the
-    images as they are"""
+    auto: crop-flip for photographs where heads are learnt; none for digits, and for heads from statistics, which
+    are of the images as they are"""
     alpha: float = 0.5
     "share of the distillation term, and of the KD head at inference (papers: 0.5)"
     tau: float | None = None
@@ -63,19 +66,29 @@ class TrainConfig:
     query_regulariser: float = 0.0
     "one-pass training only: weight of the term that ties selections to those of the full query (OS-Prompt: 0.0001)"
     head: str = "auto"
-    """what answers: learned (the heads that the prompts learn with, as in the papers), or made from class statistics after
-    each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and where a whole network learns"""
+    """what answers: learned (the heads that the prompts learn with, as in the papers), or made from class statistics
+    after each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and for a whole network"""
     prompt_tasks: int | None = None
-    """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which would
-    otherwise grow stale (first-session adaptation: APER, RanPAC)"""
+    """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which
+    would otherwise grow stale (first-session adaptation: APER, RanPAC)"""
     kd_blocks: int = 12
     "blocks with KD prompts, token included (papers: 12)"
     kd_length: int = 6
     "KD rows a block, half keys, half values (papers: 6)"
     kd_head: str = "learner"
     "kind of the head on the KD token; learner: that of the learner's own head (papers)"
+    apt_momentum: float = 0.7
+    "c, the share of the old prompt in APT's merged one (its paper: 0.7 CIFAR-100, 0.8 ImageNet-R)"
+    exemplars: int = 0
+    "M2KD only: training images of each earlier class that come with those of a task; 0: none"
+    retrain_epochs: int = 0
+    "M2KD with a whole network only: epochs behind pruning, at a tenth of the rate; 0: none"
+    pruned: str = "pretrained"
+    "M2KD with a whole network only: what a weight that no task keeps becomes; zero: PackNet's way"
     compat: bool = False
-    "the authors' behaviour where it differs: see docs in README, `--compat`"
+    "the authors' behaviour where it differs: see docs/methods.md"
+    compat_schema: int = 2
+    "what `compat` was when the run was made: 1 until 2026-11-27 (see stored), 2 since"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
     range_images: int = 256
@@ -110,6 +123,7 @@ class TrainConfig:
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
+        choose("value of pruned weights", self.pruned, PRUNED)
         for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,6 +137,10 @@ class TrainConfig:
             ("min_steps", (self.min_steps or 0) >= 0, "0 or more"),
             ("seed", self.seed >= 0, "0 or more"),
             ("range_images", self.range_images >= 0, "0 or more"),
+            ("apt_momentum", 0 <= self.apt_momentum <= 1, "0 to 1"),
+            ("exemplars", self.exemplars >= 0, "0 or more"),
+            ("retrain_epochs", self.retrain_epochs >= 0, "0 or more"),
+            ("compat_schema", self.compat_schema in (1, 2), "1 or 2"),
         ):
             if not holds:
                 option = name.replace("_", "-")
@@ -144,6 +162,20 @@ class TrainConfig:
                 got=self.query,
                 expected="two-pass",
             )
+        network = LEARNERS[self.learner].whole_network
+        for name, given, allowed, wanted in (
+            # Statistics heads count every image that a task brings as one of its own classes.
+            ("exemplars", self.exemplars > 0, self.distill == "m2kd" and self.head == "learned", REPLAY),
+            ("retrain-epochs", self.retrain_epochs > 0, self.distill == "m2kd" and network, PRUNING),
+            ("pruned", self.pruned != "pretrained", self.distill == "m2kd" and network, PRUNING),
+        ):
+            if given and not allowed:
+                raise InputError(
+                    f"--{name} is of M2KD" + (", where it prunes a whole network" if wanted == PRUNING else ""),
+                    got=f"--distill {self.distill} --learner {self.learner} --head {self.head}",
+                    expected=wanted,
+                    fix=f"leave --{name} out",
+                )
 
         if self.learner == "frozen" and self.distill != "none":
             raise InputError(
@@ -163,6 +195,11 @@ class TrainConfig:
     def epochs_of(self, images: int) -> int:
         """Epochs of a task with so many images: `epochs`, or as many as `min_steps` take."""
         return max(self.epochs, -(-(self.min_steps or 0) // -(-images // self.batch_size)))
+
+    @property
+    def as_authors(self) -> bool:
+        """Whether inference is that of the authors' code, as --compat has it today: masks, heads, test images."""
+        return self.compat and self.compat_schema > 1
 
     def learns_prompts(self, task: int) -> bool:
         """Whether anything is trained by gradient in a task, 0-based."""
@@ -186,7 +223,8 @@ class TrainConfig:
     @classmethod
     def stored(cls, document: dict[str, Any]) -> TrainConfig:
         """The config of a run as it was written, perhaps before an option existed."""
-        return cls.from_json({**FIRST_SCHEMA, **document})
+        old = {"compat_schema": 1} if document.get("compat") else {}
+        return cls.from_json({**FIRST_SCHEMA, **old, **document})
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TrainConfig:

@@ -31,7 +31,7 @@ from ..images import Preprocessing
 from . import augment
 from .backbone import Architecture, save_backbone
 from .checkpoint import load_state, save_state
-from .trunk import MEAN, STD, TRUNKS, load_trunk
+from .trunk import MEAN, STD, load_trunk
 
 LICENCE = (
     "trunk: EfficientNet-Lite, Google, Apache-2.0, trained on ImageNet-1k "
@@ -200,6 +200,7 @@ class Features:
     def __init__(self, config: HybridConfig, hybrid: Hybrid) -> None:
         self.config, self.hybrid = config, hybrid
         self.trunk, _ = load_trunk(hybrid.trunk, Path(config.trunk))
+        network: Any
         self._behind, network = load_trunk(ANSWERS.trunk, Path(config.distill_from))
         self._answer = nn.Sequential(network.conv_head, network.bn2, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self._answer.append(network.classifier)
@@ -218,7 +219,7 @@ class Features:
                 decoded = rows.decode(Preprocessing(side, side, "bicubic", MEAN, STD))
                 self._make(path, decoded.pixels, decoded.labels, view, start)
                 say(f"{name}, view {view}: {min(start + CHUNK, len(split))} of {len(split)} images")
-            with np.load(path) as file:
+            with np.load(path, allow_pickle=False) as file:
                 parts.append({k: file[k] for k in ("maps", "answers", "labels")})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
@@ -273,6 +274,7 @@ class Blocks(nn.Module):
         with torch.no_grad():
             self.vit.patch_embed.proj.weight.copy_(weight[:, :, None, None])
             self.vit.patch_embed.proj.bias.copy_(bias)
+        module: Any
         for module in self.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = torch.cuda.is_available()  # its backward is many times slower on a CPU
@@ -296,7 +298,9 @@ class Blocks(nn.Module):
     def accuracy(self, maps: Tensor, labels: Tensor) -> float:
         """In %, of the own classes."""
         self.eval()
-        right = [(self(m.float())[0].argmax(1) == y).sum() for m, y in zip(maps.split(500), labels.split(500))]
+        right = [
+            (self(m.float())[0].argmax(1) == y).sum() for m, y in zip(maps.split(500), labels.split(500), strict=True)
+        ]
         return 100.0 * float(torch.stack(right).sum()) / len(labels)
 
     def assembled(self, architecture: Architecture, trunk: nn.Sequential) -> VisionTransformer:

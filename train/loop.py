@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 
 from ..class_statistics import ClassStatistics
-from ..data import Dataset, load_dataset
+from ..data import Dataset, Split, load_dataset
 from ..errors import InputError
 from ..files import write_json
 from .backbone import Backbone, load_backbone
+from .baseline import FrozenBaseline
 from .batches import Images, Side
 from .checkpoint import load_state, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
 from .engine import Engine
-from .baseline import FrozenBaseline
 from .evaluate import accuracy, features_of
 from .extend import Origin
 from .learners import LEARNERS
@@ -60,7 +60,9 @@ class _Training:
     def __init__(self, config: TrainConfig, resume: bool, quiet: bool) -> None:
         self.quiet = quiet
         self.out = Path(config.out)
-        self.engine = Engine(config.devices, config.precision)
+        # The authors train in fp32.
+        auto = config.compat and config.precision == "auto"
+        self.engine = Engine(config.devices, "fp32" if auto else config.precision)
         self.origin = Origin(config) if config.extend is not None else None
         dataset = load_dataset(config.data, learning=self.origin is None)
         if self.origin is not None:
@@ -99,7 +101,7 @@ class _Training:
                 self.origin.record if self.origin else None,
             ).to(self.engine.device)
             self.models[name] = model
-            self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.engine.device)
+            self.sides[name] = Side(model, preprocessing_of(backbone, config), self.engine.device)
         self.distiller = kind(self._distill_spec()).to(self.engine.device)
         self.matrices = {name: AccuracyMatrix(self.tasks) for name in self.models}
         self.losses: dict[str, list[list[float]]] = {name: [] for name in self.models}
@@ -136,6 +138,9 @@ class _Training:
             classes=len(self.dataset.classes),
             spans=tuple((t[0], t[-1] + 1) for t in self.scenario.tasks),
             seed=self.config.seed,
+            compat=self.config.as_authors,
+            exemplars=self.config.exemplars > 0,
+            pruned=self.config.pruned,
         )
 
     def _teachers(self) -> Teachers | None:
@@ -151,6 +156,7 @@ class _Training:
             teacher=backbones["teacher"].identity,
             student=backbones["student"].identity if asks_student else None,
             learner=config.learner,
+            apt_momentum=config.apt_momentum,
             query=config.query,
             query_regulariser=config.query_regulariser,
             epochs=config.epochs,
@@ -179,7 +185,7 @@ class _Training:
         self.engine.wait()  # before the first process writes or removes what the others read
         first_task, side, _ = self.position
         for task in range(first_task, self.tasks):
-            images = Images(self.scenario.split(self.dataset.train, task), self.sides, self.engine.device)
+            images = Images(self._images_of(task), self.sides, self.engine.device)
             self._note_skipped(images)
             names: list[str] = [n for n in ("teacher", "student") if n in self.models]
             if task == first_task and side:
@@ -199,6 +205,15 @@ class _Training:
             self.position = (task + 1, "", 0)
             self._checkpoint(started, None)
         return self._finish(time.perf_counter() - started)
+
+    def _images_of(self, task: int) -> Split:
+        """The training images of a task, those kept of earlier classes behind them."""
+        kept = self.config.exemplars
+        own = self.scenario.split(self.dataset.train, task)
+        if not kept or task == 0:
+            return own
+        drawn = self.dataset.train.limited(kept, self.config.seed)
+        return own.joined(*(self.scenario.split(drawn, t) for t in range(task)))
 
     def _pass_over(self, task: int, names: list[str], images: Images) -> list[str]:
         """A task in which no prompt learns; nobody is left to train."""
@@ -257,7 +272,7 @@ class _Training:
             self.seconds[name][-1] += done.seconds
             self.trained_images[name] += len(images)
             self.position = (task, name, done.epoch)
-            if done.epoch < config.epochs_of(len(images)):
+            if done.epoch < phase.length(len(images)):
                 self._checkpoint(started, phase.optimiser)
         # The authors' code merges APT's prompt after the student has trained: its teacher answers with the old one.
         if name == "student" or not config.compat:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import KEPT_BYTES, Batch, Images
+from .batches import KEPT_BYTES, Batch, Images, images_seen
 from .config import TrainConfig
 from .distill import Distiller, Lesson
 from .engine import Engine
@@ -20,6 +20,8 @@ from .student import PromptedViT
 
 CHUNK = 256
 "images a pass without gradient"
+RETRAINING = 0.1
+"share of the learning rate behind pruning (PackNet's)"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Phase:
         self.distiller = distiller
         self.model = models[name]
         self.is_student = name == "student"
+        "epochs of the phase"
         if "teacher" in models:  # blockwise goes back through the teacher's blocks, not to what it has learnt
             models["teacher"].requires_grad_(not self.is_student)
         self.parameters = [*self.model.trainable(), *(distiller.parameters() if self.is_student else ())]
@@ -78,7 +81,7 @@ class Phase:
         for parameter in self.parameters:
             learning.setdefault(self._share(parameter), []).append(parameter)
         groups = [{"params": parameters, "share": share} for share, parameters in learning.items()]
-        self.optimiser = torch.optim.Adam(groups, lr=config.learning_rate, betas=(0.9, 0.999))
+        self.optimiser = torch.optim.Adam(groups, lr=float(config.learning_rate or 0), betas=(0.9, 0.999))
 
     def _share(self, parameter: torch.nn.Parameter) -> float:
         """Of the learning rate that a parameter learns at."""
@@ -88,6 +91,10 @@ class Phase:
         if mapped is not None and any(parameter is p for p in mapped.parameters()):
             return mapped.rate
         return 1.0
+
+    def length(self, images: int) -> int:
+        """Epochs of the phase on so many images, retraining included."""
+        return self.config.epochs_of(images) + (self.config.retrain_epochs if self.is_student else 0)
 
     def epochs(self, images: Images, done: int, answers: Answers | None) -> Iterator[EpochDone]:
         """Train from epoch `done` on. answers: the teacher's, of every image, where they are known already."""
@@ -100,23 +107,32 @@ class Phase:
                 answers = self._all_answers(images)
         if taught and answers is None:
             names = ["student", "teacher"]
-        steps = math.ceil(len(images) / config.batch_size)
-        epochs = config.epochs_of(len(images))
-        for epoch in range(done, epochs):
+        count = images_seen(len(images), config.batch_size, config.compat)
+        steps = math.ceil(count / config.batch_size)
+        trained, length = config.epochs_of(len(images)), self.length(len(images))
+        for epoch in range(done, length):
             begun = time.perf_counter()
+            if self.is_student and epoch == trained and self.distiller.begin_retraining(self.task, self.model):
+                self.optimiser.state.clear()
             key = ((config.seed * 1009 + self.task) * 2 + self.is_student) * 100_003 + epoch
             generator = torch.Generator().manual_seed(key)
             total = 0.0
-            title = f"{self.bar} epoch {epoch + 1}/{epochs}"
+            title = f"{self.bar} epoch {epoch + 1}/{length}"
             batches = images.epoch(
-                names, config.batch_size, self.engine.autocast, generator, self.augmented, self.engine.share
+                names,
+                config.batch_size,
+                self.engine.autocast,
+                generator,
+                self.augmented,
+                self.engine.share,
+                config.compat,
             )
             quiet = self.bar is None or not sys.stderr.isatty()
             for step, batch in enumerate(
                 tqdm(batches, total=steps, desc=title, unit="batch", leave=False, disable=quiet)
             ):
                 for group in self.optimiser.param_groups:
-                    group["lr"] = group["share"] * rate(config, epoch, epochs, step, steps)
+                    group["lr"] = group["share"] * rate(config, epoch, trained, step, steps)
                 said = None
                 if taught:
                     said = answers.at(torch.from_numpy(batch.index)) if answers else self._answer(batch)
@@ -127,7 +143,7 @@ class Phase:
                 if self.is_student:
                     self.distiller.before_step(self.model)
                 self.optimiser.step()
-                total += loss.item() * min(config.batch_size, len(images) - step * config.batch_size)
+                total += loss.item() * min(config.batch_size, count - step * config.batch_size)
             total = float(self.engine.sum(torch.tensor(total)))
             self.model.learner.synchronise(self.engine.any)
             if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
@@ -135,7 +151,7 @@ class Phase:
                     f"{self.name}, task {self.task + 1}, epoch {epoch + 1}: the loss is not finite; "
                     "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
                 )
-            yield EpochDone(epoch + 1, total / len(images), time.perf_counter() - begun)
+            yield EpochDone(epoch + 1, total / count, time.perf_counter() - begun)
         self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
         self.answers = answers
 
@@ -191,9 +207,16 @@ class Phase:
 
 
 def rate(config: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:
-    """Half a cosine over the task; compat: one value an epoch, epoch 1 repeats epoch 0's as the authors' code."""
+    """Half a cosine over the task's epochs, from the peak to 0; the same again from a tenth of it for retraining.
+
+    compat: a quarter of a cosine, one value an epoch, where epoch 1 repeats epoch 0's. The CDL authors' schedule is
+    cos(99 pi e / (200 (K - 1))) for e of K epochs; it counts from -1 and is stepped from the second epoch on.
+    """
+    peak = float(config.learning_rate or 0)
+    if epoch >= epochs:
+        share = ((epoch - epochs) * steps + step) / (config.retrain_epochs * steps)
+        return RETRAINING * 0.5 * peak * (1 + math.cos(math.pi * share))
     if config.compat:
-        share = max(0, epoch - 1) / epochs
-    else:
-        share = (epoch * steps + step) / (epochs * steps)
-    return 0.5 * float(config.learning_rate or 0) * (1 + math.cos(math.pi * share))
+        return peak * math.cos(99 * math.pi * max(0, epoch - 1) / (200 * max(1, epochs - 1)))
+    share = (epoch * steps + step) / (epochs * steps)
+    return 0.5 * peak * (1 + math.cos(math.pi * share))

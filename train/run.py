@@ -33,11 +33,19 @@ class Run:
     preprocessing: Preprocessing
 
 
-def preprocessing_of(backbone: Backbone, compat: bool) -> Preprocessing:
-    """The backbone's own; the authors' code feeds raw [0, 1] whatever the weights expect."""
-    if compat:
-        return replace(backbone.preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return backbone.preprocessing
+def preprocessing_of(backbone: Backbone, config: TrainConfig) -> Preprocessing:
+    """The backbone's own. The authors' code feeds raw [0, 1] whatever the weights expect, and scales bilinearly.
+
+    Its images are scaled to the size of the input and cut nowhere, those of ImageNet-R to 256 / 224 of it and cut.
+    """
+    own = backbone.preprocessing
+    if not config.compat:
+        return own
+    raw = replace(own, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    if not config.as_authors:
+        return raw
+    cut = 256 / 224 if config.data.startswith("imagenet-r:") else 1.0
+    return replace(raw, resize=round(cut * own.size), interpolation="bilinear")
 
 
 def build_model(
@@ -74,6 +82,8 @@ def build_model(
         query_regulariser=config.query_regulariser,
         mapped=teacher if is_student and distiller.maps_prompts else None,
         kd_head=config.kd_head,
+        compat=config.as_authors,
+        apt_momentum=config.apt_momentum,
         head=config.head,
     )
 
@@ -123,4 +133,4 @@ def load_run(path: Path) -> Run:
     student.eval().requires_grad_(False)
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
         backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
-    return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config.compat))
+    return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .closed_form import StatisticsHead
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
+from .learners.base import uniform
 from .learners.mapped import MappedPrompts
 
 
@@ -29,25 +30,39 @@ class LinearHead(nn.Linear):
 
 
 class NormalisedHead(nn.Module):
-    """LayerNorm(x) . w / ||w||, no bias (APT). (B, D) -> (B, C)."""
+    """LayerNorm(x) . w / ||w||, no bias (APT). (B, D) -> (B, C).
 
-    def __init__(self, width: int, classes: int) -> None:
+    compat: the head of the CDL authors' code. Its LayerNorm is not in the optimiser, so it has nothing to learn, and
+    it has a bias.
+    """
+
+    def __init__(self, width: int, classes: int, compat: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=not compat)
         self.weight = nn.Parameter(torch.empty(classes, width))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.bias = nn.Parameter(torch.empty(classes).uniform_(-(width**-0.5), width**-0.5)) if compat else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return F.linear(self.norm(x), F.normalize(self.weight, dim=1))
+        return F.linear(self.norm(x), F.normalize(self.weight, dim=1), self.bias)
 
     def folded(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
         """As LinearHead.folded."""
         weight = F.normalize(self.weight, dim=1)
-        return weight, torch.zeros(len(weight)), (self.norm.weight, self.norm.bias, self.norm.eps)
+        if self.bias is None:
+            return weight, torch.zeros(len(weight)), (self.norm.weight, self.norm.bias, self.norm.eps)
+        width = weight.shape[1]
+        return weight, self.bias, (torch.ones(width), torch.zeros(width), self.norm.eps)
 
 
 HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
+
+
+def make_head(kind: str, width: int, classes: int, compat: bool) -> Any:
+    """A head of HEADS; compat: as the CDL authors' code has it."""
+    more = {"compat": compat} if kind == "normalised" else {}
+    return HEADS[kind](width, classes, **more)
 
 
 SPREAD_EPS = 1e-6
@@ -73,13 +88,18 @@ OWN_QUERY: dict[str, Callable[[Tensor], Tensor]] = {"class": lambda tokens: toke
 class KDPrompts(nn.Module):
     """KDP's global prompts: a KD token appended last in block 0, then `length` rows a block, half keys, half values.
 
-    Source: arXiv 2407.13911 (reference setting: 12 blocks, length 6). Initial values N(0, 0.02): ours.
+    Source: arXiv 2407.13911 (reference setting: 12 blocks, length 6). Initial values N(0, 0.02): ours; compat: U(0, 1),
+    the authors'.
     """
 
-    def __init__(self, width: int, blocks: int, length: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, blocks: int, length: int, generator: torch.Generator, compat: bool = False) -> None:
         super().__init__()
-        self.token = nn.Parameter(torch.randn((1, 1, width), generator=generator) * 0.02)
-        self.rows = nn.Parameter(torch.randn((max(0, blocks - 1), length, width), generator=generator) * 0.02)
+
+        def initial(*shape: int) -> nn.Parameter:
+            return uniform(shape, generator) if compat else nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+
+        self.token = initial(1, 1, width)
+        self.rows = initial(max(0, blocks - 1), length, width)
 
     def at_block(self, block: int) -> tuple[Tensor, Tensor] | None:
         """(1, length / 2, D) key rows and value rows of blocks 1..; None elsewhere."""
@@ -129,6 +149,8 @@ class PromptedViT(nn.Module):
         mapped: tuple[int, int] | None = None,
         kd_head: str = "learner",
         query_of: str = "class",
+        compat: bool = False,
+        apt_momentum: float = 0.7,
         head: str = "learned",
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
@@ -138,13 +160,15 @@ class PromptedViT(nn.Module):
         query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
         mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
         kd_head: key of HEADS, or learner: the kind of the learner's own head.
+        compat, apt_momentum: see LearnerSpec; compat is also of heads, KD prompts and the sum of key losses.
         head: learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads.
         """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
         self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
-        self.query_regulariser, self.query_of = query_regulariser, query_of
-        spec = LearnerSpec(width, depth, width if one_pass else key_width or width, tasks, seed, pool_tasks)
+        self.query_regulariser, self.query_of, self.compat = query_regulariser, query_of, compat
+        keys = width if one_pass else key_width or width
+        spec = LearnerSpec(width, depth, keys, tasks, seed, pool_tasks, compat, apt_momentum)
         self.learner: Learner = LEARNERS[learner](spec)
         # Held outside the module tree: frozen weights are neither trained, nor saved with the run, nor copied.
         self._pretrained = self._backbone = (backbone,)
@@ -154,10 +178,11 @@ class PromptedViT(nn.Module):
             self._backbone = (self.network,)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = HEADS[self.learner.head](width, classes)
+            self.head = make_head(self.learner.head, width, classes, compat)
             kind = self.learner.head if kd_head == "learner" else kd_head
-            self.kd_head = HEADS[kind](width, classes) if kd else None
-        self.kd = KDPrompts(width, min(kd[0], depth), kd[1], torch.Generator().manual_seed(seed)) if kd else None
+            self.kd_head = make_head(kind, width, classes, compat) if kd else None
+        generator = torch.Generator().manual_seed(seed)
+        self.kd = KDPrompts(width, min(kd[0], depth), kd[1], generator, compat) if kd else None
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
         self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed) if head != "learned" else None
 
@@ -255,8 +280,10 @@ class PromptedViT(nn.Module):
         if self.statistics_head is not None and not training:
             ends = [x[:, 0], x[:, -1]] if self.kd is not None else [x[:, 0]]
             features = torch.cat([*(t.float() for t in ends), patches], dim=1)
-        # Keys: the mean over blocks; the regulariser, as published, the sum over blocks. In bf16 it would be swallowed.
-        key_losses = [torch.stack(losses).float().mean()] if losses else []
+        # Keys: the mean over blocks (the authors: their sum); the regulariser, as published, the sum over blocks.
+        # In bf16 it would be swallowed.
+        keys = torch.stack(losses).float() if losses else None
+        key_losses = [keys.sum() if self.compat else keys.mean()] if keys is not None else []
         key_losses += [self.query_regulariser * torch.stack(references).float().sum()] if references else []
         return StudentOutput(
             self.head(x[:, 0]),
@@ -268,9 +295,9 @@ class PromptedViT(nn.Module):
         )
 
     def combine(self, output: StudentOutput) -> Tensor:
-        """The head made from statistics; else (1 - a) * head(CLS) + a * kd_head(KD token), or the one there is. (B, C)."""
+        """Logits (B, C): of the head made from statistics; else (1 - a) head(CLS) + a kd_head(KD token), or of the one."""
         if self.statistics_head is not None and output.features is not None:
-            return self.statistics_head(output.features)  # type: ignore[no-any-return]
+            return self.statistics_head(output.features)
         if output.kd_logits is None:
             return output.cls_logits
         return (1 - self.alpha) * output.cls_logits + self.alpha * output.kd_logits

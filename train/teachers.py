@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..files import write_json
 from .checkpoint import load_state, save_state
 
-SCHEMA = 1
+SCHEMA = 2
 "to be raised when the code that trains a teacher changes what comes out"
 
 
@@ -34,6 +34,8 @@ class TeacherKey:
     "identity of the backbone that gives the query; None where the teacher asks no other"
     learner: str
     "prompt learner"
+    apt_momentum: float
+    "c of APT's merge"
     query: str
     "two-pass | one-pass | one-pass-patches"
     query_regulariser: float

@@ -28,7 +28,7 @@ class Residual(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        return x + super().forward(x)  # type: ignore[no-any-return]
+        return x + super().forward(x)
 
 
 def build_trunk(name: str) -> nn.Sequential:

@@ -84,11 +84,12 @@ def make_student(
     seed: int = 1,
     kd_head: str = "learner",
     query_of: str = "class",
+    compat: bool = False,
     **options: Any,
 ) -> PromptedViT:
     """A student that has learnt `learnt` of TASKS tasks, with random prompts, keys and heads."""
     backbone = backbone or make_backbone(**options)
-    ways = {"one_pass": one_pass, "query_of": query_of, "kd_head": kd_head}
+    ways = {"one_pass": one_pass, "query_of": query_of, "kd_head": kd_head, "compat": compat}
     student = PromptedViT(backbone, learner, CLASSES, TASKS, seed, kd=kd, alpha=0.3, **ways)
     generator = torch.Generator().manual_seed(seed)
     for task in range(learnt):

@@ -57,6 +57,16 @@ def test_the_patches_as_the_query(lab, learner, kd, batch):
 
 @pytest.mark.quick("coda")
 @pytest.mark.parametrize("learner", LEARNERS)
+def test_as_the_authors_have_it(lab, learner):
+    """Heads with a bias behind a fixed LayerNorm, and entries that are not learnt yet may be selected."""
+    student = lab.student(learner, KD, compat=True)
+    graph, pixels = lab.export(student), lab.pixels(4)
+    assert_equal(graph.each(pixels), lab.truth(student, pixels))
+    if learner in ("l2p", "dualprompt"):
+        assert graph.outputs["prompt_weights"][-1] == (30 if learner == "l2p" else student.learner.spec.tasks)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
 def test_depth_twelve(lab, learner):
     student = lab.student(learner, KD, depth=12)
     assert_equal(lab.export(student).each(lab.pixels(2)), lab.truth(student, lab.pixels(2)))

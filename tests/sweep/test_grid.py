@@ -146,7 +146,10 @@ def test_preset(plan_of):
 def test_preset_with_other_settings(plan_of):
     plan = plan_of(preset="paper-imagenet-r", data="folder:x", epochs=3, limit_per_class=5, learners="l2p", seeds="0")
     assert plan.learners == ("l2p",) and plan.cells[0].config.epochs == 3
-    assert plan.departures == ("epochs 3 (there 35)", "limit-per-class 5 (there None)", "data folder:x")
+    lists, *others = plan.departures
+    assert "two fixed lists" in lists  # what cannot be had is said, whatever the options
+    assert others == ["epochs 3 (there 35)", "limit-per-class 5 (there None)", "data folder:x"]
+    assert plan.cells[0].config.apt_momentum == 0.8
 
 
 def test_another_kd_head_is_a_setting_of_all_cells_and_a_departure(plan_of, tmp_path):

@@ -201,3 +201,11 @@ def test_published_figures_beside_ours(plan_of):
     assert best["chosen_from"] == len(plan.distillers) - 2
     nothing = make_tables(plan, {})["paper"][0]
     assert nothing["average_accuracy"] == {"ours": None, "std": None, "published": 82.18, "difference": None}
+
+
+def test_a_control_without_a_teacher_is_no_other_kd(plan_of):
+    options = {"preset": "paper-cifar100", "data": "cifar100:x", "learners": "apt", "seeds": "0"}
+    plan = plan_of(**options, distillers="none,two-heads,kd,kdp")
+    results = results_of(plan, lambda le, d, s: {"two-heads": 90, "kd": 80}.get(d, 70))
+    (best, *_) = [r for r in make_tables(plan, results)["paper"] if r["figure"] == "best other KD"]
+    assert (best["distiller"], best["chosen_from"]) == ("kd", 1)

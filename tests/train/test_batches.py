@@ -163,3 +163,20 @@ def test_a_network_whose_stem_learns_is_given_images(backbone, split):
     after = images.batch(np.arange(3), ["student"], nullcontext)
     assert before.inputs["student"].shape == (3, 3, 16, 16) and before.queries == {"student": None}
     assert torch.allclose(before.inputs["student"], after.inputs["student"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("compat", "low", "expected"), [(False, 0.5, 0.75), (True, 0.08, 0.54)])
+def test_the_area_of_random_crops(sides, split, monkeypatch, compat, low, expected):
+    images = Images(split, {"student": sides["student"]}, CPU)
+    areas = []
+
+    def note(x, boxes):
+        areas.extend((boxes[:, 0, 0].abs() * boxes[:, 1, 1]).tolist())
+        return x
+
+    monkeypatch.setattr(batches.augment, "cut_out", note)
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        list(images.epoch(["student"], 4, nullcontext, generator, True, compat=compat))
+    assert low <= min(areas) < low + 0.05 and max(areas) <= 1  # no wider than the picture
+    assert sum(areas) / len(areas) == pytest.approx(expected, abs=0.04)

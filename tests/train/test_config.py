@@ -159,3 +159,37 @@ def test_every_option_has_its_line():
     for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign):
             assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), node.target.id
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"exemplars": 2, "distill": "kdp"}, ["--exemplars is of M2KD", "--distill m2kd"]),
+        ({"exemplars": 2, "distill": "m2kd", "learner": "apt", "head": "ranpac"}, ["--head ranpac", "--head learned"]),
+        ({"retrain_epochs": 1, "distill": "kdp"}, ["--retrain-epochs", "--distill m2kd --learner finetune"]),
+        ({"retrain_epochs": 1, "distill": "m2kd", "learner": "apt"}, ["a whole network", "--learner apt"]),
+        ({"pruned": "zero", "distill": "m2kd", "learner": "apt"}, ["--pruned is of M2KD", "--learner finetune"]),
+        ({"pruned": "zeros", "distill": "m2kd", "learner": "finetune"}, ["did you mean 'zero'?"]),
+        ({"exemplars": -1}, ["--exemplars is out of range"]),
+        ({"apt_momentum": 1.5}, ["--apt-momentum is out of range", "0 to 1"]),
+    ],
+)
+def test_options_that_have_no_meaning_are_refused(change, words):
+    refused(*words, **change)
+
+
+def test_options_of_m2kd():
+    for change in (
+        {"exemplars": 3, "learner": "apt", "head": "learned"},
+        {"learner": "finetune", "retrain_epochs": 2, "pruned": "zero"},
+    ):
+        TrainConfig.from_json({**BASE, "distill": "m2kd", **change})
+
+
+def test_a_run_of_before_is_read_as_what_it_was():
+    old = {**BASE, "learner": "apt", "compat": True}
+    assert TrainConfig.from_json(old).as_authors and not TrainConfig.stored(old).as_authors
+    plain = TrainConfig.stored({**BASE, "learner": "apt"})
+    assert plain == TrainConfig.from_json({**BASE, "learner": "apt"}) and plain.apt_momentum == 0.7
+    again = TrainConfig.from_json(old)
+    assert TrainConfig.stored(again.to_json()) == again

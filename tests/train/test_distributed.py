@@ -29,7 +29,7 @@ def start(config, *more):
     """`torchrun --nproc_per_node 2 -m cdl_edge.cli train ...`."""
     options = []
     for key, value in config.to_json().items():
-        if key != "compat" and value is not None:
+        if key not in ("compat", "compat_schema") and value is not None:
             options += [f"--{key.replace('_', '-')}", str(value)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = dict(os.environ)

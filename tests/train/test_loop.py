@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.images import Preprocessing
 from cdl_edge.train import batches, loop
+from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
 from cdl_edge.train.phase import Phase
@@ -275,13 +277,21 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 # -- compat -----------------------------------------------------------------------------------------------------------
 
 
-def test_compat_is_the_authors_behaviour(tmp_path, make_config, backbone):
+def test_compat_is_the_authors_behaviour(tmp_path, make_config, monkeypatch):
+    monkeypatch.setattr("cdl_edge.train.engine.native_bf16", lambda device: True)  # what auto would take
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
     assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
-    raw = preprocessing_of(backbone, compat=True)
-    assert (raw.mean, raw.std) == ((0, 0, 0), (1, 1, 1))  # trap 10
-    assert (raw.size, raw.resize) == (backbone.preprocessing.size, backbone.preprocessing.resize)
-    assert preprocessing_of(backbone, compat=False) == backbone.preprocessing
+    assert metrics["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(("data", "resize"), [("cifar100", 224), ("folder:x", 224), ("imagenet-r:x", 256)])
+def test_test_images_as_the_authors_see_them(backbone, data, resize):
+    own = replace(backbone, preprocessing=Preprocessing(224, 248))
+    theirs = preprocessing_of(own, TrainConfig(data, "x", compat=True))
+    assert theirs == Preprocessing(224, resize, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # trap 10
+    assert preprocessing_of(own, TrainConfig(data, "x")) == own.preprocessing
+    before = TrainConfig.stored({"data": data, "out": "x", "compat": True})
+    assert preprocessing_of(own, before) == Preprocessing(224, 248, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):

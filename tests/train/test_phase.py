@@ -1,14 +1,13 @@
 """One side of a run on one task: the loss of a step, the rate, what the teacher is asked, who learns."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from cdl_edge.train import phase as module
-from cdl_edge.train.batches import Batch, Images
+from cdl_edge.train.batches import Batch, Images, images_seen
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.loop import _Training
@@ -90,14 +89,15 @@ def test_the_teachers_loss_is_cross_entropy_and_key_loss(bench):
         assert at.loss().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("learner", ["l2p", "dualprompt"])
-def test_compat_counts_the_key_loss_twice(bench, learner):
-    # Trap 3: two GPUs, summed replica means.
+@pytest.mark.parametrize(("learner", "terms"), [("l2p", 5), ("dualprompt", 3)])
+def test_compat_sums_the_key_loss_and_counts_it_twice(bench, learner, terms):
+    # Five entries of L2P, three blocks of DualPrompt; trap 3: two GPUs, summed replica means.
     one, two = bench(learner=learner), bench(learner=learner, compat=True)
     two.made.models["student"].load_state_dict(one.made.models["student"].state_dict())
     with torch.no_grad():
         key = one.made.models["student"](one.tokens, one.query, training=True).key_loss.item()
-        assert key > 0.01 and two.loss().item() - one.loss().item() == pytest.approx(key, rel=1e-4)
+        assert key > 0.01
+        assert two.loss().item() - one.loss().item() == pytest.approx((2 * terms - 1) * key, rel=1e-4)
 
 
 # -- the rate ---------------------------------------------------------------------------------------------------------
@@ -110,10 +110,34 @@ def test_rate():
     assert all(a > b for a, b in itertools.pairwise(rates))
 
 
-def test_compat_repeats_the_rate_of_the_first_epoch():
-    config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5, compat=True)
-    rates = [rate(config, e, 3, 10) for e in range(4)]
-    assert rates[0] == rates[1] == 0.5 and rates[2] == pytest.approx(0.25 * (1 + math.cos(math.pi / 4)))
+def test_compat_is_the_authors_quarter_of_a_cosine():
+    config = TrainConfig("digits", "x", epochs=20, learning_rate=1e-3, compat=True)
+    rates = [rate(config, e, 3, 10) for e in range(20)]
+    # By a schedule of the authors' kind, run elsewhere: epoch 1 repeats epoch 0, the last one is far from 0.
+    assert rates[0] == rates[1] == 1e-3
+    assert [round(1e6 * r, 2) for r in (rates[2], rates[10], rates[11], rates[19])] == [996.65, 740.74, 683.34, 97.4]
+    assert sum(rates) / 20 == pytest.approx(0.6850887e-3, abs=1e-9)
+    assert rate(config, 5, 0, 10) == rate(config, 5, 9, 10)  # one value an epoch
+    assert rate(TrainConfig("digits", "x", epochs=1, compat=True), 0, 0, 10) == 1e-3
+
+
+def test_the_rate_of_retraining_starts_again_at_a_tenth():
+    config = TrainConfig("digits", "x", "m", "m", "finetune", "m2kd", epochs=4, learning_rate=0.5, retrain_epochs=2)
+    rates = [rate(config, e, s, 10) for e in (4, 5) for s in range(10)]
+    assert rates[0] == pytest.approx(0.05) and rates[10] == pytest.approx(0.025) and 0 < rates[-1] < 0.001
+
+
+def test_compat_leaves_out_the_last_step_that_is_not_full(bench):
+    seen = []
+    for compat in (False, True):
+        at = bench(compat=compat, distill="none", batch_size=4, epochs=1)
+        real = at.phase._loss
+        at.phase._loss = lambda b, s, real=real: seen[-1].append(len(b.index)) or real(b, s) * 0 + 2.0
+        seen.append([])
+        (done,) = at.phase.epochs(at.images(), 0, None)
+        assert done.loss == pytest.approx(2.0)  # the mean of what was seen
+    assert seen == [[4, 4, 3], [4, 4]]
+    assert [images_seen(n, 4, True) for n in (3, 4, 7, 8)] == [3, 4, 4, 8]
 
 
 def test_the_rate_reaches_the_optimiser(bench, monkeypatch):

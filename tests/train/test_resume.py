@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_one_message(tmp_path, make_config, monkeypatch)
 def command(config, *more):
     options = []
     for key, value in config.to_json().items():
-        if key in ("compat", "query_regulariser"):
+        if key in ("compat", "compat_schema", "query_regulariser"):
             continue
         if value is not None:
             options += [f"--{key.replace('_', '-')}", str(value)]

@@ -81,6 +81,21 @@ def test_a_run_from_before_there_was_a_choice_of_kd_head(run, make_config):
     assert torch.equal(again.kd_head.weight, student.kd_head.weight)
 
 
+@pytest.mark.parametrize("learner", ["apt", "dualprompt"])
+def test_a_compat_run_of_before_opens_as_it_was(tmp_path, make_config, backbone, learner):
+    """Its heads were those of today's default, its entries were masked, its test images were the backbone's."""
+    options = {"learner": learner, "compat": True, "distill": "none"}
+    train(make_config(tmp_path / "run", **options, compat_schema=1), quiet=True)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for name in ("compat_schema", "apt_momentum", "exemplars", "retrain_epochs", "pruned"):
+        del config[name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    run = load_run(tmp_path / "run")
+    assert run.preprocessing.resize == backbone.preprocessing.resize and not run.student.compat
+    with pytest.raises(InputError, match="compat_schema"):  # it cannot go on under another meaning
+        train(make_config(tmp_path / "run", **options), resume=True, quiet=True)
+
+
 def test_teacher_and_student_of_one_width_start_apart(backbone):
     config = TrainConfig("digits", "x", distill="kd")
     one = build_model(config, backbone, 10, backbone.width, True)

@@ -121,6 +121,45 @@ def test_equal_changes_are_chosen_in_order_and_unchanged_weights_are_nobodys():
     assert snapshots.owners["w"].tolist() == [3, 1, 1, 3, 3, 2, 0, 0]
 
 
+def test_pruned_to_zero_as_packnet_does(backbone):
+    model, snapshots = make(backbone), Snapshots(TASKS, "zero")
+    inputs, answers = inputs_of(model), []
+    for task in range(TASKS):
+        learn(model, snapshots, task)
+        with torch.no_grad():
+            answers.append(model(inputs).cls_logits)
+        for name, weight in model.network.named_parameters():
+            owner = snapshots.owners[name]
+            if weight.ndim < 2 or name in ("cls_token", "pos_embed"):
+                assert (owner == 1).all(), name  # never pruned, and fixed behind the first task
+            else:
+                assert (weight[owner == 0] == 0).all(), name
+    owner = snapshots.owners["blocks.0.mlp.fc1.weight"]
+    assert [int((owner == i).sum()) for i in range(4)] == [0, 341, 341, 342]
+    for i, answer in enumerate(answers):
+        with torch.no_grad():
+            assert torch.equal(functional_call(model, snapshots.rebuild(i, model), (inputs,)).cls_logits, answer)
+
+
+def test_the_largest_weights_are_kept_where_the_others_become_zero():
+    weight = torch.tensor([[0.1, -0.5, 0.0, 0.3], [0.3, 0.2, -0.4, 0.05]])
+    model = one_tensor(weight, torch.full((2, 4), 0.3))
+    snapshots = Snapshots(2, "zero")
+    snapshots.take(model)
+    assert snapshots.owners["w"].tolist() == [[0, 1, 0, 1], [1, 0, 1, 0]]
+    assert torch.equal(model.backbone.w, torch.where(snapshots.owners["w"] > 0, weight, torch.zeros(2, 4)))
+
+
+def test_a_checkpoint_of_before_retraining_is_read(backbone):
+    model, snapshots = make(backbone), Snapshots(TASKS)
+    learn(model, snapshots, 0)
+    state = snapshots.to_state()
+    del state["pruned"]
+    restored = Snapshots(TASKS)
+    restored.load(state, torch.device("cpu"))
+    assert restored.pruned == 1
+
+
 def test_more_tasks_than_a_byte_can_count():
     model = one_tensor(torch.ones(600), torch.zeros(600))
     snapshots = Snapshots(300)

@@ -329,7 +329,7 @@ def test_a_seed_fixes_the_start_and_leaves_the_global_generator_alone(backbone):
 def test_heads_fold_to_what_they_compute():
     torch.manual_seed(0)
     x = torch.randn(3, 8)
-    for head in (LinearHead(8, 5), NormalisedHead(8, 5)):
+    for head in (LinearHead(8, 5), NormalisedHead(8, 5), NormalisedHead(8, 5, compat=True)):
         for p in head.parameters():
             p.data += torch.randn_like(p)
         weight, bias, norm = head.folded()
@@ -401,3 +401,30 @@ def test_the_query_is_computed_once_for_teacher_and_student(tiny_vit, backbone, 
         assert all(model is student for model, _ in counted)
         assert sum(n for _, n in counted) == (4 if boxes is not None else 6)
         counted.clear()
+
+
+@pytest.mark.parametrize("learner", ["apt", "coda"])
+def test_heads_and_kd_prompts_as_the_authors_have_them(backbone, learner):
+    plain, theirs = (PromptedViT(backbone.model, learner, 4, 2, 0, kd=(6, 6), compat=c) for c in (False, True))
+    for head in (theirs.head, theirs.kd_head):
+        assert [n for n, _ in head.named_parameters()] == ["weight", "bias"]  # a LayerNorm that does not learn
+        if learner == "apt":
+            x = torch.randn(3, 16)
+            unit = head.weight / head.weight.norm(dim=1, keepdim=True)
+            normed = (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+            assert torch.allclose(head(x), normed @ unit.t() + head.bias, atol=1e-5)
+            assert 0 < head.bias.abs().max() <= 0.25
+    for values in (theirs.kd.token, theirs.kd.rows):  # U(0, 1)
+        assert values.min() >= 0 and values.max() > 0.5 and values.mean().item() == pytest.approx(0.5, abs=0.25)
+        assert values.shape in (plain.kd.token.shape, plain.kd.rows.shape)
+    assert plain.kd.token.abs().max() < 0.1  # N(0, 0.02)
+
+
+def test_key_losses_of_the_blocks_are_summed_as_the_authors_do(backbone):
+    plain, theirs = (PromptedViT(backbone.model, "dualprompt", 4, 2, 0, compat=c) for c in (False, True))
+    tokens = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for model in (plain, theirs):
+            model.learner.begin_task(0)
+        losses = [m(tokens, training=True).key_loss.item() for m in (plain, theirs)]
+    assert losses[1] == pytest.approx(3 * losses[0], rel=1e-5)

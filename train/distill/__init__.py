@@ -12,6 +12,7 @@ from .kdp import KDP, KDToken
 from .m2kd import M2KD
 from .none import NoDistillation
 from .reviewkd import ReviewKD
+from .two_heads import TwoHeads
 
 DISTILLERS: dict[str, type[Distiller]] = {
     "none": NoDistillation,
@@ -19,6 +20,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
     "dkd": DKD,
     "fitnets": FitNets,
     "reviewkd": ReviewKD,
+    "two-heads": TwoHeads,
     "kd-token": KDToken,
     "kdp": KDP,
     "cdl-prompt": CDLPrompt,

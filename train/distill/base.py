@@ -38,6 +38,17 @@ class DistillSpec:
     "first and last + 1 learned class position of each task"
     seed: int
     "of initial values"
+    compat: bool = False
+    "as the CDL authors' code: ReviewKD's fusion, feature terms of two GPUs"
+    exemplars: bool = False
+    "whether images of earlier classes come with those of the task (M2KD)"
+    pruned: str = "pretrained"
+    "key of snapshots.PRUNED (M2KD)"
+
+    @property
+    def features(self) -> float:
+        """Factor of a feature term. The CDL authors train on two GPUs and sum the replicas' means: 2."""
+        return 2.0 if self.compat else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Lesson:
     student: StudentOutput
     "(B, C) logits; tokens behind each block where the distiller wants them"
     labels: Tensor
-    "int64 (B,), 0..c-1 within the task"
+    "int64 (B,), 0..c-1 within the task; below 0 for an exemplar of an earlier one"
     task: int
     "0-based"
     span: tuple[int, int]
@@ -120,6 +131,10 @@ class Distiller(nn.Module):
 
     def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
         """Called before the student trains on a task; not called again when that training is resumed."""
+
+    def begin_retraining(self, task: int, student: PromptedViT) -> bool:
+        """Called before the first epoch of retraining; whether the optimiser must forget its moments."""
+        return False
 
     def before_step(self, student: PromptedViT) -> None:
         """Called between backward and the optimiser's step."""

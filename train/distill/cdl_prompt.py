@@ -12,6 +12,10 @@ class CDLPrompt(KD):
     """KD's loss. What is mapped, and how, is the student's own matter: see learners/mapped.py.
 
     The teacher's pool is copied when it has learnt a task, before the student begins with it.
+
+    Unproven: the paper gives 5 to 7 points (ViT-B -> ViT-T, version 1 alone; later versions and the authors' code are
+    without it). Here it has given what `kd` gives, on small images and small backbones; nobody has run the published
+    setting with it.
     """
 
     maps_prompts: ClassVar[bool] = True

@@ -30,4 +30,4 @@ class FitNets(KD):
         """KD's loss and the feature term."""
         wanted = regrid(lesson.teacher_hidden[-1].float(), self.spec.student_grid)
         given = self.regressor(lesson.student.hidden[-1]).float()
-        return super().loss(lesson) + WEIGHT * F.mse_loss(given, wanted)
+        return super().loss(lesson) + self.spec.features * WEIGHT * F.mse_loss(given, wanted)

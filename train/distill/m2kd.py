@@ -22,10 +22,14 @@ class M2KD(Distiller):
 
     level(head) = (1 - a) CE(head; current classes) + a tau^2 sum_i KL(S_i || head; the classes of task i).
 
-    The paper's sum has no weights: this project's a and 1 - a stand before its two parts as in every other distiller.
-    The auxiliary head is a Linear on the class token in the middle of the depth, normalised without parameters; each
-    snapshot answers with the auxiliary head of its time. There is no large teacher. Snapshots are asked without
-    gradient, one after the other, in the precision of training: a step of task k costs about 1 + k / 3 plain ones.
+    With exemplars (spec.exemplars) images of earlier classes come with those of the task, and CE is over all classes
+    seen so far. With retraining the last epochs of a task, behind pruning, change only the weights that it keeps.
+
+    Ours: the paper's sum has no weights, this project's a and 1 - a stand before its two parts as in every other
+    distiller; lambda; which exemplars (drawn by the seed); all that snapshots.py says. The auxiliary head is a Linear
+    on the class token in the middle of the depth, normalised without parameters; each snapshot answers with the
+    auxiliary head of its time. There is no large teacher. Snapshots are asked without gradient, one after the other, in
+    the precision of training: a step of task k costs about 1 + k / 3 plain ones.
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -39,7 +43,7 @@ class M2KD(Distiller):
             self.auxiliary = nn.Linear(spec.student_width, spec.classes)
         self.middle = max(0, spec.student_depth // 2 - 1)
         "the block whose class token the auxiliary head reads"
-        self.snapshots = Snapshots(len(spec.spans))
+        self.snapshots = Snapshots(len(spec.spans), spec.pruned)
         self.auxiliaries: list[dict[str, Tensor]] = []
         "weight and bias of the auxiliary head of each snapshot"
         self.sizes: dict[str, object] = {}
@@ -53,8 +57,10 @@ class M2KD(Distiller):
         )
         weights = (1.0, AUXILIARY)
         total = torch.zeros((), device=lesson.labels.device)
+        low, high = lesson.span
+        first = 0 if self.spec.exemplars else low
         for answer, weight in zip(answers, weights, strict=True):
-            hard = F.cross_entropy(answer[:, slice(*lesson.span)], lesson.labels)
+            hard = F.cross_entropy(answer[:, first:high], lesson.labels + low - first)
             total = total + weight * (1 - alpha) * hard
         for i in range(lesson.task):
             span = slice(*self.spec.spans[i])
@@ -75,6 +81,11 @@ class M2KD(Distiller):
         inputs = (lesson.inputs, lesson.query)
         output: StudentOutput = functional_call(lesson.student_model, state, inputs, {"hidden": True})
         return output.cls_logits.float(), self.read(output.hidden, self.auxiliaries[index])
+
+    def begin_retraining(self, task: int, student: PromptedViT) -> bool:
+        """Prune: moments would move what must stay."""
+        self.snapshots.prune(student)
+        return True
 
     def before_step(self, student: PromptedViT) -> None:
         """Kept weights of a whole network stay as they are."""

@@ -38,11 +38,36 @@ class Fusion(nn.Module):
         return self.leave(x), x
 
 
+class CompatFusion(nn.Module):
+    """The fusion of the CDL authors' code: LayerNorms, and no gate of a token, but a factor for each of its channels.
+
+    The factor of either part is LayerNorm(Linear(part)), one module for both.
+    """
+
+    def __init__(self, width: int, out: int, first: bool) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.factors = None if first else nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width))
+        self.mixed = None if first else nn.LayerNorm(width)
+        self.leave = nn.Linear(width, out)
+
+    def forward(self, tokens: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As Fusion."""
+        x = self.enter(tokens)
+        if self.factors is not None and self.mixed is not None and deeper is not None:
+            x = self.mixed(x * self.factors(x) + deeper * self.factors(deeper))
+        return self.leave(x), x
+
+
 class ReviewKD(KD):
     """KD + 0.2 * HCL, the mean over the student's blocks.
 
-    On tokens the paper's 1 x 1 convolutions are Linears; every block of a ViT has one grid, so nothing is scaled up
-    on the way back. Teachers of another depth are met at the same share of their depth, of another grid resampled.
+    The fusion and HCL are the ReviewKD paper's. On tokens its 1 x 1 convolutions are Linears; every block of a ViT has
+    one grid, so nothing is scaled up on the way back. Ours: teachers of another depth are met at the same share of
+    their depth, of another grid resampled.
+
+    spec.compat: what the CDL authors made of it. CompatFusion; no pyramid, only the squared error of the tokens; a
+    deeper teacher is met at its last blocks.
     """
 
     needs_hidden: ClassVar[bool] = True
@@ -51,9 +76,9 @@ class ReviewKD(KD):
         super().__init__(spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            depth = spec.student_depth
+            depth, kind = spec.student_depth, CompatFusion if spec.compat else Fusion
             self.fusions = nn.ModuleList(
-                Fusion(spec.student_width, spec.teacher_width, first=i == depth - 1) for i in range(depth)
+                kind(spec.student_width, spec.teacher_width, first=i == depth - 1) for i in range(depth)
             )
 
     def loss(self, lesson: Lesson) -> Tensor:
@@ -63,9 +88,15 @@ class ReviewKD(KD):
         total = torch.zeros((), device=lesson.labels.device)
         for i in reversed(range(depth)):
             given, deeper = self.fusions[i](lesson.student.hidden[i], deeper)
-            wanted = lesson.teacher_hidden[partner(i, depth, self.spec.teacher_depth)]
-            total = total + hierarchical(given.float(), regrid(wanted.float(), self.spec.student_grid))
-        return super().loss(lesson) + WEIGHT * total / depth
+            wanted = regrid(lesson.teacher_hidden[self.partner(i)].float(), self.spec.student_grid)
+            total = total + (F.mse_loss if self.spec.compat else hierarchical)(given.float(), wanted)
+        return super().loss(lesson) + self.spec.features * WEIGHT * total / depth
+
+    def partner(self, block: int) -> int:
+        """The teacher's block that a block of the student imitates."""
+        own, other = self.spec.student_depth, self.spec.teacher_depth
+        # The authors know no teacher of fewer blocks.
+        return other - own + block if self.spec.compat and other >= own else partner(block, own, other)
 
 
 def hierarchical(given: Tensor, wanted: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ class LearnerSpec:
     "of initial values"
     pool_tasks: int = 0
     "tasks that a pool of fixed size is shared by: those of the run that came first where others extend it; 0: T"
+    compat: bool = False
+    "as the CDL authors' code: entries not yet learnt may be selected, key losses are sums, APT goes on unmerged"
+    apt_momentum: float = 0.7
+    "APT only: c, the share of the old prompt in the merged one"
 
 
 @dataclass(frozen=True)

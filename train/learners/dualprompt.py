@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .base import BlockPrompt, Learner, LearnerSpec, cosine, halves, uniform
@@ -13,7 +14,10 @@ EXPERT_BLOCKS, EXPERT_LENGTH = (2, 3, 4), 20
 
 
 class DualPrompt(Learner):
-    """While training, the task's own entry is used; at inference that of the nearest key learnt so far, per block."""
+    """While training, the task's own entry is used; at inference that of the nearest key learnt so far, per block.
+
+    In the CDL authors' code (spec.compat) entries of tasks to come may be nearest too.
+    """
 
     selection: ClassVar[dict[str, object]] = {"kind": "top-k", "k": 1}
 
@@ -41,7 +45,6 @@ class DualPrompt(Learner):
             return None
         assert query is not None
         current = self.learnt - 1
-        # Entries of tasks not seen yet are cut off, not only unlikely.
         similarity = self.similarity(block, query)
         if training:
             keys, values = halves(self.expert[str(block)][current])
@@ -50,5 +53,9 @@ class DualPrompt(Learner):
         return BlockPrompt(keys, values, weights=similarity.detach())
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
-        """Cosine to the key of each task learnt so far."""
-        return cosine(query, self.key[str(block)][: max(1, self.learnt)])
+        """Cosine to the key of each entry that inference may select: others are cut off, not only unlikely."""
+        return cosine(query, self.key[str(block)][: len(self.learnt_entries())])
+
+    def learnt_entries(self) -> Tensor:
+        """int64 (K,): the entries inference may select."""
+        return torch.arange(self.spec.tasks if self.spec.compat else max(1, self.learnt))

@@ -14,7 +14,9 @@ POOL, LENGTH, TOP = 30, 20, 5
 
 
 class L2P(Learner):
-    """An entry that no training image ever selected is unlearnt: it is masked at inference."""
+    """An entry that no training image ever selected is unlearnt: it is masked at inference, but not in the CDL authors'
+    code (spec.compat), whose key loss is also a sum over the selected entries, not their mean.
+    """
 
     selection: ClassVar[dict[str, object]] = {"kind": "top-k", "k": TOP}
 
@@ -36,15 +38,16 @@ class L2P(Learner):
             return None
         assert query is not None
         similarity = self.similarity(block, query)
-        allowed = (
-            similarity if training or not bool(self.used.any()) else similarity.masked_fill(~self.used, -torch.inf)
-        )
+        allowed = similarity if training or not self._masks() else similarity.masked_fill(~self.used, -torch.inf)
         index = allowed.topk(TOP, dim=1).indices
         if training:
             self.used[index.detach().flatten()] = True
         keys, values = halves(self.prompt[index])
         # The mean over the batch, not a sum: the loss must not grow with the batch or the number of devices.
-        loss = (1 - similarity.gather(1, index)).mean() if training else None
+        loss = None
+        if training:
+            distance = 1 - similarity.gather(1, index)
+            loss = distance.sum(dim=1).mean() if self.spec.compat else distance.mean()
         return BlockPrompt(keys.flatten(1, 2), values.flatten(1, 2), loss=loss, weights=allowed.detach())
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
@@ -57,4 +60,8 @@ class L2P(Learner):
 
     def learnt_entries(self) -> Tensor:
         """int64 (K,): the entries inference may select."""
-        return torch.arange(POOL) if not bool(self.used.any()) else torch.nonzero(self.used.cpu()).flatten()
+        return torch.nonzero(self.used.cpu()).flatten() if self._masks() else torch.arange(POOL)
+
+    def _masks(self) -> bool:
+        """Whether some entries must not be selected."""
+        return not self.spec.compat and bool(self.used.any())

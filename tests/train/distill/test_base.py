@@ -103,6 +103,7 @@ def test_what_each_needs():
         "dkd": plain_one,
         "fitnets": (True, False, False, True, False),
         "reviewkd": (True, False, False, True, False),
+        "two-heads": (False, True, False, False, False),
         "kd-token": (True, True, False, False, False),
         "kdp": (True, True, True, False, False),
         "cdl-prompt": plain_one,

@@ -45,3 +45,11 @@ def test_only_the_last_tokens_count(spec, lesson, tokens):
     wanted[:-1] = [h * 0 for h in wanted[:-1]]
     after = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted))
     assert torch.equal(before, after)
+
+
+def test_the_authors_feature_term_is_that_of_two_gpus(plain, spec, lesson, tokens):
+    hidden, wanted = tokens(2, 6, 16), tokens(2, 6, 24, seed=1)
+    told = lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)
+    ours, theirs = (DISTILLERS["fitnets"](spec(compat=c)).loss(told).item() for c in (False, True))
+    kd = plain.kd(CLS, TEACHER, LABELS, 0.5, 2.0)
+    assert theirs - kd == pytest.approx(2 * (ours - kd), rel=1e-4)

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,6 +147,22 @@ def test_old_classes_are_held_by_the_snapshots_alone(backbone):
     assert (gradient[:4] > 0).all() and (gradient[4:] == 0).all()  # nothing is said of classes to come
 
 
+def test_exemplars_are_told_apart_from_all_classes_seen(backbone):
+    """Cross entropy over the classes of tasks 0..k, for the images of the task and those of earlier ones."""
+    model, distiller = make(backbone, "apt"), M2KD(spec(exemplars=True))
+    learn(model, distiller, 0)
+    lesson = lesson_of(model, 1, labels=(0, 1, -2, -1))  # the last two are of classes 0 and 1
+    middle = nn.functional.layer_norm(lesson.student.hidden[2][:, 0], (16,))
+    expected = 0.0
+    levels = (lesson.student.cls_logits, distiller.auxiliary(middle))
+    for answer, old, weight in zip(levels, distiller.ask(0, lesson), (1.0, AUXILIARY), strict=True):
+        rows = answer.tolist()
+        hard = sum(-math.log(softmax(r[:4])[y]) for r, y in zip(rows, (2, 3, 0, 1), strict=True)) / 4
+        soft = by_hand(rows, [old.tolist()], replace(lesson, labels=torch.zeros(4, dtype=torch.long)), 1.0, 2.0)
+        expected += weight * (0.7 * hard + 0.3 * soft)
+    assert distiller.loss(lesson).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_tasks_of_one_class_are_defined(backbone):
     spans = ((0, 1), (1, 2), (2, 6))
     model, distiller = make(backbone, "apt"), M2KD(spec(spans=spans))
@@ -188,6 +206,7 @@ def test_the_registry():
         "dkd",
         "fitnets",
         "reviewkd",
+        "two-heads",
         "kd-token",
         "kdp",
         "cdl-prompt",
@@ -240,12 +259,82 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, learner
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+def test_every_task_sees_its_images_and_those_kept_of_earlier_classes(tmp_path, make_config, monkeypatch):
+    seen = []
+    real = loop.Images
+
+    def note(split, *more):
+        seen.append(split)
+        return real(split, *more)
+
+    monkeypatch.setattr(loop, "Images", note)
+    train(make_config(tmp_path / "run", **options("apt"), head="learned", exemplars=2, epochs=1), quiet=True)
+    trained = seen[0::2]  # behind each comes its validation
+    counts = [[int((s.labels == c).sum()) for c in range(10)] for s in trained]
+    assert counts[0] == [8] * 4 + [0] * 6
+    assert counts[1] == [2] * 4 + [8] * 3 + [0] * 3
+    assert counts[2] == [2] * 7 + [8] * 3
+    pixels = [[np.asarray(s.items)[s.labels == c] for c in range(4)] for s in trained]
+    for first, second, third in zip(*pixels, strict=True):
+        assert (second == third).all()  # the same two, and of those that the task was learnt from
+        assert all(any((kept == image).all() for image in first) for kept in second)
+
+
+def test_retraining_moves_what_the_task_keeps_and_nothing_else(backbone):
+    model, distiller = make(backbone, "finetune"), M2KD(spec())
+    learn(model, distiller, 0)
+    frozen = {k: v.clone() for k, v in model.network.named_parameters()}
+    model.learner.begin_task(1)
+    optimiser = torch.optim.Adam([*model.trainable(), *distiller.parameters()], lr=0.01)
+    states = []
+    for epoch in range(3):  # one of learning, two of retraining
+        if epoch == 1 and distiller.begin_retraining(1, model):
+            optimiser.state.clear()
+        states.append({k: v.clone() for k, v in model.network.named_parameters()})
+        for step in range(2):
+            optimiser.zero_grad()
+            distiller.loss(lesson_of(model, 1, seed=10 * epoch + step)).backward()
+            distiller.before_step(model)
+            optimiser.step()
+    name = "blocks.3.mlp.fc2.weight"
+    owner, start = distiller.snapshots.owners[name], dict(backbone.model.named_parameters())[name]
+    assert [int((owner == i).sum()) for i in range(3)] == [342, 341, 341]
+    for when in (states[1][name], dict(model.network.named_parameters())[name]):
+        assert torch.equal(when[owner == 0], start[owner == 0])
+        assert torch.equal(when[owner == 1], frozen[name][owner == 1])
+    assert (dict(model.network.named_parameters())[name][owner == 2] != states[1][name][owner == 2]).all()
+    distiller.end_task(1, model)  # nothing is pruned a second time
+    assert torch.equal(distiller.snapshots.owners[name], owner) and len(distiller.snapshots) == 2
+
+
+@pytest.mark.slow
+def test_stopped_while_it_retrains(tmp_path, make_config, monkeypatch):
+    more = {**options("finetune"), "retrain_epochs": 2, "pruned": "zero", "exemplars": 1, "epochs": 1}
+    metrics = train(make_config(tmp_path / "unbroken", **more), quiet=True)
+    assert [len(losses) for losses in metrics["student"]["loss"]] == [3, 3, 3]
+    real, stops = loop.save_state, 0
+
+    def save(path, state):
+        real(path, state)
+        raise Stopped
+
+    monkeypatch.setattr(loop, "save_state", save)
+    while not (tmp_path / "broken" / "metrics.json").exists():
+        try:
+            train(make_config(tmp_path / "broken", **more), resume=stops > 0, quiet=True)
+        except Stopped:
+            stops += 1
+    assert stops == 9
+    assert_same(tmp_path / "unbroken", tmp_path / "broken")
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_task(tmp_path, make_config):
     """By SIGKILL, as soon as there is a checkpoint of an epoch of the second task."""
     train(make_config(tmp_path / "unbroken", **options("finetune"), epochs=6), quiet=True)
     broken = make_config(tmp_path / "broken", **options("finetune"), epochs=6)
-    given = {k.replace("_", "-"): str(v) for k, v in broken.to_json().items() if k != "compat" and v is not None}
+    unnamed = ("compat", "compat_schema")
+    given = {k.replace("_", "-"): str(v) for k, v in broken.to_json().items() if k not in unnamed and v is not None}
     line = [part for key, value in given.items() for part in (f"--{key}", value)]
     program = [sys.executable, "-c", "from cdl_edge.cli import main; main()", "train", *line, "--threads", "1"]
     checkpoint = Path(broken.out) / "checkpoint.safetensors"

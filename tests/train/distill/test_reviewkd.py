@@ -116,3 +116,41 @@ def test_what_a_deep_block_says_reaches_the_shallow_ones(spec, lesson, tokens):
         given, deeper = distiller.fusions[i](hidden[i], deeper)
     given.sum().backward()
     assert all(h.grad.abs().sum() > 0 for h in hidden)
+
+
+def standardised(x, weight, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+@pytest.mark.parametrize(("depths", "first"), [((6, 6), 0), ((6, 8), 2), ((12, 24), 12)])
+def test_the_authors_reviewkd(plain, spec, lesson, tokens, depths, first):
+    """Their fusion in numpy: LayerNorms, a factor a channel in place of the gates, squared error alone, last blocks."""
+    distiller = DISTILLERS["reviewkd"](spec(student_depth=depths[0], teacher_depth=depths[1], compat=True))
+    generator = torch.Generator().manual_seed(4)
+    for p in distiller.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    hidden, wanted = tokens(2, depths[0], 16), tokens(2, depths[1], 24, seed=1)
+    total, deeper = 0.0, None
+    for i in reversed(range(depths[0])):
+        w = {k: v.detach().double().numpy() for k, v in distiller.fusions[i].state_dict().items()}
+        x = hidden[i].double().numpy() @ w["enter.0.weight"].T + w["enter.0.bias"]
+        x = standardised(x, w["enter.1.weight"], w["enter.1.bias"])
+        if deeper is None:
+            assert not any(k.startswith(("factors", "mixed")) for k in w)
+        else:
+            parts = []
+            for part in (x, deeper):
+                factor = part @ w["factors.0.weight"].T + w["factors.0.bias"]
+                parts.append(part * standardised(factor, w["factors.1.weight"], w["factors.1.bias"]))
+            x = standardised(sum(parts), w["mixed.weight"], w["mixed.bias"])
+        deeper = x
+        given = x @ w["leave.weight"].T + w["leave.bias"]
+        total += np.mean((given - wanted[first + i].double().numpy()) ** 2)
+    expected = plain.kd(CLS, TEACHER, LABELS, 0.5, 2.0) + 2 * 0.2 * total / depths[0]
+    got = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_of_fewer_blocks_is_met_as_ever(spec):
+    distiller = DISTILLERS["reviewkd"](spec(student_depth=12, teacher_depth=6, compat=True))
+    assert [distiller.partner(i) for i in range(12)] == [partner(i, 12, 6) for i in range(12)]

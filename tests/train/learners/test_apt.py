@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cdl_edge.train.learners.apt import APT, MOMENTUM
+from cdl_edge.train.learners.apt import APT
 from cdl_edge.train.learners.base import LearnerSpec
 
 
@@ -23,7 +23,6 @@ def test_merge(learner):
     second = learner.prompt.data.normal_(generator=generator).clone()
     learner.end_task(1)
     expected = 0.7 * first + 0.3 * second
-    assert MOMENTUM == 0.7
     assert torch.allclose(learner.merged, expected, atol=1e-6)
     assert torch.equal(learner.prompt.data, learner.merged)  # the next task starts there
     third = learner.prompt.data.normal_(generator=generator).clone()
@@ -75,3 +74,17 @@ def test_only_the_class_tokens_key_and_value_are_changed(make_model, backbone, t
             del block.attn.qkv.forward
         seen["ours"] = run_block(block, tokens, prompt)
     assert torch.allclose(seen["ours"], seen["by hand"], atol=1e-5)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_where_the_next_task_goes_on(compat):
+    learner = APT(LearnerSpec(16, 6, 16, 3, 0, compat=compat, apt_momentum=0.8))
+    generator = torch.Generator().manual_seed(0)
+    merged = torch.zeros(6, 2, 16)
+    for task in range(3):
+        learner.begin_task(task)
+        new = learner.prompt.data.normal_(generator=generator).clone()
+        learner.end_task(task)
+        merged = new if task == 0 else 0.8 * merged + 0.2 * new
+        assert torch.allclose(learner.merged, merged, atol=1e-6)
+        assert torch.allclose(learner.prompt.data, new if compat else merged, atol=1e-6)

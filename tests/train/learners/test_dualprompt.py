@@ -84,3 +84,18 @@ def test_training_a_task_leaves_the_entries_of_others(make_model, tokens):
         if name.startswith(("expert", "key")):
             assert torch.equal(p.data[[0, 2]], before[name][[0, 2]]), name
             assert not torch.equal(p.data[1], before[name][1]), name
+
+
+def test_the_authors_may_select_a_task_to_come(learner):
+    theirs = DualPrompt(LearnerSpec(16, 6, 12, 4, 0, compat=True))
+    theirs.load_state_dict(learner.state_dict())
+    q = queries(3)
+    for block in EXPERT_BLOCKS:
+        theirs.key[str(block)].data[3] = q[0]
+        got = theirs.at_block(block, q, training=False)
+        assert got.weights.shape == (3, 4)
+        assert torch.equal(got.keys[0], theirs.expert[str(block)][3, :10])
+        assert theirs.at_block(block, q, training=True).loss.item() == pytest.approx(
+            (1 - cosine(q, theirs.key[str(block)][1:2])).mean().item(), abs=1e-6
+        )
+    assert theirs.learnt_entries().tolist() == [0, 1, 2, 3] and learner.learnt_entries().tolist() == [0, 1]

@@ -75,3 +75,16 @@ def test_the_selection_of_one_sample_ignores_the_others(learner):
         together = learner.at_block(0, q, training=False)
         for i in range(8):
             assert torch.equal(learner.at_block(0, q[i : i + 1], training=False).keys[0], together.keys[i])
+
+
+def test_the_authors_sum_over_entries_and_mask_none():
+    ours, theirs = (L2P(LearnerSpec(16, 6, 12, 3, 0, compat=c)) for c in (False, True))
+    q = queries(4)
+    losses = [m.at_block(0, q, training=True).loss.item() for m in (ours, theirs)]
+    assert losses[1] == pytest.approx(5 * losses[0], rel=1e-5)
+    unused = int(torch.nonzero(~theirs.used)[0])
+    theirs.key.data[unused] = q[0]  # no image of training has selected it, and it is nearest
+    ours.key.data[unused] = q[0]
+    got = [m.at_block(0, q, training=False).weights[0].argmax().item() for m in (ours, theirs)]
+    assert got[0] != unused and got[1] == unused
+    assert theirs.learnt_entries().tolist() == list(range(POOL)) != ours.learnt_entries().tolist()
