@@ -24,7 +24,7 @@ def test_install_list_and_go_back(make_server, make_client, make_version, pack_b
     names = [version_name(open_bundle(make_version(i))) for i in range(2)]
     assert [p["version"] for p in client.get("/packs").json()["packs"]] == names[:1]
 
-    done = client.post("/packs", files={"pack": ("../../evil.pack", pack_between(0, 1).read_bytes())})
+    done = client.post("/packs", headers=admin, files={"pack": ("../../evil.pack", pack_between(0, 1).read_bytes())})
     assert done.status_code == 200, done.text
     assert (done.json()["previous"], done.json()["version"]) == tuple(names)
     assert classes(client) == 5
@@ -35,17 +35,17 @@ def test_install_list_and_go_back(make_server, make_client, make_version, pack_b
     assert version_name(open_bundle(server.source)) == names[1]
     assert client.get("/v2/models/tiny").json()["versions"] == names[1:]
 
-    assert client.post("/packs/rollback").json()["version"] == names[0]
+    assert client.post("/packs/rollback", headers=admin).json()["version"] == names[0]
     assert classes(client) == 4
-    assert client.post(f"/packs/rollback?to={names[1]}").json()["version"] == names[1]
+    assert client.post(f"/packs/rollback?to={names[1]}", headers=admin).json()["version"] == names[1]
     assert classes(client) == 5
-    assert client.post("/packs/rollback?to=../..").status_code == 400
+    assert client.post("/packs/rollback?to=../..", headers=admin).status_code == 400
     assert version_name(open_bundle(server.source)) == names[1]
 
 
 def test_a_pack_as_the_body(client, pack_between):
     content = pack_between(0, 1).read_bytes()
-    assert client.post("/packs", content=content, headers={"content-type": "application/octet-stream"}).json()[
+    assert client.post("/packs", headers=admin, content=content, headers={"content-type": "application/octet-stream"}).json()[
         "version"
     ]
     assert classes(client) == 5
@@ -64,7 +64,7 @@ def test_installs_under_load(make_server, make_client, make_version, pack_betwee
     for thread in threads:
         thread.start()
     for i in range(3):
-        done = client.post("/packs", content=pack_between(i, i + 1).read_bytes())
+        done = client.post("/packs", headers=admin, content=pack_between(i, i + 1).read_bytes())
         assert done.status_code == 200, done.text
     stop.set()
     for thread in threads:
@@ -92,16 +92,16 @@ def test_what_is_refused_changes_nothing(make_server, make_client, make_version,
         "too large": (413, bytes(100_001)),
     }
     for what, (status, body) in wrong.items():
-        answer = client.post("/packs", content=body)
+        answer = client.post("/packs", headers=admin, content=body)
         assert answer.status_code == status and answer.json()["error"], (what, answer.text)
         assert "cdl-edge-pack-" not in answer.text, what
         assert classes(client) == 4 and version_name(open_bundle(server.source)) == before, what
-    assert client.post("/packs/rollback").status_code == 400
-    assert client.post("/packs", content=content, headers={"content-type": "text/html"}).status_code == 415
-    assert client.post("/packs", files=[("a", ("a", content)), ("b", ("b", content))]).status_code == 400
-    assert client.post("/packs", data={"a": "b"}).status_code in (400, 415)
-    assert client.post("/packs", content=content).status_code == 200
-    assert client.post("/packs", content=content).status_code == 400  # a replay
+    assert client.post("/packs/rollback", headers=admin).status_code == 400
+    assert client.post("/packs", headers=admin, content=content, headers={"content-type": "text/html"}).status_code == 415
+    assert client.post("/packs", headers=admin, files=[("a", ("a", content)), ("b", ("b", content))]).status_code == 400
+    assert client.post("/packs", headers=admin, data={"a": "b"}).status_code in (400, 415)
+    assert client.post("/packs", headers=admin, content=content).status_code == 200
+    assert client.post("/packs", headers=admin, content=content).status_code == 400  # a replay
     assert classes(client) == 5
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_put_in_is_taken_back_from_the_disk(make_server, make_cli
 
     with monkeypatch.context() as patch:
         patch.setattr(server.handle, "swap", fail)
-        answer = client.post("/packs", content=pack_between(0, 1).read_bytes())
+        answer = client.post("/packs", headers=admin, content=pack_between(0, 1).read_bytes())
     assert answer.status_code == 400 and "not on this machine" in answer.text
     assert version_name(open_bundle(server.source)) == server.handle.health()["version"] == before
     assert 'cdl_edge_swaps_total{result="failed"} 1' in client.get("/metrics").text
@@ -125,7 +125,7 @@ def test_one_install_at_a_time(make_server, make_client, pack_between):
     server = make_server()
     client = make_client(server)
     with server.changing:
-        assert client.post("/packs", content=pack_between(0, 1).read_bytes()).status_code == 409
+        assert client.post("/packs", headers=admin, content=pack_between(0, 1).read_bytes()).status_code == 409
     assert classes(client) == 4
 
 
@@ -164,7 +164,7 @@ def test_with_a_token_whoever_has_it(make_server, make_client, pack_between):
     content = pack_between(0, 1).read_bytes()
     for client in (far, near):
         for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "söcret".encode()}):
-            answer = client.post("/packs", content=content, headers=header)
+            answer = client.post("/packs", headers=admin, content=content, headers=header)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
             assert "söcret" not in answer.text
     assert classes(near) == 4

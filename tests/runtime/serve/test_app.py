@@ -287,11 +287,14 @@ def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, 
             time.sleep(0.01)
 
     put(make_version(0))
-    server = make_server(place)
-    client = make_client(server, watch=True, say=said.append)
+    server = make_server(place, say=said.append)
+    client = make_client(server, watch=True)
     assert client.get("/health").json()["model"]["classes"] == 4
     put(make_version(1))
     until(lambda: client.get("/health").json()["model"]["classes"] == 5)
+    until(lambda: said)
+    names = [version_name(open_bundle(p, verify=False)) for p in sorted((place / "versions").iterdir())]
+    assert all(name in said[0] for name in names) and "5 classes" in said.pop()
     bad = make_version(2)
     (bad / "prompts.bin").write_bytes(bytes((bad / "prompts.bin").stat().st_size))
     put(bad)
