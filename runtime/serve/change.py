@@ -63,20 +63,24 @@ def in_a_process(
     return dict(json.loads(out.splitlines()[-1]))
 
 
+def changed(order: dict[str, Any]) -> dict[str, Any]:
+    """Do it here; see `in_a_process`."""
+    from .. import packs
+
+    changes: dict[str, Callable[..., dict[str, Any]]] = {"install": packs.install, "rollback": packs.rollback}
+    return changes[order["do"]](**{name: value for name, value in order.items() if name != "do"})
+
+
 def main() -> int:
     """The process. Returns: its exit code."""
     order = json.loads(sys.stdin.read())
-    from .. import packs
-
     seconds = order.pop("seconds")
     if hasattr(signal, "alarm"):
         signal.alarm(int(seconds + EXTRA_S))
     with contextlib.suppress(OSError):  # where memory runs out this process goes first, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
-    changes: dict[str, Callable[..., dict[str, Any]]] = {"install": packs.install, "rollback": packs.rollback}
-    change = changes[order.pop("do")]
     try:
-        result = change(**order)
+        result = changed(order)
     except InputError as error:
         print(error, file=sys.stderr)
         return REFUSED

@@ -149,7 +149,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._head = self._lines = 0
         if self.address == LOCAL:
-            self.scope["state"]["owner"] = is_owner(self.transport)  # type: ignore[index]
+            self.scope["state"]["owner"] = is_owner(self.transport)
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))

@@ -120,6 +120,7 @@ def test_answers_are_those_of_the_runner(make_version, images):
         assert handle.runner.bundle.path == path
         assert handle.health() | {"in_flight": 0} == {
             "status": "ok",
+            "reason": None,
             "version": version_name(runner.bundle),
             "in_flight": 0,
             "capacity": handle.capacity,

@@ -19,7 +19,6 @@ from cdl_edge.runtime.serve import listen as listen_on
 from cdl_edge.runtime.serve.app import build_app
 from cdl_edge.runtime.serve.server import Server
 
-
 TOKEN = "0123456789abcdef-of-the-tests"
 DEFAULTS: dict[str, Any] = {"name": "tiny", "token": TOKEN, "allow_unsigned": True, "say": lambda _: None}
 

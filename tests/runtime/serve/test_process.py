@@ -29,7 +29,7 @@ def slow(runner, feeds):
     time.sleep(float(sys.argv[2]))
     return real(runner, feeds)
 OrtRunner._call = slow
-serve(sys.argv[1], port=0, threads=1, say=lambda line: print(line, flush=True))
+serve(sys.argv[1], port=0, threads=1, token="x" * 20, say=lambda line: print(line, flush=True))
 print("ended", flush=True)
 """
 
@@ -141,7 +141,7 @@ def test_a_bundle_that_is_none(tmp_path):
         room.serve(tmp_path / "nothing", port=0)
 
 
-@pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart"])
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart", "httptools"])
 def test_a_missing_package_is_named(make_version, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package}[\s\S]*pip install 'cdl-edge\[serve\]'"):
