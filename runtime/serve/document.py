@@ -55,6 +55,8 @@ class Numbers:
             begin, done = end + 1, done + len(piece)
         if done != count or begin < len(text):
             raise ValueError(f"not {count} numbers")
+        if not np.isfinite(values).all():
+            raise ValueError("a number that is not finite")
         return values.reshape(shape)
 
 

@@ -237,6 +237,4 @@ def _tensor(
         ) from error
     if kind == "UINT8" and (values.min() < 0 or values.max() > 255 or (values != np.floor(values)).any()):
         raise InputError(wrong, got="numbers outside", expected="whole numbers from 0 to 255")
-    if not np.isfinite(values).all():
-        raise InputError(wrong, got="infinity", expected="finite numbers")
     return name, values.astype(dtype), offset
