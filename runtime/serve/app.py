@@ -31,7 +31,7 @@ PROBE_S = 10.0
 "how often the server asks itself where nobody else does"
 LOG = logging.getLogger("uvicorn.error")
 KINDS = {401: "denied", 403: "denied", 404: "not_found", 405: "not_found", 408: "timeout", 413: "too_large"}
-KINDS |= {415: "content_type", 504: "timeout"}
+KINDS |= {415: "content_type", 503: "busy", 504: "timeout"}
 
 
 def build_app(server: Server, watch: bool = False) -> Starlette:
@@ -113,7 +113,7 @@ async def prometheus(request: Request) -> Response:
 async def refused(request: Request, error: Exception) -> Response:
     """Bad input: its message, with the status that it names."""
     status = error.status if isinstance(error, Refused) else 400
-    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}.get(status)
     return _problem(request, status, KINDS.get(status, "input"), str(error), headers)
 
 

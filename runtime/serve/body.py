@@ -78,11 +78,12 @@ class Uploads:
     def add(self, upload: Upload, count: int) -> None:
         """More of it has come. Raises: Refused (503) when it is the one that is given up."""
         upload.size += count
-        while sum(held.size for held in self._held) > self.most:
-            largest = max((held for held in self._held if not held.whole), key=lambda held: held.size, default=upload)
+        while sum(held.size for held in self._held if not held.dropped) > self.most:
+            open_ = [held for held in self._held if not held.whole and not held.dropped]
+            largest = max(open_, key=lambda held: held.size, default=upload)
             if largest is upload or largest.scope is None:
                 raise self.no_room(upload)
-            largest.dropped, largest.size = True, 0
+            largest.dropped = True
             largest.scope.cancel()
 
     def no_room(self, upload: Upload) -> Refused:

@@ -35,6 +35,8 @@ class Bounds:
     head_bytes: int = 32 << 10
     "of the request line and the header lines; also of trailers"
     head_lines: int = 100
+    pipelined: int = 16
+    "requests of one connection that wait for the answer to the one before"
     head_s: float = 10.0
     "until the head of a request has arrived"
     send_s: float = 30.0
@@ -164,6 +166,10 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._loose = 0
         if self.refused:
+            return
+        if len(self.pipeline) >= self.guard.bounds.pipelined:
+            self.refused = True  # the parser may go on for as long as it has bytes
+            self._give_up("pipelined")
             return
         self._enter("body")
         super().on_headers_complete()
