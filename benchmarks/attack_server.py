@@ -114,6 +114,20 @@ def silent(port: int, count: int, stop: threading.Event, seed: int) -> None:
         connection.close()
 
 
+def listening(process: subprocess.Popen[bytes], log: Path) -> int:
+    """The port, once the server answers there."""
+    while process.poll() is None:
+        if "http://127.0.0.1:" in (said := log.read_text()):
+            port = int(said.split("http://127.0.0.1:")[1].split("/")[0])
+            try:
+                socket.create_connection(("127.0.0.1", port), 5).close()
+                return port
+            except OSError:
+                pass
+        time.sleep(0.05)
+    raise RuntimeError(f"the server did not start: {log.read_text()}")
+
+
 def peak_bytes(process: int) -> int:
     """Most memory that a process held so far (Linux)."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
@@ -143,11 +157,11 @@ def main() -> None:
     command = [sys.executable, "-m", "cdl_edge.cli", "serve", str(given.bundle), "--port", "0", "--name", "attacked"]
     with tempfile.TemporaryDirectory(prefix="cdl-edge-attack-") as folder:
         command += ["--token-file", f"{folder}/token", "--threads", str(given.threads)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        log = Path(folder) / "log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream)
         try:
-            assert process.stdout is not None
-            port = int(process.stdout.readline().split("http://127.0.0.1:")[1].split("/")[0])
-            time.sleep(1)
+            port = listening(process, log)
             quiet = clients(port, given.clients, given.seconds, 0.0, picture, given.seed)
             attacker = threading.Thread(target=silent, args=(port, given.silent, stop, given.seed))
             attacker.start()

@@ -34,10 +34,18 @@ def in_a_process(
     Returns: what the function returns. Raises: InputError when it refuses, crashes or does not end in `seconds`.
     """
     command = [sys.executable, "-m", __name__]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # What is importable here is there, too. The working folder is not: whoever may write there shall not be imported.
     places = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
-    process = subprocess.Popen(command, text=True, encoding="utf-8", errors="replace", cwd="/", env=places, **pipes)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        cwd="/",
+        env=places,
+    )
     started(process)
     try:
         out, err = process.communicate(json.dumps({**order, "seconds": seconds}), seconds)
