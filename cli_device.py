@@ -254,10 +254,15 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 @click.option("--limit", "limit_s", type=float, default=10.0, show_default=True, help="seconds a call may take")
 @click.option("--name", default="", help="model name in the Open Inference Protocol [default: the bundle's folder]")
 @click.option("--watch", is_flag=True, help="put in every version that `pack install` makes current")
-@click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs from elsewhere than this machine")
+@click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs [default: the file's]")
+@click.option(
+    "--token-file", type=click.Path(path_type=Path), help="holds the token; made where it is missing, mode 600"
+)
 @click.option(
     "--public-key", type=click.Path(path_type=Path), help="Ed25519 public key (PEM) that packs must be signed by"
 )
+@click.option("--allow-unsigned", is_flag=True, help="take packs without a signature where no key is known")
+@click.option("--socket", "socket_path", type=click.Path(path_type=Path), help="Unix socket where packs need no token")
 @backend_option
 @precision_option
 @threads_option

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from . import load
 from .bundle import Bundle, open_bundle
 from .machine import usable_cores
 from .runner import Runner
-from .selftest import prove, prove_finite, reference
+from .selftest import GateError, extremes, prove, prove_answers, prove_finite, reference
 
 WARMUP = 3
 "calls of each runner before it answers: the first ones allocate and choose kernels"
@@ -122,6 +123,7 @@ class Handle:
         runners: sessions that compute side by side; each has its own memory, and `threads` threads.
         queue: calls that may wait; one more is refused with Busy.
         limit_s: a call of the engine that takes longer than this makes `health` say "stuck".
+        load_s: a new version that has not passed its self-test after this is given up.
 
     Raises: InputError when the bundle cannot be loaded, or does not compute what its self-test says.
     """
@@ -135,9 +137,10 @@ class Handle:
         runners: int = 1,
         queue: int = 32,
         limit_s: float = 10.0,
+        load_s: float = 120.0,
     ) -> None:
         self.backend, self.threads, self.precision, self._runners = backend, threads, precision, runners
-        self.limit_s = limit_s
+        self.limit_s, self.load_s = limit_s, load_s
         # One more worker than runners, so that a picture is decoded while another is computed.
         self._workers = max(runners + 1, usable_cores())
         self.capacity = self._workers + queue
@@ -146,7 +149,10 @@ class Handle:
         self._swapping = threading.Lock()
         self._closed = False
         self._retiring: list[_Version] = []
+        self._given_up: list[Future[_Version]] = []
         self.swaps = 0
+        self.failing: str | None = None
+        "why the last answer that was asked for did not come, for `health`; None: it came"
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self._current = self._load(opened, trust=not opened.manifest.get("selftest"))
 
@@ -185,18 +191,38 @@ class Handle:
             raise Busy("another swap is going on\n  do:       wait for its end", 2)
         try:
             begin = time.monotonic()
-            new = self._load(bundle if isinstance(bundle, Bundle) else open_bundle(bundle))
+            new = self._load_in_time(bundle if isinstance(bundle, Bundle) else open_bundle(bundle))
             with self._lock:
                 if self._closed:
                     new.free()
                     raise RuntimeError("the handle is closed")
                 old, self._current = self._current, new
                 self.swaps += 1
+                self.failing = None
             self._retire(old)
             seconds = round(time.monotonic() - begin, 3)
             return {"previous": old.name, "version": new.name, "seconds": seconds, "selftest": self.selftest}
         finally:
             self._swapping.release()
+
+    def _load_in_time(self, bundle: Bundle) -> _Version:
+        """`_load` on a thread of its own, which is given up after load_s: a graph may never end."""
+        worker = ThreadPoolExecutor(1, thread_name_prefix="cdl-edge-load")
+        future = worker.submit(self._load, bundle)
+        worker.shutdown(wait=False)
+        try:
+            return future.result(self.load_s)
+        except FutureTimeout:  # of Python 3.10 another one than TimeoutError
+            if future.done():  # it was its own
+                raise
+            self._given_up.append(future)
+            future.add_done_callback(lambda late: None if late.exception() else late.result().free())
+            raise GateError(
+                f"{bundle.path}: the new version does not come to an answer",
+                got=f"none after {self.load_s:g} s",
+                expected="the answers of its self-test",
+                fix="do not use it",
+            ) from None
 
     def _load(self, bundle: Bundle, trust: bool = False) -> _Version:
         """A version that was proven and is warm. trust: without a self-test, finite outputs are enough."""
@@ -233,16 +259,26 @@ class Handle:
             version.free()
 
     def health(self) -> dict[str, Any]:
-        """{"status": "ok" | "stuck" | "closed", "version", "in_flight", "capacity", "longest_call_s", "retiring"}.
+        """{"status", "reason", "version", "in_flight", "capacity", "longest_call_s", "retiring"}.
+
+        "status" is "ok", "stuck", "failing" or "closed".
 
         "stuck": a call of the engine has been running for more than `limit_s`; a swap or a restart mends it.
+        "failing": the last answer that was asked for did not come, "reason" says why.
         "in_flight": calls accepted by the current version; "retiring": older versions whose last calls still run.
         """
         with self._lock:
             version, retiring, closed = self._current, len(self._retiring), self._closed
         longest = version.pool.longest_s()
         return {
-            "status": "closed" if closed else "stuck" if longest > self.limit_s else "ok",
+            "status": "closed"
+            if closed
+            else "stuck"
+            if longest > self.limit_s
+            else "failing"
+            if self.failing
+            else "ok",
+            "reason": self.failing,
             "version": version.name,
             "in_flight": version.users,
             "capacity": self.capacity,
@@ -257,7 +293,8 @@ class Handle:
         if first:
             self._retire(self._current)
         with self._lock:
-            return self._lock.wait_for(lambda: not self._retiring, timeout_s)
+            ended = self._lock.wait_for(lambda: not self._retiring, timeout_s)
+        return ended and all(future.done() for future in self._given_up)
 
     def __enter__(self) -> Handle:
         return self
@@ -269,6 +306,9 @@ class Handle:
 def _prove(pool: Pool, trust: bool) -> dict[str, Any]:
     """Every runner on its own. Raises: GateError, InputError without a self-test unless `trust`."""
     if trust:
-        return [prove_finite(runner) for runner in pool.runners][-1]
-    feeds, expected = reference(pool.bundle)
-    return [prove(runner, feeds, expected) for runner in pool.runners][-1]
+        feeds, found = {"images": extremes(pool)}, [prove_finite(runner) for runner in pool.runners]
+    else:
+        feeds, expected = reference(pool.bundle)
+        found = [prove(runner, feeds, expected) for runner in pool.runners]
+    prove_answers(pool, next(iter(feeds.values())))
+    return found[-1]

@@ -7,10 +7,13 @@ and when it is installed. Fused fp16 attention has been silently wrong in severa
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..errors import InputError
 from . import load
@@ -44,6 +47,7 @@ def self_test(bundle: Bundle, backend: str = "auto", threads: int | None = None)
     results = {}
     with load(bundle, backend, threads) as runner:
         results[runner.precision] = prove(runner, feeds, expected)
+        prove_answers(runner, next(iter(feeds.values())))
     if "fp32" not in results:
         with load(bundle, backend, threads, precision="fp32") as runner:
             results["fp32"] = prove(runner, feeds, expected)
@@ -55,14 +59,41 @@ def prove(runner: Runner, feeds: Feeds, expected: Feeds) -> dict[str, Any]:
     return check(runner.compute, feeds, expected, runner.precision, f"{runner.bundle.path}: the self-test fails")
 
 
+def prove_answers(runner: Runner, images: np.ndarray) -> None:
+    """Classify pictures through the function that answers requests: the graph alone is not all that is served.
+
+    images: uint8 (B, S, S, 3). Raises: GateError when the answer is none, or holds NaN.
+    """
+    from .predict import predict
+
+    pictures = []
+    for image in images:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        pictures.append(stream.getvalue())
+    try:
+        json.dumps(predict(runner, pictures, top=len(runner.bundle.classes)), allow_nan=False)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise GateError(
+            f"{runner.bundle.path}: pictures get no answer",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            expected="a label, its probability and its confidence",
+            fix="export the bundle again",
+        ) from error
+
+
+def extremes(runner: Runner) -> np.ndarray:
+    """A black and a white picture: uint8 (2, S, S, 3)."""
+    size = runner.bundle.preprocessing.size
+    return np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
+
+
 def prove_finite(runner: Runner) -> dict[str, Any]:
     """Black and white pictures give finite logits: all that can be asked of a bundle without a self-test.
 
     Returns: as `check`, of no image. Raises: GateError.
     """
-    size = runner.bundle.preprocessing.size
-    extremes = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
-    if not np.isfinite(runner.infer(extremes)).all():
+    if not np.isfinite(runner.infer(extremes(runner))).all():
         raise GateError(f"{runner.path}: logits hold NaN or infinity", fix="export the bundle again")
     return {"images": 0}
 

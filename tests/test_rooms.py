@@ -17,7 +17,7 @@ SOURCES = sorted(
 )
 BASE = ("errors.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
 "what every room stands on"
-SERVER = {"anyio", "python_multipart", "starlette", "uvicorn"}
+SERVER = {"anyio", "httptools", "python_multipart", "starlette", "uvicorn"}
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
 
 MAY_IMPORT = {

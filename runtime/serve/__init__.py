@@ -34,7 +34,10 @@ def serve(
     runners: int = 1,
     watch: bool = False,
     token: str | None = None,
+    token_file: Path | None = None,
     public_key: Path | None = None,
+    allow_unsigned: bool = False,
+    socket_path: Path | None = None,
     limit_s: float = 10.0,
     name: str = "",
     say: Callable[[str], None] = print,
@@ -47,27 +50,38 @@ def serve(
         queue, runners, limit_s: see `runtime.handle.Handle`.
         name: of the model in the Open Inference Protocol; empty: the bundle's folder.
         watch: put in every version that appears at `bundle`, once it has proven itself.
-        token, public_key: who may install packs, and whose; see `runtime.serve.admin`.
+        token: who has it may install packs; None: the one in token_file.
+        token_file: holds the token, made there at the first start; None: `runtime.serve.token.default_file`.
+        public_key, allow_unsigned: whose packs; see `runtime.serve.admin`.
+        socket_path: of a Unix socket, through which this user may install packs without the token.
 
     Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
     """
     uvicorn = _import()
     from ..handle import Handle
     from .app import build_app
+    from .guard import Guard
     from .server import Server
+    from .token import checked, default_file, kept
 
-    listening = listen(host, port)
-    try:
+    file = token_file or default_file()
+    secret, made = (kept(file)) if token is None else (checked(token), False)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(listen(host, port))
+        sockets = [listening]
+        if socket_path is not None:
+            sockets.append(stack.enter_context(listen_locally(socket_path)))
         handle = Handle(bundle, backend, threads, precision, runners, queue, limit_s)
-        server = Server(handle, Path(bundle), token=token, public_key=public_key, name=name)
+        packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
+        server = Server(handle, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
         config = uvicorn.Config(
-            build_app(server, watch, say),
-            log_level="warning",
+            build_app(server, watch),
+            http=Guard(server.metrics).protocol(),
+            ws="none",
+            log_level="error",
             access_log=False,
-            proxy_headers=False,  # who asks is who is connected: see admin.py
+            proxy_headers=False,
             server_header=False,
-            # A connection more than this gets a bare 503; the queue refuses, with a message, long before.
-            limit_concurrency=4 * handle.capacity + 64,
             timeout_graceful_shutdown=GRACE_S,
         )
         model = server.describe()
@@ -76,14 +90,15 @@ def serve(
             f"{model['name']} {model['version']}: http://{address}:{listening.getsockname()[1]}/   "
             f"({model['runner']['backend']}, {model['runner']['precision']}, {handle.capacity} calls at a time)"
         )
+        if token is None:
+            say(f"token for packs: {secret if made else 'as before'}, kept in {file}")
         with _ends_well():
-            uvicorn.Server(config).run(sockets=[listening])
+            uvicorn.Server(config).run(sockets=sockets)
         if not handle.close(0):
             say("a call of the engine is stuck: leaving without it")
             sys.stdout.flush()
+            stack.close()
             os._exit(1)  # Python would wait for its thread
-    finally:
-        listening.close()
 
 
 @contextlib.contextmanager
@@ -103,6 +118,7 @@ def _ends_well() -> Iterator[None]:
 def _import() -> Any:
     """uvicorn. Raises: InputError when it, or what the application needs, is missing."""
     try:
+        import httptools
         import python_multipart
         import starlette
         import uvicorn
@@ -110,10 +126,10 @@ def _import() -> Any:
         raise InputError(
             "the server's packages are not installed",
             got=str(error),
-            expected=", ".join(("starlette", "uvicorn", "python-multipart")),
+            expected=", ".join(("starlette", "uvicorn", "python-multipart", "httptools")),
             fix="pip install 'cdl-edge[serve]'",
         ) from error
-    del python_multipart, starlette
+    del httptools, python_multipart, starlette
     return uvicorn
 
 
@@ -130,3 +146,40 @@ def listen(host: str, port: int) -> socket.socket:
     # answer's head and body, sent apart, then wait 40 ms for each other (Nagle and delayed acknowledgement).
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+@contextlib.contextmanager
+def listen_locally(path: Path) -> Iterator[socket.socket]:
+    """A Unix socket that only this user can open; its file goes at the end.
+
+    Raises: InputError where something else lies there, or another server listens there.
+    """
+    problem = None
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            try:
+                asking.connect(str(path))
+                problem = "another server listens there"
+            except ConnectionRefusedError:  # left over
+                path.unlink()
+            except OSError as error:
+                problem = str(error)
+    elif path.exists() or path.is_symlink():
+        problem = "there is a file that is no socket"
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        before = os.umask(0o177)
+        try:
+            if problem is None:
+                listening.bind(str(path))
+        except OSError as error:
+            problem = str(error)
+        finally:
+            os.umask(before)
+        if problem is not None:
+            raise InputError(f"{path}: cannot listen there", got=problem, fix="name another --socket")
+        listening.listen(64)
+        yield listening
+        path.unlink(missing_ok=True)
+    finally:
+        listening.close()

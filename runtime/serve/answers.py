@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...errors import InputError
 from ...images import UnreadableImage
@@ -14,9 +15,9 @@ from ..handle import version_name
 from ..predict import predict as classify
 from ..runner import Runner
 from . import protocol
-from .body import content_type, read, read_pictures
+from .body import content_type
 from .refuse import Refused
-from .server import server_of
+from .server import answered, server_of
 
 VERSION_HEADER = "x-bundle-version"
 # The last one is what `curl -d` says of itself, in every example of the protocol.
@@ -36,12 +37,21 @@ async def batch(request: Request) -> Response:
 async def _classified(request: Request, single: bool) -> Response:
     server = server_of(request)
     top, task = _number(request, "top"), _number(request, "task")
-    pictures = await read_pictures(request, server.limits)
-    if single and len(pictures) != 1:
-        raise Refused(400, "one picture expected", got=f"{len(pictures)} files", fix="send several to /batch")
-    most = 1 if top is None else top
-    result, facts = await server.compute(lambda runner: _predictions(runner, pictures, task, most))
-    return JSONResponse({**result, **facts}, headers={VERSION_HEADER: facts["version"]})
+    with server.reader(request) as reader:
+        pictures = await reader.pictures()
+        if single and len(pictures) != 1:
+            raise Refused(400, "one picture expected", got=f"{len(pictures)} files", fix="send several to /batch")
+        most = 1 if top is None else top
+        result, facts = await server.compute(lambda runner: _predictions(runner, pictures, task, most))
+    server.answered_at = time.monotonic()
+    return answered({**result, **facts}, headers={VERSION_HEADER: facts["version"]})
+
+
+async def classes(request: Request) -> Response:
+    """GET /classes: what can be answered, by task."""
+    bundle = server_of(request).handle.runner.bundle
+    tasks = [{"task": i, "classes": [bundle.classes[c] for c in task]} for i, task in enumerate(bundle.tasks)]
+    return answered({"version": version_name(bundle), "tasks": tasks})
 
 
 def _predictions(runner: Runner, pictures: Sequence[tuple[str, bytes]], task: int | None, top: int) -> dict[str, Any]:
@@ -75,12 +85,12 @@ def _number(request: Request, name: str) -> int | None:
 async def about(request: Request) -> Response:
     """GET /v2."""
     version = server_of(request).describe()["cdl_edge"]
-    return JSONResponse({"name": "cdl-edge", "version": version, "extensions": protocol.EXTENSIONS})
+    return answered({"name": "cdl-edge", "version": version, "extensions": protocol.EXTENSIONS})
 
 
 async def live(request: Request) -> Response:
     """GET /v2/health/live: the process answers."""
-    return JSONResponse({"live": True})
+    return answered({"live": True})
 
 
 async def ready(request: Request) -> Response:
@@ -89,7 +99,7 @@ async def ready(request: Request) -> Response:
     if "name" in request.path_params:
         _check_model(request, server.name, server.handle.runner)
     good = server.handle.health()["status"] == "ok"
-    return JSONResponse({"ready": good}, 200 if good else 503)
+    return answered({"ready": good}, 200 if good else 503)
 
 
 async def model(request: Request) -> Response:
@@ -97,7 +107,7 @@ async def model(request: Request) -> Response:
     server = server_of(request)
     runner = server.handle.runner
     _check_model(request, server.name, runner)
-    return JSONResponse(protocol.metadata(runner, server.name, version_name(runner.bundle)))
+    return answered(protocol.metadata(runner, server.name, version_name(runner.bundle)))
 
 
 async def infer(request: Request) -> Response:
@@ -106,17 +116,58 @@ async def infer(request: Request) -> Response:
     kind = content_type(request)
     if kind not in TENSOR_TYPES:
         raise Refused(415, "content type of tensors expected", got=kind, expected="application/json")
-    body = await read(request, server.limits.body_bytes, server.limits.body_s)
     length, pictures = request.headers.get(protocol.LENGTH_HEADER), server.limits.pictures
 
     def work(runner: Runner) -> tuple[bytes, dict[str, str]]:
         _check_model(request, server.name, runner)
+        begin = time.perf_counter()
         asked = protocol.parse(body, length, runner.signature, pictures)
+        start = time.perf_counter()
         outputs = runner.compute(asked.inputs)
-        return protocol.answer(asked, outputs, server.name, version_name(runner.bundle))
+        end = time.perf_counter()
+        labels, version = runner.bundle.classes, version_name(runner.bundle)
+        content = protocol.answer(asked, outputs, labels, server.name, version)
+        images = len(asked.inputs[runner.signature.images])
+        seconds = {"input": start - begin, "infer": end - start, "output": time.perf_counter() - end}
+        server.metrics.inferred(images, seconds)
+        return content
 
-    (content, headers), facts = await server.compute(work)
+    begin = time.perf_counter()
+    done = False
+    try:
+        with server.reader(request) as reader:
+            body = await reader.read()
+            (content, headers), facts = await server.compute(work)
+        done = True
+    finally:
+        server.metrics.asked(done, time.perf_counter() - begin)
     return Response(content, headers={**headers, VERSION_HEADER: facts["version"]})
+
+
+async def configuration(request: Request) -> Response:
+    """GET /v2/models/NAME/config."""
+    server = server_of(request)
+    _check_model(request, server.name, server.handle.runner)
+    return answered(protocol.configuration(server.handle.runner, server.name, server.limits.pictures))
+
+
+async def statistics(request: Request) -> Response:
+    """GET /v2/models/stats and /v2/models/NAME/stats."""
+    server = server_of(request)
+    if "name" in request.path_params:
+        _check_model(request, server.name, server.handle.runner)
+    version = version_name(server.handle.runner.bundle)
+    return answered({"model_stats": [{"name": server.name, "version": version, **server.metrics.statistics()}]})
+
+
+async def index(request: Request) -> Response:
+    """POST /v2/repository/index: the one model."""
+    server = server_of(request)
+    found = server.handle.health()
+    good = found["status"] == "ok"
+    state, reason = ("READY", "") if good else ("UNAVAILABLE", found["reason"] or found["status"])
+    version = version_name(server.handle.runner.bundle)
+    return answered([{"name": server.name, "version": version, "state": state, "reason": reason}])
 
 
 def _check_model(request: Request, name: str, runner: Runner) -> None:

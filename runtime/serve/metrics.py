@@ -6,6 +6,7 @@ Text format: https://prometheus.io/docs/instrumenting/exposition_formats/ (versi
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ class Metrics:
         self._buckets: dict[str, list[int]] = {}
         self._seconds: dict[str, float] = {}
         self._recent_ms: deque[float] = deque(maxlen=RECENT)
+        self._v2 = dict.fromkeys(("success", "fail", "compute_input", "compute_infer", "compute_output"), (0, 0))
+        self._v2_images, self._v2_last = 0, 0
         self.in_flight = 0
 
     def begin(self) -> None:
@@ -53,6 +56,38 @@ class Metrics:
         """A prediction was answered after this long, from the last byte of the request on."""
         with self._lock:
             self._recent_ms.append(milliseconds)
+
+    def asked(self, done: bool, seconds: float) -> None:
+        """A request of the Open Inference Protocol was answered, or was not."""
+        with self._lock:
+            self._add("success" if done else "fail", seconds)
+
+    def inferred(self, images: int, seconds: Mapping[str, float]) -> None:
+        """The engine was called for one of them. seconds: of "input", "infer" and "output"."""
+        with self._lock:
+            self._v2_images += images
+            self._v2_last = int(time.time() * 1e3)
+            for name, value in seconds.items():
+                self._add(f"compute_{name}", value)
+
+    def _add(self, name: str, seconds: float) -> None:
+        count, total = self._v2[name]
+        self._v2[name] = (count + 1, total + int(seconds * 1e9))
+
+    def statistics(self) -> dict[str, Any]:
+        """Of the Open Inference Protocol, since the start, in the form of Triton's statistics extension."""
+        with self._lock:
+            found = {name: {"count": count, "ns": total} for name, (count, total) in self._v2.items()}
+            last, images = self._v2_last, self._v2_images
+        inside = sum(v["ns"] for name, v in found.items() if name.startswith("compute_"))
+        waited = {"count": found["success"]["count"], "ns": max(0, found["success"]["ns"] - inside)}
+        return {
+            "last_inference": last,
+            "inference_count": images,
+            "execution_count": found["compute_infer"]["count"],
+            "inference_stats": {**found, "queue": waited},
+            "batch_stats": [],
+        }
 
     def error(self, kind: str) -> None:
         """A request was refused, or failed."""

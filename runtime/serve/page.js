@@ -57,6 +57,7 @@ async function state() {
     const changed = !model || model.version !== health.model.version;
     model = health.model;
     $("health").textContent = health.status === "ok" ? "healthy" : health.status;
+    $("health").title = health.reason || "";
     $("health").className = `badge ${health.status === "ok" ? "good" : "warn"}`;
     $("name").textContent = model.name;
     document.title = `${model.name} · cdl-edge`;
@@ -71,14 +72,23 @@ async function state() {
     if (changed) {
       const chosen = $("task").value;
       $("task").replaceChildren(element("option", { value: "", textContent: "any" }));
-      for (let i = 0; i < model.tasks; i++) $("task").append(element("option", { value: i, textContent: i + 1 }));
+      for (let i = 0; i < model.tasks; i++) $("task").append(element("option", { value: i, textContent: i }));
       $("task").value = chosen < model.tasks ? chosen : "";
+      classes();
       packs();
     }
   } catch (error) {
     $("health").textContent = "no connection";
     $("health").className = "badge warn";
   }
+}
+
+async function classes() {
+  const found = await ask("/classes").catch(() => ({ tasks: [] }));
+  $("known").replaceChildren(...found.tasks.flatMap((task) => [
+    element("dt", { textContent: `Task ${task.task}` }),
+    element("dd", { textContent: task.classes.join(", ") }),
+  ]));
 }
 
 // -- pictures and answers --------------------------------------------------------------------------------------------
@@ -280,7 +290,7 @@ async function change(path, body, doing) {
     again();
   } catch (error) {
     $("pack-state").textContent = "";
-    if (error.status === 401) $("token-row").hidden = false;
+    if (error.status === 401) $("token").focus();
     problem("pack-problem", error.message);
   }
 }

@@ -120,6 +120,7 @@ def test_answers_are_those_of_the_runner(make_version, images):
         assert handle.runner.bundle.path == path
         assert handle.health() | {"in_flight": 0} == {
             "status": "ok",
+            "reason": None,
             "version": version_name(runner.bundle),
             "in_flight": 0,
             "capacity": handle.capacity,
@@ -259,6 +260,32 @@ def test_one_swap_at_a_time(make_version, monkeypatch):
         gate.open.set()
         first.join()
         assert handle.swaps == 1
+
+
+def test_a_version_that_never_comes_to_an_answer_is_given_up(make_version, images, monkeypatch):
+    go = threading.Event()
+    with make_handle(make_version(0), load_s=0.05) as handle:
+        with monkeypatch.context() as patch:
+            patch.setattr("cdl_edge.runtime.handle.prove", lambda *_: go.wait(60))
+            with pytest.raises(InputError, match="does not come to an answer"):
+                handle.swap(make_version(1))
+        handle.load_s = 60
+        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
+        handle.swap(make_version(2))  # it stands in nobody's way
+        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 6
+        assert handle.close(5) is False  # its thread still runs
+        go.set()
+
+
+def test_what_gets_no_answer_does_not_come_in(make_version, images):
+    """The graph passes its self-test; the function that answers requests fails on what the manifest says."""
+    broken = {"temperature": "hot", "unknown": {"below": 0.0}, "task": {"scale": 0.0}}
+    with make_handle(make_version(0)) as handle:
+        with pytest.raises(InputError, match="confidence"):
+            handle.swap(make_version(1, confidence=broken))
+        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
+    with pytest.raises(InputError, match="confidence"):
+        make_handle(make_version(2, confidence=broken))
 
 
 # -- watchdog and end --------------------------------------------------------------------------------------------------

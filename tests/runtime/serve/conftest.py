@@ -19,16 +19,28 @@ from cdl_edge.runtime.serve import listen as listen_on
 from cdl_edge.runtime.serve.app import build_app
 from cdl_edge.runtime.serve.server import Server
 
+TOKEN = "0123456789abcdef-of-the-tests"
+DEFAULTS: dict[str, Any] = {"name": "tiny", "token": TOKEN, "allow_unsigned": True, "say": lambda _: None}
+
+
+@pytest.fixture
+def admin() -> dict[str, str]:
+    """The header that lets a request change the bundle."""
+    return {"authorization": f"Bearer {TOKEN}"}
+
 
 @pytest.fixture
 def make_server(make_version: Callable[..., Path]) -> Iterator[Callable[..., Server]]:
-    """make(bundle=version 0, queue=..., token=..., ...) -> Server; its handle is closed at the end."""
+    """make(bundle=version 0, queue=..., token=..., ...) -> Server; its handle is closed at the end.
+
+    It knows TOKEN and takes packs without a signature.
+    """
     made = []
 
     def make(bundle: Path | None = None, **options: Any) -> Server:
-        own = {k: options.pop(k) for k in ("queue", "runners", "limit_s", "backend") if k in options}
+        own = {k: options.pop(k) for k in ("queue", "runners", "limit_s", "load_s", "backend") if k in options}
         path = bundle or make_version(0)
-        server = Server(Handle(path, threads=1, **own), path, **{"name": "tiny", **options})
+        server = Server(Handle(path, threads=1, **own), path, **{**DEFAULTS, **options})
         made.append(server)
         return server
 
@@ -59,15 +71,20 @@ def client(make_server: Callable[..., Server], make_client: Callable[..., Any]) 
 
 @pytest.fixture
 def listen() -> Iterator[Callable[..., int]]:
-    """listen(server) -> port where uvicorn serves it, in a thread."""
+    """listen(server, bounds=Bounds(...)) -> port where uvicorn serves it, in a thread."""
     uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'cdl-edge[serve]'")
+    from cdl_edge.runtime.serve.guard import Bounds, Guard
+
     running = []
 
-    def start(server: Server, **options: Any) -> int:
+    def start(server: Server, bounds: Bounds | None = None, also: tuple[Any, ...] = (), **options: Any) -> int:
         listening = listen_on("127.0.0.1", 0)
-        config = uvicorn.Config(build_app(server, **options), log_level="critical", proxy_headers=False)
+        guard = Guard(server.metrics, bounds or Bounds())
+        config = uvicorn.Config(
+            build_app(server, **options), http=guard.protocol(), ws="none", log_level="critical", proxy_headers=False
+        )
         process = uvicorn.Server(config)
-        thread = threading.Thread(target=process.run, kwargs={"sockets": [listening]})
+        thread = threading.Thread(target=process.run, kwargs={"sockets": [listening, *also]})
         thread.start()
         running.append((process, thread))
         while not process.started:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdl_edge.errors import InputError
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.handle import version_name
 from cdl_edge.runtime.predict import predict
@@ -287,11 +289,14 @@ def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, 
             time.sleep(0.01)
 
     put(make_version(0))
-    server = make_server(place)
-    client = make_client(server, watch=True, say=said.append)
+    server = make_server(place, say=said.append)
+    client = make_client(server, watch=True)
     assert client.get("/health").json()["model"]["classes"] == 4
     put(make_version(1))
     until(lambda: client.get("/health").json()["model"]["classes"] == 5)
+    until(lambda: said)
+    names = [version_name(open_bundle(p, verify=False)) for p in sorted((place / "versions").iterdir())]
+    assert all(name in said[0] for name in names) and "5 classes" in said.pop()
     bad = make_version(2)
     (bad / "prompts.bin").write_bytes(bytes((bad / "prompts.bin").stat().st_size))
     put(bad)
@@ -300,3 +305,122 @@ def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, 
     assert client.get("/health").json()["model"]["classes"] == 5
     text = client.get("/metrics").text
     assert 'cdl_edge_swaps_total{result="done"} 1' in text and 'cdl_edge_swaps_total{result="failed"} 1' in text
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("odd"), KeyError("signatures"), InputError("bad"), RecursionError()]
+)
+def test_whatever_lies_on_the_disk_the_watch_goes_on(make_server, make_client, monkeypatch, error):
+    """A manifest that was hashed anew may raise anything; the tasks beside the watch, systemd's among them, go on."""
+    monkeypatch.setattr(application, "WATCH_S", 0.01)
+    said, stamps = [], iter(range(1_000_000))
+    server = make_server(say=said.append)
+    monkeypatch.setattr(server, "stamp", lambda: next(stamps))
+    monkeypatch.setattr(server, "follow", lambda: _raise(error))
+    client = make_client(server, watch=True)
+    end = time.monotonic() + 20
+    while len(said) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(said) >= 3 and all("the old one goes on" in line for line in said)
+    assert client.get("/health").status_code == 200
+
+
+def _raise(error):
+    raise error
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+def test_health_tells_of_answers(make_server, make_client, tiny, monkeypatch):
+    """The engine is well, but no picture gets an answer."""
+    monkeypatch.setattr(application, "PROBE_S", 0.02)
+    server = make_server()
+    client = make_client(server)
+
+    def until(status):
+        end = time.monotonic() + 20
+        while client.get("/health").json()["status"] != status:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    until("ok")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(server.handle.runner), "certainty", property(lambda _: _raise(InputError("confidence is odd")))
+        )
+        until("failing")
+        found = client.get("/health")
+        assert found.status_code == 503 and "confidence is odd" in found.json()["reason"]
+        assert client.get("/v2/health/ready").status_code == 503
+        state = client.post("/v2/repository/index").json()[0]
+        assert state["state"] == "UNAVAILABLE" and "confidence" in state["reason"]
+    until("ok")
+    good(client, tiny)
+
+
+# -- odd requests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "unicode_escape", "undefined", "base64", "nothing"])
+def test_a_form_of_an_odd_charset(client, tiny, charset):
+    form = b'--x\r\nContent-Disposition: form-data; name="a"; filename="\xff\\ud800-\xe9"\r\n\r\n'
+    body = form + tiny.png((255, 0, 0)) + b"\r\n--x--\r\n"
+    for path in ("/predict", "/batch"):
+        answer = client.post(
+            path, content=body, headers={"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        )
+        assert answer.status_code == 200, answer.text
+
+
+def test_a_form_of_header_lines_only(client, tiny):
+    body = b"--x\r\n" + b"a: b\r\n" * 100_000
+    answer = client.post("/predict", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    refused(answer, 400, "form")
+    good(client, tiny)
+
+
+@pytest.mark.parametrize("host", ["[", "]", "[::1", "a b", "", "é", "x" * 1000, "localhost:99999999"])
+@pytest.mark.parametrize("path", ["/nothing", "/health/", "/packs", "/health"])
+def test_odd_hosts(make_server, listen, host, path):
+    connection = HTTPConnection("127.0.0.1", listen(make_server()), timeout=20)
+    connection.putrequest("POST", path, skip_host=True)
+    connection.putheader("Host", host.encode())
+    connection.putheader("Content-Length", "0")
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert answer.status in (400, 401, 404, 405) and json.loads(answer.read())["error"]
+
+
+def test_the_classes(client):
+    found = client.get("/classes").json()
+    assert [task["classes"] for task in found["tasks"]] == [[f"class {i}"] for i in range(4)]
+    assert [task["task"] for task in found["tasks"]] == [0, 1, 2, 3]
+    assert found["version"] == client.get("/health").json()["version"]
+
+
+# -- packed bodies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress)]
+)
+def test_a_packed_picture(client, tiny, encoding, pack):
+    answer = client.post("/predict", content=pack(tiny.png((255, 0, 0))), headers={**PNG, "content-encoding": encoding})
+    assert answer.status_code == 200, answer.text
+
+
+def test_wrongly_packed(make_server, make_client, tiny):
+    client = make_client(make_server(limits=Limits(body_bytes=100_000)))
+    bomb = gzip.compress(bytes(10_000_000))
+    wrong = [
+        ("gzip", b"no", 400),
+        ("gzip", bomb, 413),
+        ("gzip", gzip.compress(b"x" * 999)[:-9], 400),
+        ("br", b"x", 415),
+    ]
+    for encoding, content, status in wrong:
+        refused(client.post("/predict", content=content, headers={**PNG, "content-encoding": encoding}), status)
+    form = {"content-type": "multipart/form-data; boundary=x", "content-encoding": "gzip"}
+    refused(client.post("/predict", content=gzip.compress(b"--x--"), headers=form), 415)
+    good(client, tiny)

@@ -21,7 +21,7 @@ anyio = pytest.importorskip("anyio")
 app_room = pytest.importorskip("cdl_edge.runtime.serve.app")
 
 CODE = """
-import sys, time
+import os, sys, time
 from cdl_edge.runtime.backends.onnxruntime import OrtRunner
 from cdl_edge.runtime.serve import serve
 real = OrtRunner._call
@@ -29,7 +29,8 @@ def slow(runner, feeds):
     time.sleep(float(sys.argv[2]))
     return real(runner, feeds)
 OrtRunner._call = slow
-serve(sys.argv[1], port=0, threads=1, say=lambda line: print(line, flush=True))
+token = None if "STATE_DIRECTORY" in os.environ else "x" * 20
+serve(sys.argv[1], port=0, threads=1, token=token, say=lambda line: print(line, flush=True))
 print("ended", flush=True)
 """
 
@@ -96,7 +97,10 @@ def test_systemd_hears_of_it(start, make_version, tmp_path, monkeypatch):
         systemd.settimeout(30)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
         process, _ = start(make_version(0))
+        kept = tmp_path / "state" / "token"
+        assert kept.read_text().strip() in process.stdout.readline() and kept.stat().st_mode & 0o777 == 0o600
         heard = {systemd.recv(100) for _ in range(4)}
         assert heard == {b"READY=1", b"WATCHDOG=1"}
         process.send_signal(signal.SIGTERM)
@@ -141,7 +145,7 @@ def test_a_bundle_that_is_none(tmp_path):
         room.serve(tmp_path / "nothing", port=0)
 
 
-@pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart"])
+@pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart", "httptools"])
 def test_a_missing_package_is_named(make_version, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"{package}[\s\S]*pip install 'cdl-edge\[serve\]'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import numpy as np
@@ -39,7 +40,7 @@ def arrays(document):
 def test_metadata(client, make_version):
     name = version_name(open_bundle(make_version(0)))
     about = client.get("/v2").json()
-    assert about["name"] == "cdl-edge" and about["extensions"] == ["binary_tensor_data"] and about["version"]
+    assert about["name"] == "cdl-edge" and "binary_tensor_data" in about["extensions"] and about["version"]
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
     for path in ("/v2/models/tiny", f"/v2/models/tiny/versions/{name}"):
@@ -50,7 +51,12 @@ def test_metadata(client, make_version):
             "platform": "onnxruntime_onnx",
             "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, 8, 8, 3]}],
             "outputs": [
-                {"name": "logits", "datatype": "FP32", "shape": [-1, 4]},
+                {
+                    "name": "logits",
+                    "datatype": "FP32",
+                    "shape": [-1, 4],
+                    "parameters": {"labels": [f"class {i}" for i in range(4)]},
+                },
                 {"name": "prompt_weights", "datatype": "FP32", "shape": [-1, 2, 3]},
             ],
         }
@@ -168,6 +174,154 @@ def test_tritons_client(make_server, listen, images, expected, binary):
             np.testing.assert_array_equal(result.as_numpy("logits"), expected.logits)
             np.testing.assert_array_equal(result.as_numpy("prompt_weights"), expected.prompt_weights)
             assert result.get_response()["model_version"] == version
+        top = [triton.InferRequestedOutput("logits", binary_data=binary, class_count=2)]
+        for packed in ("gzip", "deflate"):
+            result = client.infer("tiny", [given], outputs=top, request_compression_algorithm=packed)
+            first = result.as_numpy("logits")[0][0]
+            best = int(expected.logits[0].argmax())
+            assert (first.decode() if isinstance(first, bytes) else first).endswith(f":{best}:class {best}")
+        assert client.get_model_config("tiny")["max_batch_size"] == 64
+        assert client.get_inference_statistics("tiny")["model_stats"][0]["inference_count"] > 0
+        assert client.get_model_repository_index()[0]["state"] == "READY"
         given.set_shape([3, 8, 8, 1])
         with pytest.raises(triton.InferenceServerException, match="UINT8"):
             client.infer("tiny", [given])
+
+
+# -- bounds of JSON ----------------------------------------------------------------------------------------------------
+
+HEAVY = {
+    "lists in lists": b"[" + b"[]," * 200_000 + b"[]]",
+    "dicts": b"[" + b"{}," * 200_000 + b"{}]",
+    "strings": b'["' + b'","' * 200_000 + b'"]',
+    "escapes": b'"' + b'\\"' * 200_000,
+    "one string": b'{"id": "' + b"x" * 600_000 + b'"}',
+    "arrays": b"[" + b'{"data":[1]},' * 100_000 + b"{}]",
+}
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_json_that_is_mostly_not_numbers(bundle, heavy, monkeypatch):
+    """Refused before it is parsed: the parser would hold up all threads, and take 30 times the memory."""
+    from cdl_edge.runtime.serve import document
+
+    monkeypatch.setattr(document.json, "loads", lambda text, **_: pytest.fail(f"{len(text)} characters parsed"))
+    with pytest.raises(InputError, match="too much JSON"):
+        parse(HEAVY[heavy], None, bundle.signature(), 8)
+
+
+def test_numbers_are_parsed_in_pieces(bundle, images, monkeypatch):
+    from cdl_edge.runtime.serve import document
+
+    real, lengths = json.loads, []
+
+    def loads(text, **options):
+        lengths.append(len(text))
+        return real(text, **options)
+
+    monkeypatch.setattr(document, "PIECE_BYTES", 100)
+    monkeypatch.setattr(document.json, "loads", loads)
+    for data in (images.tolist(), images.ravel().tolist()):
+        body = json.dumps({"inputs": [tensor(images, data=data)]}).encode()
+        np.testing.assert_array_equal(parse(body, None, bundle.signature(), 8).inputs["images"], images)
+        body = json.dumps({"inputs": [tensor(images, data=data)]}, indent=1).encode()
+        np.testing.assert_array_equal(parse(body, None, bundle.signature(), 8).inputs["images"], images)
+    assert max(lengths) < 300 and len(lengths) > 10
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["[0,,0]", "[0,0,0,]", "[,0,0]", "[0 0,0]", "[0,0,0]]", "[[0,0,0]", "[[0,0],[0]]", "[0,-,0]", "[0,1e999,0]",
+     "[1,2,3", "[01,2,3]", "[NaN,0,0]", '"data"', "null", "{}", "[0,true,0]", "[[[0,0,0]]]",
+     "[" + "9" * 5000 + ",0,0]"],
+)  # fmt: skip
+def test_numbers_that_are_none(data):
+    from cdl_edge.runtime.serve.document import Numbers
+    from cdl_edge.runtime.serve.document import parse as read
+
+    try:
+        found = read(b'{"data":' + data.encode() + b"}")["data"]
+    except InputError:
+        return
+    if isinstance(found, Numbers):
+        with pytest.raises(ValueError, match=r"number|JSON|Expecting|digits|finite"):
+            found.read([3])
+
+
+def test_a_name_called_data_is_a_name():
+    from cdl_edge.runtime.serve.document import parse as read
+
+    found = read(rb'{"a": "\"data\": [1]", "data": [1, 2], "data\\": "x", "b": {"data": [3]}, "c": [4]}')
+    assert found["a"] == '"data": [1]' and found["c"] == [4]
+    assert found["data"].read([2]).tolist() == [1, 2] and found["b"]["data"].read([1]).tolist() == [3]
+
+
+ODD_NAMES = [["images"], {"a": 1}, "\ud800", 7, True, "x" * 1000, "\0"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_refused(client, name):
+    for body in ({"inputs": [tensor(ONE, name=name)]}, {"inputs": [tensor(ONE)], "outputs": [{"name": name}]}):
+        answer = client.post(INFER, content=json.dumps(body), headers={"content-type": "application/json"})
+        assert answer.status_code == 400 and "no such" in json.loads(answer.content)["error"]
+    answer = client.post(INFER, content=json.dumps({"inputs": [tensor(ONE)], "id": "\ud800"}))
+    assert answer.status_code == 200 and json.loads(answer.content)["id"] == "\ud800"
+
+
+# -- what real clients ask for -----------------------------------------------------------------------------------------
+
+
+def test_packed_requests(client, images, expected):
+    body = gzip.compress(json.dumps({"inputs": [tensor(images)]}).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    np.testing.assert_array_equal(
+        arrays(client.post(INFER, content=body, headers=headers).json())["logits"], expected.logits
+    )
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_classification(client, images, expected, binary):
+    asked = {"name": "logits", "parameters": {"classification": 2, "binary_data": binary}}
+    answer = client.post(INFER, json={"inputs": [tensor(images)], "outputs": [asked]})
+    length = int(answer.headers.get(LENGTH_HEADER, len(answer.content)))
+    (found,) = json.loads(answer.content[:length])["outputs"]
+    assert (found["datatype"], found["shape"]) == ("BYTES", [3, 2])
+    texts, rest = found.get("data", []), answer.content[length:]
+    while rest:
+        size = int.from_bytes(rest[:4], "little")
+        texts, rest = [*texts, rest[4 : 4 + size].decode()], rest[4 + size :]
+    best = [i for row in expected.logits for i in np.argsort(-row)[:2]]
+    assert [text.split(":", 1)[1] for text in texts] == [f"{i}:class {i}" for i in best]
+    values = [float(text.split(":")[0]) for text in texts]
+    np.testing.assert_allclose(values, np.sort(expected.logits)[:, :1:-1].ravel(), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [-1, "2", True, 1.5, [1]])
+def test_wrong_classification(client, count):
+    for name, number in (("logits", count), ("prompt_weights", 2)):
+        asked = {"name": name, "parameters": {"classification": number}}
+        assert client.post(INFER, json={"inputs": [tensor(ONE)], "outputs": [asked]}).status_code == 400
+
+
+def test_config_statistics_and_index(client, make_version, images):
+    name = version_name(open_bundle(make_version(0)))
+    for path in ("/v2/models/tiny", f"/v2/models/tiny/versions/{name}"):
+        found = client.get(f"{path}/config").json()
+        assert (found["name"], found["max_batch_size"], found["platform"]) == ("tiny", 64, "onnxruntime_onnx")
+        assert found["input"] == [
+            {"name": "images", "data_type": "TYPE_UINT8", "dims": [8, 8, 3], "format": "FORMAT_NHWC"}
+        ]
+        assert found["output"][0] == {"name": "logits", "data_type": "TYPE_FP32", "dims": [4]}
+        assert json.loads(found["parameters"]["labels"]["string_value"]) == [f"class {i}" for i in range(4)]
+    assert client.post(INFER, json={"inputs": [tensor(images)]}).status_code == 200
+    assert client.post(INFER, content=b"{").status_code == 400
+    for path in ("/v2/models/stats", "/v2/models/tiny/stats", f"/v2/models/tiny/versions/{name}/stats"):
+        (found,) = client.get(path).json()["model_stats"]
+        assert (found["name"], found["version"], found["inference_count"]) == ("tiny", name, 3)
+        counts = {key: value["count"] for key, value in found["inference_stats"].items()}
+        assert counts["success"] == counts["fail"] == counts["compute_infer"] == found["execution_count"] == 1
+        assert found["inference_stats"]["success"]["ns"] > 0
+    assert client.post("/v2/repository/index").json() == [
+        {"name": "tiny", "version": name, "state": "READY", "reason": ""}
+    ]
+    assert client.get("/v2/models/other/config").status_code == client.get("/v2/models/other/stats").status_code == 404
