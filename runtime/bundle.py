@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ..arrays import Wanted, read_npz
 from ..errors import InputError
 from ..files import atomic_folder, sha256
 from ..images import Preprocessing
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 CURRENT, VERSIONS = "current", "versions"
 "of a store of bundles (see store.py): the link to the version that runs, and the folder of all of them"
 SELECTIONS = ("top-k", "weighted", "none")
+SELFTEST_IMAGES = 64
+"at most; export takes a few"
 _AGAIN = "copy the bundle again, or export it again"
 
 
@@ -51,23 +54,27 @@ class Bundle:
     "the folder"
     manifest: dict[str, Any]
     "the parsed manifest.json"
+    _contents: WeakValueDictionary[str, np.ndarray] = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
+    "what `read` has given and somebody still holds: several graphs share one copy of their constants"
 
     @property
     def name(self) -> str:
         """The bundle's own name, its folder's name when it has none."""
         return str(self.manifest.get("name") or self.path.resolve().name)
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits."""
         return tuple(self.manifest["classes"])
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[tuple[int, ...], ...]:
         """For each task, in learned order, the indices of its classes."""
         return tuple(tuple(task) for task in self.manifest["tasks"])
 
-    @property
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes the graph's uint8 input."""
         return Preprocessing.from_json(self.manifest["input"]["preprocessing"])
@@ -108,10 +115,38 @@ class Bundle:
         )
         return Signature(images, inputs, outputs)
 
+    def read(self, name: str) -> np.ndarray:
+        """Content of a listed file, uint8 (bytes,), read only, compared with its hash after it was read.
+
+        What is computed from it is computed from what was hashed, whatever happens to the file meanwhile.
+
+        Raises: InputError for a name that is not listed, a file that is not there, or that has changed.
+        """
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise InputError(
+                f"{self.path}: {name!r} is under no hash",
+                expected="one of " + ", ".join(self.manifest["files"]),
+                fix="do not use this bundle; export it again",
+            )
+        content = self._contents.get(name)
+        if content is None:
+            try:
+                with open(self.path / name, "rb") as stream:
+                    size = os.fstat(stream.fileno()).st_size
+                    # No larger than listed: the file may be growing.
+                    content = np.fromfile(stream, np.uint8, min(size, entry["bytes"] + 1))
+            except OSError as error:
+                raise InputError(f"{self.path / name}: cannot be read", got=error.strerror, fix=_AGAIN) from error
+            _check_content(self.path / name, entry, len(content), hashlib.sha256(content).hexdigest())
+            content.flags.writeable = False
+            self._contents[name] = content
+        return content
+
     def selftest(self) -> tuple[np.ndarray, np.ndarray]:
         """Real images uint8 (n, S, S, 3) and what the student says about them in fp32, (n, C).
 
-        Raises: InputError for a bundle without them.
+        Raises: InputError for a bundle without them, or with others than it says.
         """
         name = self.manifest.get("selftest")
         if not name:
@@ -120,20 +155,29 @@ class Bundle:
                 expected="selftest.npz: what nobody compared is not used",
                 fix="export the bundle again: cdl-edge export RUN --out BUNDLE",
             )
+        size, classes = self.preprocessing.size, len(self.classes)
+        wanted = {
+            "images": Wanted("uint8", (SELFTEST_IMAGES, size, size, 3)),
+            "logits": Wanted("float32", (SELFTEST_IMAGES, classes)),
+        }
         try:
-            with np.load(self.path / str(name), allow_pickle=False) as stored:
-                return stored["images"], stored["logits"]
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            stored = read_npz(self.read(name), wanted)
+        except ValueError as error:
             raise InputError(f"{self.path}: no self-test", got=str(error), fix="export the bundle again") from error
+        return stored["images"], stored["logits"]
 
     def graph(self, name: str = "student") -> Path:
         """Path of one of the graphs. Raises: InputError when the bundle has no such graph."""
+        return self.path / self.graph_file(name)
+
+    def graph_file(self, name: str = "student") -> str:
+        """Name of the file of one of the graphs. Raises: InputError when the bundle has no such graph."""
         graphs = self.manifest["graphs"]
         if name not in graphs:
             raise InputError(
                 f"{self.path}: the bundle has no graph {name!r}", got=", ".join(graphs), fix="name one of these"
             )
-        return self.path / str(graphs[name])
+        return str(graphs[name])
 
 
 def canonical(manifest: Mapping[str, Any]) -> str:
@@ -348,11 +392,14 @@ def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:
             expected="a file inside the folder",
             fix="replace the link by the file itself",
         )
-    size = file.stat().st_size
+    _check_content(file, entry, file.stat().st_size, sha256(file) if verify else None)
+
+
+def _check_content(file: Path, entry: Mapping[str, Any], size: int, digest: str | None) -> None:
     if size != entry["bytes"]:
         problem = "truncated" if size < entry["bytes"] else "longer than it was written"
         raise InputError(f"{file}: {problem}", got=f"{size} bytes", expected=f"{entry['bytes']} bytes", fix=_AGAIN)
-    if verify and (digest := sha256(file)) != entry["sha256"]:
+    if digest is not None and digest != entry["sha256"]:
         raise InputError(
             f"{file}: changed since it was written",
             got=f"sha256 {digest}",
