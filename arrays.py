@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 
@@ -55,7 +56,7 @@ class Wanted:
 def read_npz(
     content: bytes | np.ndarray, wanted: Mapping[str, Wanted] | None = None, most: int = MOST_BYTES
 ) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name, read only; objects (pickles) are refused.
+    """The arrays of an .npz by name; objects (pickles) are refused.
 
     Args:
         content: of the file. wanted: exactly these names, types and shapes; None: any.
@@ -65,14 +66,14 @@ def read_npz(
     """
     found: dict[str, np.ndarray] = {}
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        with zipfile.ZipFile(io.BytesIO(memoryview(content))) as archive:
             members = archive.infolist()
             if len(members) > MOST_MEMBERS:
                 raise ValueError(f"{len(members)} arrays, expected {MOST_MEMBERS} or fewer")
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as stream:
-                    dtype, shape, order = _header(stream)
+                    dtype, shape, fortran = _header(stream)
                     size = math.prod(shape) * dtype.itemsize
                     if dtype.hasobject or dtype.itemsize == 0 or min(shape, default=0) < 0 or len(shape) > 32:
                         raise ValueError(f"{name} is {dtype} {shape}")
@@ -84,7 +85,8 @@ def read_npz(
                     data = stream.read(size + 1)
                 if len(data) != size or name in found:
                     raise ValueError(f"{name} is not whole, or there twice")
-                found[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
+                flat = np.frombuffer(data, dtype).copy()
+                found[name] = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     except _BROKEN as error:
         raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     if wanted is not None and set(found) != set(wanted):
@@ -92,7 +94,7 @@ def read_npz(
     return found
 
 
-def _header(stream: zipfile.ZipExtFile) -> tuple[np.dtype, tuple[int, ...], str]:  # type: ignore[name-defined]
+def _header(stream: IO[bytes]) -> tuple[np.dtype, tuple[int, ...], bool]:
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
@@ -100,4 +102,4 @@ def _header(stream: zipfile.ZipExtFile) -> tuple[np.dtype, tuple[int, ...], str]
         shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
     else:
         raise ValueError(f"arrays in a format of version {version}")
-    return dtype, shape, "F" if fortran else "C"
+    return dtype, shape, fortran

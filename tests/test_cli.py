@@ -461,7 +461,7 @@ def test_one_changed_byte(cli, broken, photo, tmp_path, name):
 
 def test_a_newer_schema(cli, broken, photo, tmp_path):
     text = (broken / "manifest.json").read_text()
-    (broken / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 99', 1))
+    (broken / "manifest.json").write_text(text.replace('"schema": 2', '"schema": 99', 1))
     refused_by_all(cli, broken, photo(tmp_path / "a.png", 1), "99", "upgrade")
 
 

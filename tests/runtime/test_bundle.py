@@ -13,15 +13,15 @@ from cdl_edge.errors import InputError
 from cdl_edge.files import sha256
 from cdl_edge.runtime import bundle as room
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import MANIFEST, SCHEMA, canonical, open_bundle, self_hash, write_bundle
+from cdl_edge.runtime.bundle import open_bundle, write_bundle
+from cdl_edge.runtime.manifest import MANIFEST, SCHEMA, canonical, sealed
 
 CONTENT: dict[str, Path | bytes] = {"student.onnx": b"graph", "prompts.bin": b"\0" * 40, "backbone.bin": b"b" * 300}
 
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Rewrite the manifest as someone would who knows how it is hashed."""
-    manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
-    manifest["manifest_sha256"] = self_hash(manifest)
+    manifest = sealed({**json.loads((folder / MANIFEST).read_text()), **changes})
     (folder / MANIFEST).write_text(canonical(manifest))
 
 
@@ -53,7 +53,11 @@ def test_round_trip(tmp_path, manifest):
 def test_files_are_copied_and_a_bundle_is_replaced(tmp_path, manifest):
     (tmp_path / "source.bin").write_bytes(b"12345")
     write_bundle(tmp_path / "b", manifest(), CONTENT)
-    write_bundle(tmp_path / "b", manifest(name="second"), {"student.onnx": tmp_path / "source.bin"})
+    second = manifest(name="second"), {"student.onnx": tmp_path / "source.bin"}
+    with pytest.raises(InputError, match="--force"):
+        write_bundle(tmp_path / "b", *second)
+    assert open_bundle(tmp_path / "b").name == "tiny"
+    write_bundle(tmp_path / "b", *second, replace=True)
     assert open_bundle(tmp_path / "b").name == "second"
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [MANIFEST, "student.onnx"]
     assert (tmp_path / "source.bin").exists()
@@ -63,10 +67,10 @@ def test_files_are_copied_and_a_bundle_is_replaced(tmp_path, manifest):
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path, manifest):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="is no bundle"):
-        write_bundle(tmp_path / "home", manifest(), CONTENT)
-    with pytest.raises(InputError, match="is no bundle"):
-        write_bundle(tmp_path / "home" / "thesis.txt", manifest(), CONTENT)
+    with pytest.raises(InputError, match="not just a bundle"):
+        write_bundle(tmp_path / "home", manifest(), CONTENT, replace=True)
+    with pytest.raises(InputError, match="not just a bundle"):
+        write_bundle(tmp_path / "home" / "thesis.txt", manifest(), CONTENT, replace=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 

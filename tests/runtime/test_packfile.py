@@ -14,7 +14,7 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import packfile
-from cdl_edge.runtime.bundle import canonical
+from cdl_edge.runtime.manifest import canonical
 from cdl_edge.runtime.packfile import HEADER, open_pack, write_pack
 
 HEAD = {"name": "tiny", "from": "1" * 64, "to": "2" * 64, "sequence": 5, "backbone": "3" * 64}
@@ -48,9 +48,16 @@ def forged(path: Path, extra: dict[str, bytes] | None = None, **changes: Any) ->
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(InputError) as caught, open_pack(path):
-        pass
+    with pytest.raises(InputError) as caught:
+        read_all(path)
     return str(caught.value)
+
+
+def read_all(path: Path) -> None:
+    """Open a pack and unpack all of it."""
+    with open_pack(path) as pack:
+        for name in pack.document["files"]:
+            pack.read(name)
 
 
 def test_round_trip_and_the_same_bytes_again(tmp_path):
