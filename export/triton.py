@@ -109,7 +109,7 @@ def _write_model(bundle: Bundle, key: str, model: str, folder: Path) -> None:
     (folder / CONFIG).write_text(config(bundle, key, model, hashes), encoding="ascii")
 
 
-def config(bundle: Bundle, key: str, model: str, hashes: Mapping[str, str]) -> str:
+def config(bundle: Bundle, key: str, model: str, hashes: Mapping[str, str] | None = None) -> str:
     """The text of config.pbtxt, ASCII.
 
     max_batch_size > 0 tells Triton that it may add a first axis to every shape below and fill it with several requests;
@@ -121,7 +121,7 @@ def config(bundle: Bundle, key: str, model: str, hashes: Mapping[str, str]) -> s
         MARK: bundle.manifest["manifest_sha256"],
         "cdl_edge.graph": key,
         "cdl_edge.preprocessing": preprocessing,
-        FILES: " ".join(f"{name}={digest}" for name, digest in hashes.items()),
+        FILES: " ".join(f"{name}={digest}" for name, digest in (hashes or {}).items()),
     }
     lines = [
         f"# Written by `cdl-edge export --target triton`. ONNX opset {bundle.manifest['opset']}"

@@ -1,15 +1,17 @@
 """Writes that are whole or absent."""
 
+import errno
 import hashlib
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from cdl_edge import files
 from cdl_edge.errors import InputError
-from cdl_edge.files import atomic_file, atomic_folder, sha256, write_json, write_text
+from cdl_edge.files import atomic_file, atomic_folder, check_out, sha256, workspace, write_json, write_text
 
 
 class Interrupted(Exception):
@@ -138,3 +140,113 @@ def test_a_place_that_cannot_be_written_to(tmp_path, write):
     with pytest.raises(InputError, match="directory"), atomic_file(tmp_path):  # an empty one too
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def killed_while(parent, moved_aside=None):
+    """A child that is killed in a workspace of `parent`; with `moved_aside` after that folder was moved into it."""
+    child = os.fork()
+    if child == 0:
+        with workspace(parent, moved_aside.name if moved_aside else "") as work:
+            (work / "half").write_text("half")
+            if moved_aside:
+                os.replace(moved_aside, work / "old")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    killed_while(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text(tmp_path / "a", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_process_had_moved_aside_comes_back(tmp_path):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "a").write_text("old")
+    killed_while(tmp_path, bundle)
+    assert not bundle.exists()
+    write_text(tmp_path / "x", "x")
+    assert (bundle / "a").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "x"]
+
+
+def test_only_leftovers_that_are_ours_go(tmp_path):
+    for name, owner in ((".cdl-edge-mine", None), (".cdl-edge-other", "somebody"), (".cdl-edge", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+        if owner:
+            (tmp_path / name / files.OWNER).write_text(owner)
+    (tmp_path / ".cdl-edge-file").write_text("a file")
+    with workspace(tmp_path) as alive:
+        (alive / "half").write_text("in use")
+        write_text(tmp_path / "a", "x")
+        assert (alive / "half").read_text() == "in use"
+        assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 8
+    assert not alive.exists()
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_the_umask_has_the_last_word(tmp_path, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a", "x")
+        with atomic_folder(tmp_path / "b"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == file
+    assert (tmp_path / "b").stat().st_mode & 0o777 == folder
+
+
+def test_a_full_disk_is_one_message(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    for error, kind in (
+        (OSError(errno.ENOSPC, "No space left on device"), InputError),
+        (OSError(errno.ENOENT, ""), OSError),
+    ):
+        with pytest.raises(kind):
+            write_and_fail(atomic_file(path), error)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_name_that_no_filesystem_takes(tmp_path):
+    with pytest.raises(InputError, match="cannot be written"):
+        write_text(tmp_path / ("n" * 300), "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_comes_in_while_it_is_replaced_stays(tmp_path):
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "ours").write_text("old")
+
+    def foreign(path):
+        return "something else" if {p.name for p in path.iterdir()} != {"ours"} else None
+
+    def replace(content):
+        with atomic_folder(bundle, foreign) as temporary:
+            (temporary / "ours").write_text("new")
+            (bundle / "thesis.txt").write_text(content)
+
+    with pytest.raises(InputError, match="something else"):
+        replace("years of work")
+    assert {p.name: p.read_text() for p in bundle.iterdir()} == {"ours": "old", "thesis.txt": "years of work"}
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_rule_of_every_out(tmp_path):
+    check_out(tmp_path / "new", "a bundle")
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", "a bundle")
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("x")
+    for name in ("link", "full"):
+        with pytest.raises(InputError, match="not just a bundle"):
+            check_out(tmp_path / name, "a bundle", replace=True)
+    with pytest.raises(InputError, match="--force"):
+        check_out(tmp_path / "full", "a bundle", lambda _: None)
+    check_out(tmp_path / "full", "a bundle", lambda _: None, replace=True)

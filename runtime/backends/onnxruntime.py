@@ -74,7 +74,9 @@ class OrtRunner(Runner):
         values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()]
         try:
             options.add_external_initializers(list(self._constants), values)
-            self._session = self._ort.InferenceSession(self.model.graph, options, providers=self._providers())
+            # Without the second attempt on the CPU that onnxruntime makes, and prints, by itself.
+            again = {} if self._wanted != PROVIDERS["cpu"] else {"enable_fallback": 0}
+            self._session = self._ort.InferenceSession(self.model.graph, options, providers=self._providers(), **again)
         except _errors(self._ort) as error:
             raise InputError(
                 f"{self.path}: onnxruntime {self._ort.__version__} cannot load the graph",
