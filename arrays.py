@@ -66,7 +66,7 @@ def read_npz(
     """
     found: dict[str, np.ndarray] = {}
     try:
-        with zipfile.ZipFile(io.BytesIO(memoryview(content))) as archive:
+        with zipfile.ZipFile(io.BytesIO(content if isinstance(content, bytes) else content.tobytes())) as archive:
             members = archive.infolist()
             if len(members) > MOST_MEMBERS:
                 raise ValueError(f"{len(members)} arrays, expected {MOST_MEMBERS} or fewer")
