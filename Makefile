@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Two processes; the tests of a file stay in one of them, where they share what its fixtures have made.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-all check bench clean
+.PHONY: quickstart test test-all check bench attack clean
 
 quickstart: $(READY)   ## environment, install, then the whole way once on bundled data
 	rm -rf quickstart
@@ -26,6 +26,9 @@ check: $(READY)        ## style and types
 
 bench: $(READY)        ## the machine should have nothing else to do
 	$(BIN)/python benchmarks/export.py
+
+attack: $(READY)       ## changed files and kills, in tens of minutes; with fewer: make attack ATTACK="--bundles 500 --trainings 5"
+	$(BIN)/python benchmarks/attack.py $(ATTACK)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || (echo "Python 3.10 or newer is needed; try: make PYTHON=python3.11" && false)

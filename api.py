@@ -86,21 +86,22 @@ def export(
     dynamic_batch: bool = False,
     images: int = 500,
     target: str = "bundle",
+    replace: bool = False,
 ) -> dict[str, Any]:
     """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError."""
     from .errors import choose
     from .export.bundle import export as fold
 
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images)
-    import tempfile
-
-    from .export.triton import write_repository
+        return fold(run, out, profile, dynamic_batch, images, replace)
+    from .export.triton import check_repository, write_repository
+    from .files import workspace
     from .runtime import open_bundle
 
-    with tempfile.TemporaryDirectory(prefix="cdl-edge-") as folder:
-        result = fold(run, Path(folder) / Path(run).resolve().name, profile, dynamic_batch, images)
-        write_repository(open_bundle(result["bundle"]), Path(out))
+    check_repository(Path(out))
+    with workspace(Path(out).parent) as folder:
+        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images)
+        write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 
 

@@ -12,7 +12,7 @@ import click
 
 from . import __version__
 from .cli_device import VERBS
-from .cli_options import backend_option, emit, json_option, precision_option, say, threads_option
+from .cli_options import backend_option, emit, force_option, json_option, precision_option, say, threads_option
 from .errors import InputError
 from .files import first_process
 
@@ -44,7 +44,7 @@ def main() -> None:
     except InputError as error:
         if not first_process():  # it says the same, and torchrun ends the others; unless the error is ours alone
             time.sleep(60)
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}")
         sys.exit(2)
 
 
@@ -246,17 +246,20 @@ sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
 @click.option(
     "--images", type=click.IntRange(1), default=500, show_default=True, help="real images for the parity gate"
 )
+@force_option
 @json_option
-def export(run: Path, out: Path, profile: str, target: str, dynamic_batch: bool, images: int, as_json: bool) -> None:
+def export(
+    run: Path, out: Path, profile: str, target: str, dynamic_batch: bool, images: int, force: bool, as_json: bool
+) -> None:
     """Fold a run's student into static ONNX graphs, prove them equal, write a BUNDLE."""
     from . import api
     from .display import parity_line
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images, target)
+        result = api.export(run, out, profile, dynamic_batch, images, target, force)
     except ParityError as error:
-        click.echo(f"failed: {error}", err=True)
+        say(f"failed: {error}")
         sys.exit(1)
     if target == "triton":
         text = f"model repository: {out}\nnext: tritonserver --model-repository {out}"
@@ -277,17 +280,18 @@ def export(run: Path, out: Path, profile: str, target: str, dynamic_batch: bool,
 @click.option("--max-drop", type=float, help="points that a task, and the average, may lose; needs --data")
 @click.option("--search/--no-search", "searching", default=True, help="leave layers in float until --max-drop is met")
 @click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
+@force_option
 @json_option
-def calibrate(bundle: Path, out: Path, as_json: bool, **options: Any) -> None:
+def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: Any) -> None:
     """Add INT8 graphs to a bundle, from ranges kept while learning: the images of earlier tasks are not needed."""
     from . import api
     from .calibrate import GateError
     from .display import quantisation_table
 
     try:
-        result = api.calibrate(bundle, out, say=say, **options)
+        result = api.calibrate(bundle, out, say=say, replace=force, **options)
     except GateError as error:
-        click.echo(f"failed: {error}", err=True)
+        say(f"failed: {error}")
         sys.exit(1)
     emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import click
 
+from .display import printable
 from .files import first_process
 
+force_option = click.option(
+    "--force", is_flag=True, help="Replace a bundle of ours at --out; anything else that is there stays."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
 threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
 backend_option = click.option(
@@ -25,9 +29,9 @@ precision_option = click.option(
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
     """For people the text; with --json the document as the last line."""
     if first_process():
-        click.echo(json.dumps(document, allow_nan=False) if as_json else text)
+        click.echo(json.dumps(document, allow_nan=False) if as_json else printable(text))
 
 
 def say(line: str) -> None:
     """Progress goes to stderr."""
-    click.echo(line, err=True)
+    click.echo(printable(line), err=True)

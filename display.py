@@ -6,6 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what would command it (escape sequences, changes of direction) becomes \\x1b and the like.
+
+    Class names and paths are whatever somebody has written into a folder or a manifest.
+    """
+    kept = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(kept)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns aligned with spaces; the first to the left, the others to the right."""
     cells = [[str(c) for c in row] for row in [header, *rows]]

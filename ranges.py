@@ -7,14 +7,13 @@ alone. Histograms of parts therefore merge into exactly the histogram of the who
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from .arrays import MOST_BYTES, read_npz
 from .errors import InputError
 from .files import atomic_file
 
@@ -209,14 +208,14 @@ class Ranges:
     def load(cls, path: Path) -> Ranges:
         """The inverse of `save`. Raises: InputError when the file is not there or not one of ours."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                stored = {key: file[key] for key in file.files}
+            with open(path, "rb") as stream:
+                stored = read_npz(stream.read(MOST_BYTES))
             if stored["schema"] > SCHEMA:
                 raise InputError(
                     f"{path}: written by a newer cdl-edge", got=int(stored["schema"]), expected=SCHEMA, fix="upgrade"
                 )
             return cls(tuple(_task(stored, t) for t in range(len(stored["images"]))))
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError(
                 f"{path}: no ranges kept while learning",
                 got=" ".join(str(error).split()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, choose
+from ..files import workspace
 from ..ranges import Ranges, TensorRange, merge_tensors
-from ..runtime.bundle import Bundle, open_bundle, write_bundle
+from ..runtime.bundle import Bundle, check_target, open_bundle, write_bundle
 from .collect import collect
 from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
 from .images import FEW, Images, images_of
@@ -50,11 +50,13 @@ def calibrate(
     searching: bool = True,
     limit_per_class: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Add 8-bit graphs to a copy of a bundle; nothing is written when the gate refuses.
 
     Args:
-        bundle: as `export` wrote it. out: a new folder, or a bundle to replace.
+        bundle: as `export` wrote it. out: a new or empty folder; with `replace` also a bundle, see
+            runtime.bundle.foreign.
         data: image source, see data.load_dataset: all classes, or those whose images are still there. Its training
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
@@ -72,6 +74,7 @@ def calibrate(
     choose("calibration method", method, METHODS)
     if smooth is not None and not 0 <= smooth <= 1:
         raise InputError("the strength of smoothing is out of range", got=smooth, expected="0 to 1")
+    check_target(Path(out), replace)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
@@ -96,10 +99,10 @@ def calibrate(
 
     files, graphs, signatures = _float_parts(opened)
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="cdl-edge-") as folder:
+    with workspace(Path(out).parent) as folder:
         for flavour in chosen:
             _warn_clipped(kept, method, flavour, say)
-            trial = Trial(opened, kept, flavour, method, smoothed, Path(folder))
+            trial = Trial(opened, kept, flavour, method, smoothed, folder)
             quantised, report[flavour.name] = _one(trial, found, pixels, expected, max_drop, searching, say)
             files |= quantised.constants
             for name, model in quantised.models.items():
@@ -116,12 +119,12 @@ def calibrate(
         "definitions": DEFINITIONS,
     }
     manifest = {**opened.manifest, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
-    with tempfile.TemporaryDirectory(prefix="cdl-edge-") as folder:
-        draft = write_bundle(Path(folder) / "draft", {**manifest, "quantisation": document}, files)
+    with workspace(Path(out).parent) as folder:
+        draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
         document["latency"] = race(draft)
         fastest = min(document["latency"], key=lambda entry: entry["compute_ms"])
         document["recommended"] = {"backend": fastest["backend"], "precision": fastest["precision"]}
-    written = write_bundle(Path(out), {**manifest, "quantisation": document}, files)
+    written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry["bytes"] for name, entry in written.manifest["files"].items()}
     return {**document, "bundle": str(written.path), "bytes": sizes}
 

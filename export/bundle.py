@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,9 +14,9 @@ import onnx
 
 from ..data import Dataset, load_dataset
 from ..errors import InputError
-from ..files import writable
+from ..files import workspace
 from ..runtime import load
-from ..runtime.bundle import Bundle, open_bundle, write_bundle
+from ..runtime.bundle import Bundle, check_target, write_bundle
 from ..runtime.confidence import SELECTIONS, fit, pack_selections
 from ..runtime.evaluate import evaluate
 from ..runtime.runner import Runner
@@ -36,12 +35,17 @@ four times as many to 0.03 nats; a temperature needs fewer (ImageNet at 32 x 32,
 
 
 def export(
-    run: Path | str, out: Path | str, profile: str = "ort", dynamic_batch: bool = False, images: int = 500
+    run: Path | str,
+    out: Path | str,
+    profile: str = "ort",
+    dynamic_batch: bool = False,
+    images: int = 500,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Fold a finished run's student into a bundle.
 
     Args:
-        run: a RUN folder. out: a new folder, or a bundle to replace.
+        run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see runtime.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
 
@@ -51,7 +55,7 @@ def export(
     """
     dialect = get_profile(profile)
     out = Path(out)
-    _check_target(out)
+    check_target(out, replace)
     opened = load_run(Path(run))
     dataset = load_dataset(opened.config.data, learning=False)
     pixels = _real_images(opened, dataset, images)
@@ -65,12 +69,9 @@ def export(
         files[RANGES] = opened.path / RANGES
     manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
 
-    with writable(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-    with aside as folder:
+    with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
-        draft = write_bundle(Path(folder) / out.name, manifest, files)
+        draft = write_bundle(folder / "draft", manifest, files)
         parities = _prove(draft, graphs, pixels, expected)
         with load(draft, "onnxruntime") as runner:
             measured = evaluate(runner, opened.config.data)
@@ -82,7 +83,7 @@ def export(
         if selections:
             proven["selections"] = SELECTIONS
             files[SELECTIONS] = pack_selections(selections)
-        bundle = write_bundle(out, {**manifest, **proven}, files)
+        bundle = write_bundle(out, {**manifest, **proven}, files, replace)
     return {
         "bundle": str(bundle.path),
         "parity": parity,
@@ -156,14 +157,6 @@ def _confidence(draft: Bundle, runner: Runner, dataset: Dataset) -> tuple[dict[s
             with load(draft, "onnxruntime", graph="query", verify=False) as query:
                 outputs |= computed(query)
     return fit(outputs["logits"], labels, draft.tasks, {name: outputs[name] for name in names})
-
-
-def _check_target(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "manifest.json").is_file():
-        raise InputError(f"{out}: exists and is not a bundle", expected="a new folder, or a bundle to replace")
-    open_bundle(out, verify=False)
 
 
 def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:

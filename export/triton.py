@@ -8,33 +8,39 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import atomic_folder, sha256
+from ..files import PREFIX, atomic_folder, check_out, sha256
 from ..runtime.bundle import Bundle, Shape
 from ..runtime.external import external_files
 
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 MARK = "cdl_edge.manifest_sha256"
 "the parameter that tells our models from others"
+FILES = "cdl_edge.files"
+"the parameter with the SHA-256 of every other file of the model"
 MAX_BATCH = 8
 "images that Triton may put into one call, of a bundle with a free batch"
 
 
 def write_repository(
-    bundle: Bundle, out: Path | str, graphs: Sequence[str] = ("student",), name: str | None = None
+    bundle: Bundle,
+    out: Path | str,
+    graphs: Sequence[str] = ("student",),
+    name: str | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write OUT/<model>/{config.pbtxt, labels.txt, 1/model.onnx, 1/*.bin}, one model for each graph.
 
-    A model of that name that this function wrote before is replaced; others of OUT stay. All models are written
-    aside first, none of them appears before each is whole.
+    All models are written aside first, none of them appears before each is whole; other models of OUT stay.
 
     Args:
         graphs: keys of the manifest's "graphs": "student", "query", "prompted", also "student.fp16".
         name: of the model of "student", the bundle's by default; the others are <name>-<graph>.
+        replace: models of that name that this function wrote; without, they stay and are an error.
 
     Returns: OUT, for `tritonserver --model-repository=OUT`.
 
@@ -46,30 +52,45 @@ def write_repository(
         raise InputError("not a name for a Triton model", got=repr(name), expected="letters, digits, '_', '-', '.'")
     if broken := [c for c in bundle.classes if len(c.splitlines()) != 1]:
         raise InputError("a class name of several lines", got=repr(broken[0]), expected=f"one line each, in {LABELS}")
-    _check_target(out)
+    check_repository(out)
+    models = {key: name if key == "student" else f"{name}-{key.replace('.', '-')}" for key in graphs}
+    for model in models.values():
+        check_out(out / model, "a model", foreign, replace)
     with ExitStack() as stack:
-        for key in dict.fromkeys(graphs):
-            model = name if key == "student" else f"{name}-{key.replace('.', '-')}"
-            _write_model(bundle, key, model, stack.enter_context(atomic_folder(out / model)))
+        for key, model in models.items():
+            _write_model(bundle, key, model, stack.enter_context(atomic_folder(out / model, foreign)))
     return out
 
 
-def _check_target(out: Path) -> None:
+def check_repository(out: Path) -> None:
+    """Raises: InputError when OUT has something in it that is no model of ours."""
     if not out.exists():
         return
-    foreign = [p.name for p in sorted(out.iterdir()) if not _ours(p)] if out.is_dir() else [out.name]
-    if foreign:
+    entries = [p for p in sorted(out.iterdir()) if not p.name.startswith(PREFIX)] if out.is_dir() else [out]
+    others = [p.name for p in entries if MARK not in _config(p)]
+    if others:
         raise InputError(
             f"{out}: is there and is no model repository of cdl-edge",
-            got=", ".join(foreign[:5]),
+            got=", ".join(others[:5]),
             expected="a new or empty folder, or a repository that cdl-edge wrote",
             fix="choose another folder; copy the model into your own repository when it is written",
         )
 
 
-def _ours(model: Path) -> bool:
-    config = model / CONFIG
-    return config.is_file() and MARK in config.read_text(encoding="utf-8", errors="replace")
+def foreign(model: Path) -> str | None:
+    """What in a model's folder is not as `write_repository` wrote it, by the hashes in its config; see check_out."""
+    found = re.search(r'"' + re.escape(FILES) + r'" value \{ string_value: "(.*)" \} \}', _config(model))
+    hashes = dict(re.findall(r"([^ =]+)=([0-9a-f]{64})", found[1])) if found else {}
+    for path in sorted(p for p in model.rglob("*") if p.is_symlink() or not p.is_dir()):
+        name = path.relative_to(model).as_posix()
+        if name != CONFIG and (path.is_symlink() or hashes.get(name) != sha256(path)):
+            return f"{name}, which is not as cdl-edge wrote it"
+    return None if hashes else f"no {CONFIG} of cdl-edge"
+
+
+def _config(model: Path) -> str:
+    file = model / CONFIG
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _write_model(bundle: Bundle, key: str, model: str, folder: Path) -> None:
@@ -82,12 +103,13 @@ def _write_model(bundle: Bundle, key: str, model: str, folder: Path) -> None:
         expected = bundle.manifest["files"][source.relative_to(bundle.path).as_posix()]["sha256"]
         if (digest := sha256(copy)) != expected:
             raise InputError(f"{source}: changed since the bundle was opened", got=digest, expected=expected)
-    (folder / CONFIG).write_text(config(bundle, key, model), encoding="ascii")
     if "logits" in bundle.signature(key).outputs:
         (folder / LABELS).write_text("".join(f"{c}\n" for c in bundle.classes), encoding="utf-8")
+    hashes = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / CONFIG).write_text(config(bundle, key, model, hashes), encoding="ascii")
 
 
-def config(bundle: Bundle, key: str, model: str) -> str:
+def config(bundle: Bundle, key: str, model: str, hashes: Mapping[str, str] | None = None) -> str:
     """The text of config.pbtxt, ASCII.
 
     max_batch_size > 0 tells Triton that it may add a first axis to every shape below and fill it with several requests;
@@ -99,6 +121,7 @@ def config(bundle: Bundle, key: str, model: str) -> str:
         MARK: bundle.manifest["manifest_sha256"],
         "cdl_edge.graph": key,
         "cdl_edge.preprocessing": preprocessing,
+        FILES: " ".join(f"{name}={digest}" for name, digest in (hashes or {}).items()),
     }
     lines = [
         f"# Written by `cdl-edge export --target triton`. ONNX opset {bundle.manifest['opset']}"

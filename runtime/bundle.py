@@ -7,26 +7,36 @@ import json
 import os
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeGuard
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ..arrays import Wanted, read_npz
 from ..errors import InputError
-from ..files import atomic_folder, sha256
+from ..files import atomic_folder, check_out, sha256
 from ..images import Preprocessing
+from .manifest import (
+    AGAIN,
+    MANIFEST,
+    SCHEMA,
+    canonical,
+    check_manifest,
+    check_names,
+    is_count,
+    manifest_field,
+    read_manifest,
+    sealed,
+)
 
-SCHEMA = 1
-"version of manifest.json that this code writes; older ones are read, newer ones refused"
-MANIFEST = "manifest.json"
 CURRENT, VERSIONS = "current", "versions"
 "of a store of bundles (see store.py): the link to the version that runs, and the folder of all of them"
-SELECTIONS = ("top-k", "weighted", "none")
-_AGAIN = "copy the bundle again, or export it again"
+SELFTEST_IMAGES = 64
+"at most; export takes a few"
 
 
 Shape = tuple[Any, ...]
@@ -51,23 +61,27 @@ class Bundle:
     "the folder"
     manifest: dict[str, Any]
     "the parsed manifest.json"
+    _contents: WeakValueDictionary[str, np.ndarray] = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
+    "what `read` has given and somebody still holds: several graphs share one copy of their constants"
 
     @property
     def name(self) -> str:
         """The bundle's own name, its folder's name when it has none."""
         return str(self.manifest.get("name") or self.path.resolve().name)
 
-    @property
+    @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits."""
         return tuple(self.manifest["classes"])
 
-    @property
+    @cached_property
     def tasks(self) -> tuple[tuple[int, ...], ...]:
         """For each task, in learned order, the indices of its classes."""
         return tuple(tuple(task) for task in self.manifest["tasks"])
 
-    @property
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes the graph's uint8 input."""
         return Preprocessing.from_json(self.manifest["input"]["preprocessing"])
@@ -108,10 +122,38 @@ class Bundle:
         )
         return Signature(images, inputs, outputs)
 
+    def read(self, name: str) -> np.ndarray:
+        """Content of a listed file, uint8 (bytes,), read only, compared with its hash after it was read.
+
+        What is computed from it is computed from what was hashed, whatever happens to the file meanwhile.
+
+        Raises: InputError for a name that is not listed, a file that is not there, or that has changed.
+        """
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise InputError(
+                f"{self.path}: {name!r} is under no hash",
+                expected="one of " + ", ".join(self.manifest["files"]),
+                fix="do not use this bundle; export it again",
+            )
+        content = self._contents.get(name)
+        if content is None:
+            try:
+                with open(self.path / name, "rb") as stream:
+                    size = os.fstat(stream.fileno()).st_size
+                    # No larger than listed: the file may be growing.
+                    content = np.fromfile(stream, np.uint8, min(size, entry["bytes"] + 1))
+            except OSError as error:
+                raise InputError(f"{self.path / name}: cannot be read", got=error.strerror, fix=AGAIN) from error
+            _check_content(self.path / name, entry, len(content), hashlib.sha256(content).hexdigest())
+            content.flags.writeable = False
+            self._contents[name] = content
+        return content
+
     def selftest(self) -> tuple[np.ndarray, np.ndarray]:
         """Real images uint8 (n, S, S, 3) and what the student says about them in fp32, (n, C).
 
-        Raises: InputError for a bundle without them.
+        Raises: InputError for a bundle without them, or with others than it says.
         """
         name = self.manifest.get("selftest")
         if not name:
@@ -120,57 +162,78 @@ class Bundle:
                 expected="selftest.npz: what nobody compared is not used",
                 fix="export the bundle again: cdl-edge export RUN --out BUNDLE",
             )
+        size, classes = self.preprocessing.size, len(self.classes)
+        wanted = {
+            "images": Wanted("uint8", (SELFTEST_IMAGES, size, size, 3)),
+            "logits": Wanted("float32", (SELFTEST_IMAGES, classes)),
+        }
         try:
-            with np.load(self.path / str(name), allow_pickle=False) as stored:
-                return stored["images"], stored["logits"]
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            stored = read_npz(self.read(name), wanted)
+        except ValueError as error:
             raise InputError(f"{self.path}: no self-test", got=str(error), fix="export the bundle again") from error
+        return stored["images"], stored["logits"]
 
     def graph(self, name: str = "student") -> Path:
         """Path of one of the graphs. Raises: InputError when the bundle has no such graph."""
+        return self.path / self.graph_file(name)
+
+    def graph_file(self, name: str = "student") -> str:
+        """Name of the file of one of the graphs. Raises: InputError when the bundle has no such graph."""
         graphs = self.manifest["graphs"]
         if name not in graphs:
             raise InputError(
                 f"{self.path}: the bundle has no graph {name!r}", got=", ".join(graphs), fix="name one of these"
             )
-        return self.path / str(graphs[name])
+        return str(graphs[name])
 
 
-def canonical(manifest: Mapping[str, Any]) -> str:
-    """The one text that a manifest may have on disk. Raises: ValueError for NaN or infinity."""
-    return json.dumps(manifest, indent=2, sort_keys=False, ensure_ascii=False, allow_nan=False) + "\n"
+def foreign(path: Path) -> str | None:
+    """What in a file or folder is not a bundle's own, by its content; None when it is a bundle and nothing else.
+
+    Only such a folder is ever replaced, see `files.check_out`: a store, engines, a file that somebody changed or added
+    are not there again after a new export.
+    """
+    if (path / CURRENT).is_symlink() or (path / VERSIONS).exists():
+        return "a store with versions and a pinned key: make a pack, or export to another path"
+    try:
+        listed = {MANIFEST, *open_bundle(path).manifest["files"]}
+    except InputError as error:
+        return str(error).splitlines()[0]
+    folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
+    found = {p.relative_to(path).as_posix(): p.is_dir() and not p.is_symlink() for p in path.rglob("*")}
+    other = sorted(name for name, folder in found.items() if name not in (folders if folder else listed))
+    return f"also there: {', '.join(other[:5])}" if other else None
 
 
-def self_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical text with `manifest_sha256` left empty, so that the manifest covers itself."""
-    return hashlib.sha256(canonical({**manifest, "manifest_sha256": ""}).encode("utf-8")).hexdigest()
+def check_target(path: Path, replace: bool = False) -> None:
+    """Whether `write_bundle` would write there, to be asked before hours of work. Raises: InputError."""
+    check_out(path, "a bundle", foreign, replace)
 
 
-def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, Path | bytes]) -> Bundle:
-    """Write a bundle folder, whole or not at all; an existing one at `path` is replaced.
+def write_bundle(
+    path: Path, manifest: Mapping[str, Any], files: Mapping[str, Path | bytes], replace: bool = False
+) -> Bundle:
+    """Write a bundle folder, whole or not at all.
 
     Args:
-        manifest: everything but "schema", "kind", "files" and "manifest_sha256", which are set here.
+        manifest: everything but "schema", "kind", "files", "manifest_sha256" and "text_sha256", which are set here.
         files: content of each file by its name inside the folder: bytes, or a file to copy.
+        replace: a bundle that is there, and nothing else; without, only an empty folder may be there.
 
-    Raises: InputError for a manifest or a file name that `open_bundle` would refuse.
+    Raises: InputError for a manifest or a file name that `open_bundle` would refuse, a `path` that may not be replaced,
+        or cannot be written.
     """
     path = Path(path)
+    check_target(path, replace)
     if MANIFEST in files:
         raise InputError(f"{path}: {MANIFEST} is written by write_bundle", fix="pass it as `manifest`")
-    if path.exists() and not (path / MANIFEST).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise InputError(
-            f"{path}: is already there and is no bundle",
-            expected="a new path, an empty folder, or a bundle to replace",
-            fix="choose another path: what is there would be deleted",
-        )
-    derived = ("schema", "kind", "files", "manifest_sha256")
+    derived = ("schema", "kind", "files", "manifest_sha256", "text_sha256")
     document: dict[str, Any] = {"schema": SCHEMA, "kind": "bundle"}
     document |= {key: value for key, value in manifest.items() if key not in derived}
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, foreign) as temporary:
+        check_names(path / MANIFEST, files)
         entries: dict[str, Any] = {}
         for name, content in files.items():
-            check_name(path / MANIFEST, name)
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
@@ -180,16 +243,14 @@ def write_bundle(path: Path, manifest: Mapping[str, Any], files: Mapping[str, Pa
             _sync(target)
             entries[name] = {"sha256": sha256(target), "bytes": target.stat().st_size}
         document["files"] = entries
-        document["manifest_sha256"] = ""
         try:
             # Through JSON and back: tuples become lists now, so that what is checked is what will be read.
-            document = json.loads(canonical(document))
+            document = sealed(json.loads(canonical(document)))
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"{path / MANIFEST}: not plain JSON", got=str(error), expected="strings, finite numbers, lists, objects"
             ) from error
-        document["manifest_sha256"] = self_hash(document)
-        _check_manifest(path / MANIFEST, document)
+        check_manifest(path / MANIFEST, document)
         (temporary / MANIFEST).write_bytes(canonical(document).encode("utf-8"))
         _sync(temporary / MANIFEST)
     return Bundle(path, document)
@@ -215,26 +276,26 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
         each other (class count among them).
     """
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such bundle",
-            got="a file" if path.exists() else "nothing there",
-            expected="a folder made by `cdl-edge export`",
-            fix="check the path, or run: cdl-edge export RUN --out BUNDLE",
-        )
     try:
+        if not path.is_dir():
+            raise InputError(
+                f"{path}: no such bundle",
+                got="a file" if path.exists() else "nothing there",
+                expected="a folder made by `cdl-edge export`",
+                fix="check the path, or run: cdl-edge export RUN --out BUNDLE",
+            )
         path = current_version(path)
-        document = _read_manifest(path)
-        files = _field(path / MANIFEST, document, "files", dict)
+        document = read_manifest(path)
+        files = manifest_field(path / MANIFEST, document, "files", dict)
+        check_names(path / MANIFEST, files)
         for name, entry in files.items():
-            check_name(path / MANIFEST, name)
             if name != document.get("ranges") or (path / name).exists():
                 _check_file(path, name, entry, verify)
     except OSError as error:  # permissions, a failing card
         raise InputError(
             f"{error.filename or path}: cannot be read", got=error.strerror or str(error), fix="check its permissions"
         ) from error
-    _check_manifest(path / MANIFEST, document)
+    check_manifest(path / MANIFEST, document)
     return Bundle(path, document)
 
 
@@ -257,90 +318,17 @@ def current_version(path: Path) -> Path:
     return path / target
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-        raise InputError(
-            f"{manifest_path}: missing",
-            got=found,
-            expected="a bundle folder",
-            fix="run: cdl-edge export RUN --out BUNDLE",
-        )
-    text = manifest_path.read_bytes()
-    try:
-        document = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{manifest_path}: not readable as JSON",
-            got=f"{type(error).__name__}: {error}",
-            expected="UTF-8 JSON",
-            fix=_AGAIN,
-        ) from error
-    if not isinstance(document, dict):
-        raise InputError(
-            f"{manifest_path}: not a manifest", got=type(document).__name__, expected="an object", fix=_AGAIN
-        )
-    schema = document.get("schema")
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise InputError(f"{manifest_path}: no schema version", got=repr(schema), expected=f"1 to {SCHEMA}", fix=_AGAIN)
-    if schema > SCHEMA:
-        raise InputError(
-            f"{manifest_path}: written by a newer cdl-edge",
-            got=f"schema {schema}",
-            expected=f"schema {SCHEMA} or older",
-            fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
-        )
-    try:
-        same_text = canonical(document).encode("utf-8") == text
-        digest = self_hash(document)
-    except (ValueError, RecursionError):  # NaN, infinity, a lone surrogate: nothing that write_bundle writes
-        same_text, digest = False, "no canonical text"
-    if not same_text or document.get("manifest_sha256") != digest:
-        raise InputError(
-            f"{manifest_path}: changed since it was written",
-            got=f"sha256 {digest}" if same_text else "text that is not in canonical form",
-            expected=f"sha256 {document.get('manifest_sha256')!s:.64}",
-            fix=_AGAIN,
-        )
-    if document.get("kind") != "bundle":
-        raise InputError(
-            f"{manifest_path}: another kind of artefact",
-            got=repr(document.get("kind")),
-            expected="'bundle'",
-            fix=_AGAIN,
-        )
-    return document
-
-
-def check_name(manifest_path: Path, name: str) -> None:
-    """Refuse every file name that could lead out of the folder. Raises: InputError."""
-    parts = PurePosixPath(name).parts
-    bad = not parts or name.startswith("/") or "\\" in name or ":" in name or "\0" in name or ".." in parts
-    if bad or str(PurePosixPath(name)) != name or name == MANIFEST:
-        raise InputError(
-            f"{manifest_path}: a file name that is not allowed",
-            got=repr(name),
-            expected="a plain relative path inside the bundle, without '..'",
-            fix="do not use this bundle; export it again",
-        )
-
-
 def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:
     file = path / name
-    if (
-        not isinstance(entry, dict)
-        or not isinstance(entry.get("bytes"), int)
-        or not isinstance(entry.get("sha256"), str)
-    ):
+    if not isinstance(entry, dict) or not is_count(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
         raise InputError(
             f"{path / MANIFEST}: files[{name!r}] is incomplete",
             got=repr(entry),
             expected="sha256 and bytes",
-            fix=_AGAIN,
+            fix=AGAIN,
         )
     if not file.is_file():
-        raise InputError(f"{file}: missing", expected=f"{entry['bytes']} bytes", fix=_AGAIN)
+        raise InputError(f"{file}: missing", expected=f"{entry['bytes']} bytes", fix=AGAIN)
     if path.resolve() not in file.resolve().parents:
         raise InputError(
             f"{file}: a link that leads out of the bundle",
@@ -348,92 +336,17 @@ def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:
             expected="a file inside the folder",
             fix="replace the link by the file itself",
         )
-    size = file.stat().st_size
+    _check_content(file, entry, file.stat().st_size, sha256(file) if verify else None)
+
+
+def _check_content(file: Path, entry: Mapping[str, Any], size: int, digest: str | None) -> None:
     if size != entry["bytes"]:
         problem = "truncated" if size < entry["bytes"] else "longer than it was written"
-        raise InputError(f"{file}: {problem}", got=f"{size} bytes", expected=f"{entry['bytes']} bytes", fix=_AGAIN)
-    if verify and (digest := sha256(file)) != entry["sha256"]:
+        raise InputError(f"{file}: {problem}", got=f"{size} bytes", expected=f"{entry['bytes']} bytes", fix=AGAIN)
+    if digest is not None and digest != entry["sha256"]:
         raise InputError(
             f"{file}: changed since it was written",
             got=f"sha256 {digest}",
             expected=f"sha256 {entry['sha256']}",
-            fix=_AGAIN,
-        )
-
-
-def _field(manifest_path: Path, fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = fields.get(key)
-    if not isinstance(value, kind):
-        raise _contradiction(manifest_path, f"field {key!r}", got=repr(value), expected=kind.__name__)
-    return value
-
-
-def _contradiction(manifest_path: Path, what: str, got: object, expected: object) -> InputError:
-    return InputError(f"{manifest_path}: {what}", got=got, expected=expected, fix="export it again")
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_manifest(at: Path, manifest: Mapping[str, Any]) -> None:
-    """Fields present, of the right kind, and in agreement with each other."""
-    classes = _field(at, manifest, "classes", list)
-    if not classes or not all(isinstance(c, str) and c for c in classes) or len(set(classes)) != len(classes):
-        raise _contradiction(at, "field 'classes'", f"{classes!r:.200}", "different, non-empty names")
-
-    outputs = _field(at, manifest, "outputs", dict)
-    logits = outputs.get("logits")
-    if not isinstance(logits, list) or len(logits) != 2 or logits[1] != len(classes):
-        raise _contradiction(
-            at,
-            "class count mismatch",
-            f"{len(classes)} classes, outputs.logits {logits}",
-            f"logits [1, {len(classes)}]",
-        )
-
-    tasks = _field(at, manifest, "tasks", list)
-    flat = [c for task in tasks if isinstance(task, list) for c in task]
-    indices = [c for c in flat if _is_count(c)]
-    if not all(tasks) or len(indices) != len(flat) or sorted(indices) != list(range(len(classes))):
-        raise _contradiction(at, "field 'tasks'", f"{tasks!r:.200}", f"each of 0 to {len(classes) - 1} in one task")
-
-    fields = _field(at, manifest, "input", dict)
-    shape = fields.get("shape")
-    described = _field(at, fields, "preprocessing", dict)
-    try:
-        side = Preprocessing.from_json(described).size
-    except (InputError, ValueError) as error:
-        expected = "size, resize, interpolation, mean, std, as Preprocessing.to_json() gives them"
-        raise _contradiction(at, "field 'preprocessing'", f"{described!r:.200}", expected) from error
-    if not isinstance(shape, list) or shape[1:] != [side, side, 3] or fields.get("dtype") != "uint8":
-        raise _contradiction(at, "field 'input'", f"{shape} {fields.get('dtype')}", f"[1, {side}, {side}, 3] uint8")
-    if not fields.get("dynamic_batch") and (not _is_count(shape[0]) or shape[0] < 1):
-        raise _contradiction(at, "field 'input'", f"batch {shape[0]!r}", "a positive number, or dynamic_batch")
-
-    graphs = _field(at, manifest, "graphs", dict)
-    for name, file in {"student": graphs.get("student"), **graphs}.items():
-        if not isinstance(file, str) or file not in manifest["files"]:
-            raise _contradiction(at, f"graph {name!r}", repr(file), "one of the listed files")
-    for key in ("training", "accuracy", "parity"):  # optional; None when nothing was measured
-        if manifest.get(key) is not None:
-            _field(at, manifest, key, dict)
-    _check_selection(at, manifest, outputs.get("prompt_weights"))
-
-
-def _check_selection(at: Path, manifest: Mapping[str, Any], weights: object) -> None:
-    selection = manifest.get("selection") or {"kind": "none"}
-    kind = selection.get("kind") if isinstance(selection, dict) else selection
-    if kind not in SELECTIONS:
-        raise _contradiction(at, "field 'selection'", repr(selection), "kind " + ", ".join(SELECTIONS))
-    if kind == "none":
-        return
-    k, blocks = selection.get("k"), selection.get("blocks")
-    if not isinstance(weights, list) or len(weights) != 3 or not all(_is_count(n) for n in weights[1:]):
-        raise _contradiction(at, f"selection {kind!r}", f"outputs.prompt_weights {weights}", "shape [1, L, K]")
-    if not _is_count(k) or not 1 <= k <= weights[2]:
-        raise _contradiction(at, "field 'selection'", f"k {k!r}", f"1 to {weights[2]} (entries of prompt_weights)")
-    if not isinstance(blocks, list) or len(blocks) != weights[1]:
-        raise _contradiction(
-            at, "field 'selection'", f"blocks {blocks!r}", f"{weights[1]} block(s), as in prompt_weights"
+            fix=AGAIN,
         )

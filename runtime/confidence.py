@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import zipfile
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..arrays import read_npz
 from ..errors import InputError
 from .bundle import Bundle
 
@@ -53,15 +54,17 @@ class Confidence:
         if found is None:
             return cls(bundle.tasks)
         try:
-            selections = None if name is None else _read(bundle, str(name))
+            temperature = _number(found["temperature"])
+            if temperature <= 0:
+                raise ValueError(f"a temperature of {temperature}")
             return cls(
                 bundle.tasks,
-                float(found["temperature"]),
-                float(found["unknown"]["below"]),
-                float(found["task"]["scale"]),
-                selections,
+                temperature,
+                _number(found["unknown"]["below"]),
+                _number(found["task"]["scale"]),
+                None if name is None else _read(bundle, str(name)),
             )
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{bundle.path}: what the bundle says about confidence is not understood",
                 got=f"{type(error).__name__}: {error}",
@@ -206,11 +209,21 @@ def _minimise(loss: Callable[[float], float], low: float, high: float) -> float:
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
-    if name not in bundle.manifest["files"]:
-        raise ValueError(f"{name!r} is under no hash")
-    with np.load(bundle.path / name, allow_pickle=False) as stored:
-        selections = {key: stored[key] for key in stored.files}
+    """Raises: ValueError, InputError."""
+    shapes = dict(bundle.signature().outputs)
+    if "prompted" in bundle.manifest["graphs"]:
+        shapes |= bundle.signature("prompted").inputs
+    known = {n: (len(bundle.tasks), *shape[1:]) for n, shape in shapes.items() if len(shape) == 3}
+    selections = read_npz(bundle.read(name), most=sum(4 * math.prod(shape) for shape in known.values()))
     for key, array in selections.items():
-        if array.dtype != np.float32 or array.ndim != 3 or len(array) != len(bundle.tasks):
-            raise ValueError(f"{name}: {key} is {array.dtype} {array.shape}")
+        if array.dtype != np.float32 or array.shape != known.get(key):
+            raise ValueError(f"{name}: {key} is {array.dtype} {array.shape}, expected float32 {known.get(key)}")
+    if WEIGHTS not in selections:
+        raise ValueError(f"{name}: no {WEIGHTS}")
     return selections
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,25 @@ import numpy as np
 
 from ..errors import InputError
 
-# Field numbers of onnx.proto3 (onnx 1.23): the path from a model to the strings of a tensor's external_data.
-_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER, _TENSOR_EXTERNAL = 7, 1, 5, 13
-_NODE_ATTRIBUTE, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 5, 6, 10, 11
-_MODEL_FUNCTIONS, _FUNCTION_NODE = 25, 7
-_MODEL_OPSET, _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 8, 1, 2, 8
+# Field numbers of onnx.proto3 (onnx 1.23).
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 7, 5, 9, 13, 14
+_GRAPH_OUTPUT, _VALUE_NAME, _NODE_INPUT = 12, 1, 1
+_MODEL_FUNCTIONS, _MODEL_OPSET, _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 25, 8, 1, 2, 8
+_CHILDREN: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"every way from a model to a tensor: message -> field -> message"
 _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"}
 "TensorProto.DataType -> numpy"
+_LARGEST = (1 << 31) - 1
+"bytes of a protobuf message"
+_BROKEN = (IndexError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -35,46 +48,110 @@ class Record:
 
     def read(self, folder: Path) -> np.ndarray:
         """The constant, read from its file. Raises: InputError when the file is too short for it."""
-        file = folder / self.location
-        with open(file, "rb") as stream:
+        with open(folder / self.location, "rb") as stream:
             stream.seek(self.offset)
-            data = stream.read(self.length)
-        expected = int(np.prod(self.dims, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-        if len(data) != self.length or self.length != expected:
+            data = np.frombuffer(stream.read(self.length), np.uint8)
+        return self.view(data, self.offset)
+
+    def view(self, content: np.ndarray, start: int = 0) -> np.ndarray:
+        """The constant in the content of its file, uint8 (bytes,), of which the first byte is number `start`.
+
+        Raises: InputError when it does not lie within.
+        """
+        size = math.prod(self.dims) * np.dtype(self.dtype).itemsize
+        low = self.offset - start
+        whole = size == self.length and 0 <= low <= len(content) - self.length and len(self.dims) <= 32
+        if not whole or min(self.dims, default=0) < 0:
             raise InputError(
-                f"{file}: the constant {self.name!r} is not whole", got=f"{len(data)} bytes", expected=expected
+                f"{self.location}: the constant {self.name!r} is not whole",
+                got=f"{self.dtype} {self.dims}, {self.length} bytes at {self.offset}",
+                expected=f"{size} bytes within {start} to {start + len(content)}",
+                fix="export the bundle again",
             )
-        return np.frombuffer(data, self.dtype).reshape(self.dims)
+        return content[low : low + self.length].view(self.dtype).reshape(self.dims)
 
 
-def external_records(path: Path) -> list[Record]:
+def external_records(model: Path | bytes) -> list[Record]:
     """The graph's own constants that are kept outside of it, in the file's order (those of subgraphs are left out).
 
-    Raises: InputError when the file is no ONNX graph, or a constant is of a type that numpy does not have.
+    Raises: InputError when the model is no ONNX graph, or a constant is of a type that numpy does not have.
     """
     try:
-        view = memoryview(path.read_bytes())
+        view = _content(model)
         tensors = [t for graph in _messages(view, _MODEL_GRAPH) for t in _messages(graph, _GRAPH_INITIALIZER)]
         return [_record(t) for t in tensors if any(_messages(t, _TENSOR_EXTERNAL))]
-    except (IndexError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: not an ONNX graph", got=str(error), fix="export the bundle again") from error
+    except _BROKEN as error:
+        raise _no_graph(model, error) from error
 
 
-def graph_digest(path: Path) -> str:
+def graph_digest(model: Path | bytes) -> str:
     """SHA-256 of what a graph computes: nodes, shapes, operator versions; class names and the like are left out.
 
     Raises: InputError when the file is no ONNX graph.
     """
     digest = hashlib.sha256()
     try:
-        view = memoryview(path.read_bytes())
+        view = _content(model)
         for field in (_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTIONS):
             for message in _messages(view, field):
                 digest.update(b"%d:%d:" % (field, len(message)))
                 digest.update(message)
-    except (IndexError, ValueError) as error:
-        raise InputError(f"{path}: not an ONNX graph", got=str(error), fix="export the bundle again") from error
+    except _BROKEN as error:
+        raise _no_graph(model, error) from error
     return digest.hexdigest()
+
+
+def inlined(model: bytes, contents: Mapping[str, np.ndarray]) -> bytes:
+    """The same model with its constants inside, for engines that take a model from memory in one piece.
+
+    contents: of each file that the graph's constants are in, uint8 (bytes,), by its name.
+
+    Raises: InputError for a model that is broken, is too large for one piece, or whose constants are not in the files.
+    """
+    try:
+        graphs = list(_messages(_content(model), _MODEL_GRAPH))
+        parts: list[bytes | memoryview] = [raw for n, _, raw in _fields(memoryview(model)) if n != _MODEL_GRAPH]
+        for graph in graphs:
+            inside: list[bytes | memoryview] = []
+            for number, value, raw in _fields(graph):
+                outside = number == _GRAPH_INITIALIZER and any(_messages(_message(value), _TENSOR_EXTERNAL))
+                inside += _whole(_message(value), contents) if outside else [raw]
+            parts += [_head(_MODEL_GRAPH, sum(map(len, inside))), *inside]
+    except _BROKEN as error:
+        raise _no_graph(model, error) from error
+    if (size := sum(map(len, parts))) > _LARGEST:
+        fix = "use --backend onnxruntime, which takes constants apart from the graph"
+        raise InputError("the graph with its constants is too large", got=size, expected=f"{_LARGEST} bytes", fix=fix)
+    return b"".join(parts)
+
+
+def _whole(tensor: memoryview, contents: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
+    """An initializer's message with its values inside."""
+    record = _record(tensor)
+    values = record.view(contents[record.location]).tobytes()
+    kept = [raw for number, _, raw in _fields(tensor) if number not in (_TENSOR_EXTERNAL, _TENSOR_LOCATION)]
+    parts: list[bytes | memoryview] = [*kept, _head(_TENSOR_RAW, len(values)), values]
+    return [_head(_GRAPH_INITIALIZER, sum(map(len, parts))), *parts]
+
+
+def _head(field: int, length: int) -> bytes:
+    """What stands before the content of a length-delimited field."""
+    head = bytearray()
+    for number in (field << 3 | 2, length):
+        while number > 0x7F:
+            head.append(number & 0x7F | 0x80)
+            number >>= 7
+        head.append(number)
+    return bytes(head)
+
+
+def _content(model: Path | bytes) -> memoryview:
+    return memoryview(model if isinstance(model, bytes) else model.read_bytes())
+
+
+def _no_graph(model: Path | bytes, error: Exception) -> InputError:
+    name = "the model" if isinstance(model, bytes) else str(model)
+    return InputError(f"{name}: not an ONNX graph", got=str(error), fix="export the bundle again")
 
 
 def _record(tensor: memoryview) -> Record:
@@ -94,46 +171,44 @@ def _record(tensor: memoryview) -> Record:
     return Record(name, entries["location"], offset, length, tuple(dims), kind)
 
 
-def external_files(path: Path) -> set[str]:
-    """The `location` of every tensor kept outside of the model, subgraphs and functions included.
+def external_files(model: Path | bytes) -> set[str]:
+    """The `location` of every tensor kept outside of the model: of subgraphs, functions and sparse tensors too.
 
-    Raises: InputError when the file is no protobuf message.
+    Raises: InputError when the model is no protobuf message.
     """
-    found: set[str] = set()
     try:
-        view = memoryview(path.read_bytes())
-        for graph in _messages(view, _MODEL_GRAPH):
-            found |= _graph(graph)
-        for function in _messages(view, _MODEL_FUNCTIONS):
-            for node in _messages(function, _FUNCTION_NODE):
-                found |= _node(node)
-    except (IndexError, ValueError) as error:
-        raise InputError(f"{path}: not an ONNX graph", got=str(error), fix="export the bundle again") from error
-    return found
+        return {name for kind, message in _walk(model) if kind == "tensor" for name in _locations(message)}
+    except _BROKEN as error:
+        raise _no_graph(model, error) from error
 
 
-def _graph(graph: memoryview) -> set[str]:
-    found: set[str] = set()
-    for tensor in _messages(graph, _GRAPH_INITIALIZER):
-        found |= _tensor(tensor)
-    for node in _messages(graph, _GRAPH_NODE):
-        found |= _node(node)
-    return found
+def used_names(model: Path | bytes) -> set[str]:
+    """Every name that a node takes or a graph gives. Raises: InputError when the model is no protobuf message."""
+    found: set[bytes] = set()
+    try:
+        for kind, message in _walk(model):
+            if kind == "node":
+                found |= {bytes(name) for name in _messages(message, _NODE_INPUT)}
+            elif kind == "graph":
+                outputs = _messages(message, _GRAPH_OUTPUT)
+                found |= {bytes(name) for output in outputs for name in _messages(output, _VALUE_NAME)}
+        return {name.decode("utf-8") for name in found}
+    except _BROKEN as error:
+        raise _no_graph(model, error) from error
 
 
-def _node(node: memoryview) -> set[str]:
-    found: set[str] = set()
-    for attribute in _messages(node, _NODE_ATTRIBUTE):
-        for field in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            for tensor in _messages(attribute, field):
-                found |= _tensor(tensor)
-        for field in (_ATTRIBUTE_GRAPH, _ATTRIBUTE_GRAPHS):
-            for graph in _messages(attribute, field):
-                found |= _graph(graph)
-    return found
+def _walk(model: Path | bytes) -> Iterator[tuple[str, memoryview]]:
+    """The messages of _CHILDREN and the tensors, however deep; no recursion, which a file could drive too deep."""
+    waiting = [("model", _content(model))]
+    while waiting:
+        kind, message = waiting.pop()
+        yield kind, message
+        below = _CHILDREN.get(kind, {})
+        if below:
+            waiting += [(below[n], v) for n, v, _ in _fields(message) if n in below and isinstance(v, memoryview)]
 
 
-def _tensor(tensor: memoryview) -> set[str]:
+def _locations(tensor: memoryview) -> set[str]:
     found: set[str] = set()
     for entry in _messages(tensor, _TENSOR_EXTERNAL):
         keys, values = list(_messages(entry, 1)), list(_messages(entry, 2))
@@ -142,36 +217,43 @@ def _tensor(tensor: memoryview) -> set[str]:
     return found
 
 
+def _message(value: object) -> memoryview:
+    if not isinstance(value, memoryview):
+        raise ValueError("a number where a message belongs")
+    return value
+
+
 def _messages(data: memoryview, field: int) -> Iterator[memoryview]:
     """The length-delimited fields numbered `field` of a protobuf message."""
-    return (value for number, value in _fields(data) if number == field and isinstance(value, memoryview))
+    return (value for number, value, _ in _fields(data) if number == field and isinstance(value, memoryview))
 
 
 def _numbers(data: memoryview, field: int) -> Iterator[int]:
     """The integers numbered `field` of a protobuf message."""
-    return (value for number, value in _fields(data) if number == field and isinstance(value, int))
+    return (value for number, value, _ in _fields(data) if number == field and isinstance(value, int))
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int | None]]:
-    """Every field of a protobuf message: its number, and its bytes or its integer (None: a fixed-width number)."""
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int | None, memoryview]]:
+    """Every field of a message: number, its bytes or its integer (None: a fixed-width number), and all of it as is."""
     position = 0
     while position < len(data):
+        begin = position
         key, position = _varint(data, position)
         kind = key & 7
+        value: memoryview | int | None = None
         if kind == 0:
             value, position = _varint(data, position)
-            yield key >> 3, value
         elif kind in (1, 5):
             position += 8 if kind == 1 else 4
-            yield key >> 3, None
         elif kind == 2:
             length, position = _varint(data, position)
-            if position + length > len(data):
-                raise ValueError("a field runs past the end")
-            yield key >> 3, data[position : position + length]
+            value = data[position : position + length]
             position += length
         else:
             raise ValueError(f"wire type {kind}")
+        if position > len(data):
+            raise ValueError("a field runs past the end")
+        yield key >> 3, value, data[begin:position]
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:

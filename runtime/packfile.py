@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from ..errors import InputError
 from ..files import atomic_file
-from .bundle import MANIFEST, canonical, check_name
+from .manifest import MANIFEST, canonical, check_names
 from .signature import is_signed, sign
 
 SCHEMA = 1
@@ -34,8 +34,13 @@ HEADER = "pack.json"
 ENCODINGS = ("whole", "delta")
 MAX_BYTES = 1 << 30
 "of the file, and of all members unpacked: a pack holds no backbone, a ViT-L's prompts and graphs are some 50 MB"
-MAX_MEMBERS, MAX_TEXT = 256, 16 << 20
+MAX_MEMBERS, MAX_TEXT, MAX_DIRECTORY = 256, 1 << 20, 1 << 20
+"members; bytes of pack.json; bytes of the zip's table of contents"
 _DIGITS = 64
+_BLOCK = 1 << 20
+"bytes that are unpacked at a time"
+_END = 22
+"bytes of a zip's last record, which stands before the digits"
 _AGAIN = "copy the pack again; if it stays so, do not use it: ask for a new one"
 _FIELDS = {"name": str, "from": str, "to": str, "sequence": int, "backbone": str, "files": dict}
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, OverflowError)
@@ -43,7 +48,7 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplemente
 
 @dataclass(frozen=True)
 class Pack:
-    """An opened pack whose container, text and members have been checked; see `open_pack`."""
+    """An opened pack whose container, names and text have been checked, and of which nothing was unpacked."""
 
     path: Path
     document: dict[str, Any]
@@ -52,11 +57,30 @@ class Pack:
 
     def read(self, name: str) -> bytes:
         """Content of a member as it is stored. Raises: InputError when it is not what pack.json says."""
-        entry = self.document["files"][name]
-        content = _read(self.path, self.archive, name)
-        if len(content) != entry["bytes"] or hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        return b"".join(self.blocks(name))
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """The same piece by piece, in bounded memory; what is wrong is known after the last piece.
+
+        Raises: InputError, as `read`.
+        """
+        entry, digest, left = self.document["files"][name], hashlib.sha256(), self.document["files"][name]["bytes"]
+        try:
+            with self.archive.open(name) as stream:
+                while block := stream.read(_BLOCK):
+                    left -= len(block)
+                    if left < 0:
+                        break
+                    digest.update(block)
+                    yield block
+        except _BROKEN as error:
+            raise InputError(f"{self.path}: {name!r} cannot be unpacked", got=str(error), fix=_AGAIN) from error
+        if left or digest.hexdigest() != entry["sha256"]:
             raise InputError(f"{self.path}: {name!r} is not what the pack lists", got="another hash", fix=_AGAIN)
-        return content
+
+    def unpacked_bytes(self) -> int:
+        """Of all members, as pack.json declares them."""
+        return sum(int(entry["bytes"]) for entry in self.document["files"].values())
 
     def check_signature(self, public_key: str) -> None:
         """Raises: InputError unless the owner of `public_key` (hex) signed it."""
@@ -117,7 +141,10 @@ def write_pack(
 
 @contextmanager
 def open_pack(path: Path) -> Iterator[Pack]:
-    """Open a pack and check all of it but its signature and base; nothing is unpacked.
+    """Open a pack and check its container, its names and pack.json: bounded work, whatever the file is.
+
+    Members are unpacked, and compared with their hashes, when they are read: after the signature has been looked at,
+    which covers those hashes.
 
     Raises: InputError for a file that is empty, cut, changed, no pack, unsafe to unpack, or written by a newer version.
     """
@@ -130,10 +157,7 @@ def open_pack(path: Path) -> Iterator[Pack]:
             raise InputError(f"{path}: not a pack", got=str(error), fix=_AGAIN) from error
         with archive:
             _check_members(path, archive)
-            pack = Pack(path, _header(path, archive), archive)
-            for name in pack.document["files"]:
-                pack.read(name)
-            yield pack
+            yield Pack(path, _header(path, archive), archive)
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -173,6 +197,22 @@ def _check_container(path: Path, stream: IO[bytes]) -> None:
             else "a file made by `cdl-edge pack create`: its last characters are the SHA-256 of all before them",
             fix=_AGAIN,
         )
+    _check_directory(path, stream, size)
+
+
+def _check_directory(path: Path, stream: IO[bytes], size: int) -> None:
+    """The zip's last record is where pack create puts it, and what it points to is short enough to be read."""
+    start = max(0, size - _DIGITS - _END - 20)
+    stream.seek(start)
+    tail = stream.read(size - _DIGITS - start)
+    end = tail[-_END:]
+    if len(end) < _END or end[:4] != b"PK\5\6" or tail[:4] == b"PK\6\7":
+        raise InputError(f"{path}: not a pack", got="a file that does not end as a plain zip does", fix=_AGAIN)
+    members, length = struct.unpack_from("<HL", end, 10)
+    if members > MAX_MEMBERS:
+        raise _unsafe(path, "too many members", members, f"{MAX_MEMBERS} or fewer")
+    if length > MAX_DIRECTORY:
+        raise _unsafe(path, "a table of contents that is too long", length, f"{MAX_DIRECTORY} bytes or fewer")
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
@@ -186,9 +226,8 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     names = [member.orig_filename for member in members]
     if len(set(names)) != len(names):
         raise _unsafe(path, "a member twice", ", ".join(sorted(names)), "different names")
+    check_names(path, [name for name in names if name != MANIFEST])
     for member in members:
-        if member.orig_filename != MANIFEST:
-            check_name(path, member.orig_filename)
         kind = stat.S_IFMT(member.external_attr >> 16)
         if kind not in (0, stat.S_IFREG) or member.is_dir():
             raise _unsafe(path, f"{member.filename!r} is no plain file", stat.filemode(kind), "a plain file")
@@ -235,7 +274,7 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             expected=f"schema {SCHEMA} or older",
             fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
         )
-    wrong = [key for key, kind in _FIELDS.items() if not isinstance(document.get(key), kind)]
+    wrong = [k for k, kind in _FIELDS.items() if not isinstance(document.get(k), kind) or document[k] is True]
     if digest != document.get("pack_sha256") or wrong:
         got = f"without {', '.join(wrong)}" if wrong else f"sha256 {digest}"
         raise InputError(f"{path}: {HEADER} has been changed", got=got, fix=_AGAIN)
@@ -249,8 +288,11 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
         )
     for name, entry in files.items():
         known = isinstance(entry, dict) and entry.get("encoding") in ENCODINGS
-        if not known or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
-            raise InputError(f"{path}: files[{name!r}] is incomplete", got=repr(entry), fix=_AGAIN)
+        if not known or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise InputError(f"{path}: files[{name!r}] is incomplete", got=f"{entry!r:.200}", fix=_AGAIN)
+        if entry["bytes"] != (size := archive.getinfo(name).file_size):
+            got, expected = f"{size} bytes", f"{entry['bytes']} bytes"
+            raise InputError(f"{path}: {name!r} is not what the pack lists", got=got, expected=expected, fix=_AGAIN)
     return document
 
 

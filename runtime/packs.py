@@ -12,24 +12,31 @@ What is refused, before anything is written where a reader looks (nothing change
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .bundle import MANIFEST, Bundle, canonical, check_name, open_bundle, self_hash
+from ..files import UNWRITABLE, check_out, writable
+from .bundle import Bundle, open_bundle
 from .delta import apply, by_location, difference
 from .external import Record, external_records
+from .manifest import MANIFEST, MAX_MANIFEST, canonical, check_names, self_hash
 from .packfile import Pack, open_pack, write_pack
 from .selftest import self_test
 from .signature import read_public_key
 from .store import Store, link, locked, read_store, sequence_of
 
 BACKBONE = "backbone.bin"
+REFUSED = UNWRITABLE | {errno.EACCES, errno.EPERM}
+LARGEST_OWN, LARGEST_SHARE = 64 << 20, 2
+"""bytes, and multiples of the bundle, that a pack may unpack to. It holds no backbone in fp32; the 8-bit one that a
+calibration adds is a quarter of it."""
 
 
 def create(
@@ -50,6 +57,7 @@ def create(
     before, after, out = open_bundle(old), open_bundle(new), Path(out)
     if out.is_dir():
         raise InputError(f"{out}: is a folder", expected="a file to write, as update.pack", fix="choose another path")
+    check_out(out, "a pack", _foreign, replace=True)
     source, target = (str(b.manifest["manifest_sha256"]) for b in (before, after))
     if source == target:
         raise InputError(
@@ -119,7 +127,7 @@ def install(
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """
     given = read_public_key(Path(public_key)) if public_key is not None else None
-    with open_pack(Path(pack)) as opened, locked(Path(bundle)) as store:
+    with open_pack(Path(pack)) as opened, writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         pinned = store.state.public_key
         if given is not None and pinned is not None and given != pinned:
             raise InputError(
@@ -132,7 +140,7 @@ def install(
         if key is not None:
             opened.check_signature(key)
         _check_base(opened, store)
-        _check_space(opened, store)
+        _check_size(opened, store)
         store.clean()
         with store.stage() as folder:
             _build(opened, store.bundle, folder)
@@ -159,7 +167,7 @@ def rollback(
 
     Returns: {"bundle", "version", "previous", "self_test"}. Raises: InputError when there is none, or it is damaged.
     """
-    with locked(Path(bundle)) as store:
+    with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         kept, previous = [v.version for v in store.state.versions], store.state.current
         wanted = store.state.before() if to is None else next((v for v in kept if to and v.startswith(to)), None)
         if wanted is None or wanted == previous:
@@ -201,6 +209,15 @@ def listed(bundle: Path | str) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _foreign(out: Path) -> str | None:
+    """What an existing file is instead of a pack, see files.check_out; a pack is made again from its two bundles."""
+    try:
+        with open_pack(out):
+            return None
+    except InputError as error:
+        return str(error).splitlines()[0]
 
 
 def _changed(before: Bundle, after: Bundle) -> dict[str, tuple[str, bytes]]:
@@ -259,8 +276,16 @@ def _check_base(pack: Pack, store: Store) -> None:
         )
 
 
-def _check_space(pack: Pack, store: Store) -> None:
-    needed = sum(int(entry["bytes"]) for entry in pack.document["files"].values())
+def _check_size(pack: Pack, store: Store) -> None:
+    """Nothing is unpacked that is out of proportion to the bundle, or for which there is no room."""
+    needed, most = pack.unpacked_bytes(), LARGEST_OWN + LARGEST_SHARE * store.bundle.size_bytes
+    if needed > most:
+        raise InputError(
+            f"{pack.path}: too large for this bundle",
+            got=f"{needed} bytes unpacked",
+            expected=f"{most} or less: {store.path} has {store.bundle.size_bytes}",
+            fix="do not use this pack; or copy the whole bundle to the device",
+        )
     free = shutil.disk_usage(store.path).free
     if free < 2 * needed:
         raise InputError(
@@ -273,15 +298,15 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
     manifest = _manifest(pack)
     packed = {name: entry["encoding"] for name, entry in pack.document["files"].items()}
     deltas = [name for name, encoding in packed.items() if encoding == "delta"]
-    _write(folder / MANIFEST, pack.read(MANIFEST))
+    check_names(pack.path, manifest["files"])
+    _write(folder / MANIFEST, pack.blocks(MANIFEST))
     for name, entry in manifest["files"].items():
-        check_name(pack.path, name)
         if name in deltas:
             continue
         if name in packed:
             if not isinstance(entry, dict) or entry.get("sha256") != pack.document["files"][name]["sha256"]:
                 raise _unfit(pack, f"{name!r} is not the one of its manifest")
-            _write(folder / name, pack.read(name))
+            _write(folder / name, pack.blocks(name))
         elif base.manifest["files"].get(name) == entry and (base.path / name).is_file():
             link(base.path / name, folder / name)
         elif name != manifest.get("ranges"):
@@ -297,15 +322,18 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
         if name not in old_records or name not in new_records or name not in base.manifest["files"]:
             raise _unfit(pack, f"{name!r} is a difference to nothing")
         old = (base.path / name).read_bytes()
-        _write(folder / name, apply(old, pack.read(name), old_records[name], new_records[name]))
+        _write(folder / name, [apply(old, pack.read(name), old_records[name], new_records[name])])
 
 
 def _manifest(pack: Pack) -> dict[str, Any]:
     """Of the bundle that the pack makes; `open_bundle` checks the rest once the files are there."""
+    if pack.document["files"][MANIFEST]["bytes"] > MAX_MANIFEST:
+        raise _unfit(pack, f"{MANIFEST} is longer than {MAX_MANIFEST} bytes")
     try:
         text = pack.read(MANIFEST)
         manifest = json.loads(text.decode("utf-8"))
         named = isinstance(manifest["files"], dict) and {*manifest["graphs"].values()} <= {*manifest["files"]}
+        named = named and all(isinstance(name, str) for name in manifest["graphs"].values())
         known = canonical(manifest).encode("utf-8") == text and self_hash(manifest) == pack.document["to"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unfit(pack, f"{MANIFEST}: {error}") from error
@@ -323,9 +351,9 @@ def _unfit(pack: Pack, what: str) -> InputError:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, blocks: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as stream:
-        stream.write(content)
+        stream.writelines(blocks)
         stream.flush()
         os.fsync(stream.fileno())

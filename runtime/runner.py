@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -17,8 +16,8 @@ import numpy as np
 from ..errors import InputError, choose
 from .bundle import Bundle, Shape
 from .confidence import Confidence
-from .external import external_files
 from .machine import usable_cores
+from .model import read_model
 
 PRECISIONS = {
     "fp32": "as trained",
@@ -53,7 +52,8 @@ class Value:
 class Runner(ABC):
     """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block.
 
-    A backend opens the graph, computes one call, describes itself and frees what it holds; all else is shared.
+    A backend opens the graph, computes one call, describes itself and frees what it holds; all else is shared. Any
+    thread may call it at any time. It answers from the bytes that were hashed when it was made, see `runtime.model`.
     """
 
     int8: ClassVar[str] = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-arm"
@@ -73,11 +73,11 @@ class Runner(ABC):
         self.key = graph if own in ("fp32", *self.hints) else f"{graph}.{own}"
         self.path = bundle.graph(self.key)
         self.signature = bundle.signature(self.key)
-        check_external(bundle, self.path)
+        self.model = read_model(bundle, self.key)
         begin = time.perf_counter()
         self._open()
         self.load_ms = (time.perf_counter() - begin) * 1e3
-        "time to create the session, the check of the bundle's hashes left out"
+        "time to create the session; reading the bundle and checking its hashes are left out"
 
     def _recommended(self, bundle: Bundle, graph: str) -> str:
         """What `calibrate` found fastest, where this backend has a graph for it; fp32 otherwise."""
@@ -92,11 +92,14 @@ class Runner(ABC):
 
     @abstractmethod
     def _open(self) -> None:
-        """Load `path` and compare it with `signature`. Raises: InputError."""
+        """Load `model` and compare it with `signature`. Raises: InputError."""
 
     @abstractmethod
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call of the graph: contiguous inputs of a batch that it takes -> outputs by name."""
+        """One call of the graph: contiguous inputs of a batch that it takes -> outputs by name.
+
+        Called by several threads at a time. Raises: InputError for a graph that the engine cannot compute.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -184,20 +187,6 @@ def check_threads(threads: int | None) -> int:
     if threads is not None and threads < 1:
         raise InputError("the number of threads is wrong", got=threads, expected="1 or more")
     return threads or usable_cores()
-
-
-def check_external(bundle: Bundle, path: Path) -> None:
-    """Every file that a graph takes its constants from has to be under the manifest's hashes. Raises: InputError."""
-    folder = path.parent.relative_to(bundle.path)
-    listed = bundle.manifest["files"]
-    for location in external_files(path):
-        if (folder / location).as_posix() not in listed:
-            raise InputError(
-                f"{path}: the graph reads a file that the manifest does not list",
-                got=repr(location),
-                expected="one of " + ", ".join(listed),
-                fix="do not use this bundle; export it again",
-            )
 
 
 def check_images(images: np.ndarray, size: int) -> None:

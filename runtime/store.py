@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import atomic_file
-from .bundle import CURRENT, MANIFEST, VERSIONS, Bundle, canonical, open_bundle
+from .bundle import CURRENT, VERSIONS, Bundle, open_bundle
+from .manifest import MANIFEST, canonical
 
 SCHEMA = 1
 STATE = "store.json"
@@ -112,8 +112,8 @@ class Store:
         """A new folder on the same filesystem, where no reader looks; it is gone afterwards unless committed."""
         versions = self.path / VERSIONS
         versions.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=versions, prefix=".new-"))
-        folder.chmod(0o755)
+        folder = versions / f".new-{os.urandom(8).hex()}"
+        folder.mkdir()  # readable for whom the umask says
         try:
             yield folder
         finally:

@@ -461,7 +461,7 @@ def test_one_changed_byte(cli, broken, photo, tmp_path, name):
 
 def test_a_newer_schema(cli, broken, photo, tmp_path):
     text = (broken / "manifest.json").read_text()
-    (broken / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 99', 1))
+    (broken / "manifest.json").write_text(text.replace('"schema": 2', '"schema": 99', 1))
     refused_by_all(cli, broken, photo(tmp_path / "a.png", 1), "99", "upgrade")
 
 
@@ -533,3 +533,16 @@ def test_the_process_ends_with_two_and_one_message(tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_escape_sequences_do_not_reach_the_terminal(capsys):
+    from cdl_edge.cli_options import emit, say
+    from cdl_edge.display import printable
+
+    name = "cat\x1b[2J\x9b31m\u202e größe 猫"
+    emit({}, False, f"{name}\nnext\tline")
+    say(name)
+    out, err = capsys.readouterr()
+    assert out == "cat\\x1b[2J\\x9b31m\\u202e größe 猫\nnext\tline\n"
+    assert err == out.split("\n")[0] + "\n"
+    assert printable("") == ""

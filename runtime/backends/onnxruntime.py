@@ -69,8 +69,14 @@ class OrtRunner(Runner):
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:  # between calls the other threads would go on spinning, against whatever decodes the next picture
             options.add_session_config_entry("session.force_spinning_stop", "1")
+        # They are used where they lie, and have to live as long as the session.
+        self._constants = self.model.constants()
+        values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()]
         try:
-            self._session = self._ort.InferenceSession(str(self.path), options, providers=self._providers())
+            options.add_external_initializers(list(self._constants), values)
+            # Without the second attempt on the CPU that onnxruntime makes, and prints, by itself.
+            again = {} if self._wanted != PROVIDERS["cpu"] else {"enable_fallback": 0}
+            self._session = self._ort.InferenceSession(self.model.graph, options, providers=self._providers(), **again)
         except _errors(self._ort) as error:
             raise InputError(
                 f"{self.path}: onnxruntime {self._ort.__version__} cannot load the graph",
@@ -103,10 +109,18 @@ class OrtRunner(Runner):
         return [(tensorrt, options), cuda, cpu]
 
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._session is None:
+        session, names = self._session, list(self.signature.outputs)  # another thread may close meanwhile
+        if session is None:
             raise RuntimeError("the runner is closed")
-        names = list(self.signature.outputs)
-        return dict(zip(names, self._session.run(names, feeds), strict=True))
+        try:
+            return dict(zip(names, session.run(names, feeds), strict=True))
+        except _errors(self._ort) as error:
+            raise InputError(
+                f"{self.path}: onnxruntime {self._ort.__version__} cannot compute the graph",
+                got=_first_line(error),
+                expected="a graph that computes what its manifest says",
+                fix="do not use this bundle; export it again",
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """{"backend", "providers" (as resolved by the session), "threads", "version", "precision"}."""
@@ -121,7 +135,7 @@ class OrtRunner(Runner):
 
     def close(self) -> None:
         """Free the session; a second call does nothing."""
-        self._session = None
+        self._session = None  # calls that run keep it, and with it the constants, until they end
 
 
 class OrtTensorRTRunner(OrtRunner):

@@ -27,8 +27,8 @@ class OpenVinoRunner(Runner):
     """One graph of a bundle, compiled by OpenVINO for the CPU; see `runtime.runner.Runner`.
 
     fp32 is exact: by itself OpenVINO takes bfloat16 on every CPU that has it, and takes bfloat16 for a float16 that the
-    CPU lacks. Here only what was asked for goes, and what was compiled is read back. One call at a time: the request
-    and its memory are made once and used again.
+    CPU lacks. Here only what was asked for goes, and what was compiled is read back. The request and its memory are
+    made once and used again: calls wait for each other. For calls side by side take a runner for each, see `Pool`.
 
     Args:
         graph: "student", "query" or "prompted".
@@ -47,6 +47,7 @@ class OpenVinoRunner(Runner):
         self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
     ) -> None:
         self._threads = check_threads(threads)
+        self._turn = Lock()
         self._openvino = import_openvino()
         self._core = core()
         offered = precisions(self._core)
@@ -73,7 +74,8 @@ class OpenVinoRunner(Runner):
         if width <= NARROW and min(self._threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
             settings["SNIPPETS_MODE"] = "DISABLE"
         try:
-            self._compiled = self._core.compile_model(str(self.path), DEVICE, settings)
+            # The one documented way to give constants from memory is to give them inside of the graph.
+            self._compiled = self._core.compile_model(self._core.read_model(self.model.whole()), DEVICE, settings)
             self._request = self._compiled.create_infer_request()
         except _errors(self._openvino) as error:
             raise InputError(
@@ -100,10 +102,19 @@ class OpenVinoRunner(Runner):
         return {"f32": "fp32", "f16": "fp16"}.get(hint, str(hint))
 
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._request is None:
-            raise RuntimeError("the runner is closed")
-        results = self._request.infer(feeds, share_inputs=True)
-        return {name: results[name] for name in self.signature.outputs}
+        with self._turn:
+            if self._request is None:
+                raise RuntimeError("the runner is closed")
+            try:
+                results = self._request.infer(feeds, share_inputs=True)
+            except _errors(self._openvino) as error:
+                raise InputError(
+                    f"{self.path}: OpenVINO {self._version} cannot compute the graph",
+                    got=_reason(error),
+                    expected="a graph that computes what its manifest says",
+                    fix="do not use this bundle; export it again",
+                ) from error
+            return {name: results[name] for name in self.signature.outputs}
 
     @property
     def _version(self) -> str:
@@ -123,7 +134,8 @@ class OpenVinoRunner(Runner):
 
     def close(self) -> None:
         """Free the compiled graph; a second call does nothing."""
-        self._request = self._compiled = None
+        with self._turn:
+            self._request = self._compiled = None
 
 
 def import_openvino() -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +43,7 @@ class TensorRTRunner(Runner):
         may_build: bool = True,
         cuda_graph: bool = True,
     ) -> None:
+        self._turn = Lock()  # one context, one set of buffers: calls wait for each other
         self._gpu = find_gpu()  # first of all: without a driver TensorRT may crash instead of raising
         self._trt = find_tensorrt()
         self._graph, self._cuda_graph = graph, cuda_graph
@@ -71,15 +73,17 @@ class TensorRTRunner(Runner):
         self.engine = shelf.engine
 
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self._session is None:
-            raise RuntimeError("the runner is closed")
-        return self._session.compute(feeds)
+        with self._turn:
+            if self._session is None:
+                raise RuntimeError("the runner is closed")
+            return self._session.compute(feeds)
 
     def timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """One call with the times of its stages; see `runtime.engines.session.Session.timed`."""
-        if self._session is None:
-            raise RuntimeError("the runner is closed")
-        return self._session.timed(feeds)
+        with self._turn:
+            if self._session is None:
+                raise RuntimeError("the runner is closed")
+            return self._session.timed(feeds)
 
     def describe(self) -> dict[str, Any]:
         """{"backend", "providers", "threads", "version", "precision", "gpu", "achieved", "memory", "cuda_graph"}."""
@@ -97,11 +101,12 @@ class TensorRTRunner(Runner):
 
     def close(self) -> None:
         """Free session and memory; a second call does nothing."""
-        if self._session is not None:
-            self._session.close()
-        if self._memory is not None:
-            self._memory.close()
-        self._session = self._memory = None
+        with self._turn:
+            if self._session is not None:
+                self._session.close()
+            if self._memory is not None:
+                self._memory.close()
+            self._session = self._memory = None
 
 
 def build_engine(

@@ -293,7 +293,9 @@ def test_a_refusal_keeps_the_bundle_that_was_there(kept_only, exported, source, 
     shutil.copytree(kept_only[0], tmp_path / "out")
     before = sha256(tmp_path / "out" / "manifest.json")
     with pytest.raises(GateError):
-        calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], max_drop=-100.0, searching=False)
+        calibrate(
+            exported(), tmp_path / "out", source, flavours=["int8-x86"], max_drop=-100.0, searching=False, replace=True
+        )
     assert sha256(tmp_path / "out" / "manifest.json") == before
     open_bundle(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -342,7 +344,7 @@ def test_wrong_options(exported, image_folder, tmp_path):
 def test_what_is_no_bundle_is_not_replaced(exported, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no bundle"):
+    with pytest.raises(InputError, match="not just a bundle"):
         calibrate(exported(), tmp_path / "precious", flavours=["int8-x86"])
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
@@ -438,7 +440,7 @@ def test_latency_of_what_runs_here(kept_only):
 def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path):
     """Also in its own place. The earlier flavours' graphs would read constants that are no longer theirs."""
     shutil.copytree(kept_only[0], tmp_path / "out")
-    result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, flavours=["int8-arm"])
+    result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, flavours=["int8-arm"], replace=True)
     bundle = open_bundle(tmp_path / "out")
     assert [g for g in bundle.manifest["graphs"] if "int8" in g] == [
         "student.int8-arm", "query.int8-arm", "prompted.int8-arm",

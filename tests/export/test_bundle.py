@@ -246,11 +246,13 @@ def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeyp
 def test_a_failed_export_keeps_the_bundle_that_was_there(make_run, tmp_path, monkeypatch):
     run, out = make_run(learner="apt", distill="kdp"), tmp_path / "bundle"
     first = export(run, out, images=16)
-    assert export(run, out, images=16)["bytes"] == first["bytes"]  # a bundle is replaced
+    with pytest.raises(InputError, match="--force"):
+        export(run, out, images=16)
+    assert export(run, out, images=16, replace=True)["bytes"] == first["bytes"]
     before = sha256(out / "manifest.json")
     spoiled(monkeypatch, "backbone.bin", 0.5)
     with pytest.raises(ParityError):
-        export(run, out, images=16)
+        export(run, out, images=16, replace=True)
     assert sha256(out / "manifest.json") == before
     open_bundle(out)
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]

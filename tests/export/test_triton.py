@@ -167,10 +167,16 @@ def test_the_files_compute_what_the_bundle_computes(bundle, lab, tmp_path):
 def test_again_and_beside(bundle, make, tmp_path):
     write_repository(bundle, tmp_path)
     write_repository(make(name="trees"), tmp_path)
-    (tmp_path / "birds" / "1" / "old.bin").write_bytes(b"x")
-    write_repository(bundle, tmp_path)
+    with pytest.raises(InputError, match="--force"):
+        write_repository(bundle, tmp_path)
+    write_repository(bundle, tmp_path, replace=True)
     assert {p.name for p in tmp_path.iterdir()} == {"birds", "trees"}
-    assert not (tmp_path / "birds" / "1" / "old.bin").exists()
+    for name in ("1/notes.bin", "labels.txt"):
+        (tmp_path / "birds" / name).write_bytes(b"x")
+        with pytest.raises(InputError, match=name):
+            write_repository(bundle, tmp_path, replace=True)
+        assert (tmp_path / "birds" / name).read_bytes() == b"x"
+        (tmp_path / "birds" / name).unlink()
 
 
 @pytest.mark.parametrize("found", ["notes.txt", "other/config.pbtxt", "birds/1/model.onnx"])

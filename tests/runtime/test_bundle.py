@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.files import sha256
 from cdl_edge.runtime import bundle as room
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import MANIFEST, SCHEMA, canonical, open_bundle, self_hash, write_bundle
+from cdl_edge.runtime.bundle import open_bundle, write_bundle
+from cdl_edge.runtime.manifest import MANIFEST, SCHEMA, canonical, sealed
 
 CONTENT: dict[str, Path | bytes] = {"student.onnx": b"graph", "prompts.bin": b"\0" * 40, "backbone.bin": b"b" * 300}
 
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Rewrite the manifest as someone would who knows how it is hashed."""
-    manifest = {**json.loads((folder / MANIFEST).read_text()), **changes}
-    manifest["manifest_sha256"] = self_hash(manifest)
+    manifest = sealed({**json.loads((folder / MANIFEST).read_text()), **changes})
     (folder / MANIFEST).write_text(canonical(manifest))
 
 
@@ -53,7 +57,11 @@ def test_round_trip(tmp_path, manifest):
 def test_files_are_copied_and_a_bundle_is_replaced(tmp_path, manifest):
     (tmp_path / "source.bin").write_bytes(b"12345")
     write_bundle(tmp_path / "b", manifest(), CONTENT)
-    write_bundle(tmp_path / "b", manifest(name="second"), {"student.onnx": tmp_path / "source.bin"})
+    second = manifest(name="second"), {"student.onnx": tmp_path / "source.bin"}
+    with pytest.raises(InputError, match="--force"):
+        write_bundle(tmp_path / "b", *second)
+    assert open_bundle(tmp_path / "b").name == "tiny"
+    write_bundle(tmp_path / "b", *second, replace=True)
     assert open_bundle(tmp_path / "b").name == "second"
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [MANIFEST, "student.onnx"]
     assert (tmp_path / "source.bin").exists()
@@ -63,10 +71,10 @@ def test_files_are_copied_and_a_bundle_is_replaced(tmp_path, manifest):
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path, manifest):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="is no bundle"):
-        write_bundle(tmp_path / "home", manifest(), CONTENT)
-    with pytest.raises(InputError, match="is no bundle"):
-        write_bundle(tmp_path / "home" / "thesis.txt", manifest(), CONTENT)
+    with pytest.raises(InputError, match="not just a bundle"):
+        write_bundle(tmp_path / "home", manifest(), CONTENT, replace=True)
+    with pytest.raises(InputError, match="not just a bundle"):
+        write_bundle(tmp_path / "home" / "thesis.txt", manifest(), CONTENT, replace=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 
@@ -281,3 +289,109 @@ def test_a_changed_file_is_refused_before_it_is_opened(bundle, monkeypatch):
     (bundle.path / "backbone.bin").write_bytes(data)
     with pytest.raises(InputError, match=r"backbone\.bin"):
         load(bundle.path)
+
+
+def test_the_same_content_is_the_same_version(tmp_path, manifest):
+    """Another day, another folder, other measured times: packs made for one fit the other."""
+    quantisation = {"recommended": None, "latency": [{"compute_ms": 1.0}]}
+    one = write_bundle(tmp_path / "a", manifest(quantisation=quantisation), CONTENT)
+    later = {"latency": [{"compute_ms": 2.0}], "recommended": None}
+    other = manifest(name="b", created="2027-01-01T00:00:00Z", quantisation={**quantisation, **later})
+    two = write_bundle(tmp_path / "b", other, CONTENT)
+    assert one.manifest["manifest_sha256"] == two.manifest["manifest_sha256"]
+    assert one.manifest["text_sha256"] != two.manifest["text_sha256"]
+    three = write_bundle(tmp_path / "c", manifest(alpha=0.25), CONTENT)
+    assert three.manifest["manifest_sha256"] != one.manifest["manifest_sha256"]
+
+
+def test_a_bundle_of_schema_1_opens(tmp_path, manifest):
+    path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
+    document = {k: v for k, v in json.loads((path / MANIFEST).read_text()).items() if k != "text_sha256"}
+    reseal_whole = sealed({**document, "schema": 1})
+    assert "text_sha256" not in reseal_whole
+    (path / MANIFEST).write_text(canonical(reseal_whole))
+    assert open_bundle(path).name == "tiny"
+    (path / MANIFEST).write_text(canonical({**reseal_whole, "name": "other"}))
+    assert "changed since" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"signatures": []},
+        {"signatures": {"student": None}},
+        {"signatures": {"student": {"inputs": {"images": 3}, "outputs": {"logits": [1, 4]}}}},
+        {"signatures": {"student": {"inputs": {"images": [1, 8, 8, 3]}, "outputs": {"logits": [1, 5]}}}},
+        {"quantisation": "int8"},
+        {"quantisation": {"recommended": "int8"}},
+        {"quantisation": {"recommended": {"precision": ["int8"]}}},
+        {"selftest": "../selftest.npz"},
+        {"selftest": ["selftest.npz"]},
+        {"selections": "elsewhere.npz"},
+        {"tasks": [3, [0, 1, 2]]},
+        {"backbone": {"width": "wide"}},
+    ],
+)
+def test_fields_that_runners_and_reports_go_by(tmp_path, manifest, changes):
+    path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
+    reseal(path, **changes)
+    refusal(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("size", 8.0), ("resize", 10**9), ("resize", True), ("size", 10**9)])
+def test_sizes_of_pictures_that_no_device_has(tmp_path, manifest, key, value):
+    path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
+    fields = manifest()["input"]
+    preprocessing = {**fields["preprocessing"], key: value}
+    side = preprocessing["size"]
+    reseal(path, input={**fields, "shape": [1, side, side, 3], "preprocessing": preprocessing})
+    assert "'preprocessing'" in refusal(path)
+
+
+@pytest.mark.parametrize("names", [("q", "q/r"), ("n" * 300,), ("a/b/c/d/e",), ("x\x1b[31m",)])
+def test_names_that_no_folder_can_have(tmp_path, manifest, names):
+    files = CONTENT | dict.fromkeys(names, b"x")
+    with pytest.raises(InputError, match="not allowed"):
+        write_bundle(tmp_path / "b", manifest(), files)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_whole_bundle_and_nothing_else_is_replaced(tmp_path, manifest):
+    path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
+    for name in ("notes.txt", "sub/notes.txt", "engines/x.engine", "student.onnx"):
+        copy = Path(shutil.copytree(path, tmp_path / f"copy of {name.replace('/', ' ')}"))
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("years of work")
+        with pytest.raises(InputError, match=name.split("/")[-1]):
+            write_bundle(copy, manifest(name="new"), CONTENT, replace=True)
+        assert (copy / name).read_text() == "years of work"
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / MANIFEST).write_text('{"name": "a web page"}')  # a browser's manifest.json, not ours
+    with pytest.raises(InputError, match="not just a bundle"):
+        write_bundle(tmp_path / "plain", manifest(), CONTENT, replace=True)
+    store = tmp_path / "store"
+    (store / "versions").mkdir(parents=True)
+    path.rename(store / "versions" / ("0" * 16))
+    (store / "current").symlink_to("versions/" + "0" * 16)
+    with pytest.raises(InputError, match="a store"):
+        write_bundle(store, manifest(), CONTENT, replace=True)
+
+
+@pytest.mark.parametrize("shape", [(10**9, 8, 8, 3), (65, 8, 8, 3), (2, 4096, 4096, 3)])
+def test_a_self_test_that_would_fill_the_memory(tmp_path, manifest, shape):
+    """Small in the file, because zeros compress; or a header that promises what is not there."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        archive.writestr("images.npy", header.getvalue() + bytes(1 << 20))
+        archive.writestr("logits.npy", b"")
+    files = CONTENT | {"selftest.npz": stream.getvalue()}
+    bundle = write_bundle(tmp_path / "b", manifest(selftest="selftest.npz"), files)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="expected uint8"):
+            bundle.selftest()
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()

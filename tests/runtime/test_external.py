@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.external import external_files, external_records, graph_digest
+from cdl_edge.runtime.external import _head, external_files, external_records, graph_digest, inlined
 
 
 def outside(name: str, location: str) -> TensorProto:
@@ -121,3 +121,44 @@ def test_a_digest_is_of_what_is_computed(tmp_path, tiny):
     assert digest(batch=2) != same
     assert digest(lambda p: setattr(p.opset_import[0], "version", 19)) != same
     assert digest(lambda p: setattr(p.graph.node[0], "op_type", "Identity")) != same
+
+
+def test_sparse_tensors(read):
+    """Of a graph, and of a node: an engine reads their files too."""
+
+    def sparse(name: str) -> onnx.SparseTensorProto:
+        values = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+        values.external_data.add(key="location", value=f"{name}.bin")
+        indices = helper.make_tensor(f"{name}_indices", TensorProto.INT64, [1], [0])
+        return helper.make_sparse_tensor(values, indices, [4])
+
+    node = helper.make_node("Constant", [], ["x"], sparse_value=sparse("inside"))
+    graph = helper.make_graph([node], "g", [], [])
+    graph.sparse_initializer.append(sparse("beside"))
+    whole = helper.make_model(graph)
+    whole.training_info.add().algorithm.sparse_initializer.append(sparse("trained"))
+    assert read(whole.SerializeToString()) == {"inside.bin", "beside.bin", "trained.bin"}
+
+
+def test_nested_deeper_than_python_recurses(read):
+    graph = helper.make_graph([], "g", [], [], [outside("deep", "deep.bin")])
+    content = graph.SerializeToString()
+    for _ in range(3000):
+        for field in (6, 5, 1):  # attribute.g, node.attribute, graph.node
+            content = _head(field, len(content)) + content
+    assert external_files(_head(7, len(content)) + content) == {"deep.bin"}
+
+
+def test_inlined(tmp_path, tiny):
+    """The same numbers, from one piece."""
+    apart = tiny.make_graph(tmp_path)
+    contents = {n: np.fromfile(tmp_path / n, np.uint8) for n in ("prompts.bin", "backbone.bin")}
+    whole = inlined(apart, contents)
+    assert external_files(whole) == set()
+    proto = onnx.load_from_string(whole)
+    onnx.checker.check_model(proto, full_check=True)
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    np.testing.assert_array_equal(values["head"], tiny.HEAD)
+    np.testing.assert_array_equal(values["query"], tiny.QUERY)
+    with pytest.raises(InputError, match="not whole"):
+        inlined(apart, {**contents, "prompts.bin": contents["prompts.bin"][:-4]})

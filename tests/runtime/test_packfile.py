@@ -14,7 +14,7 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import packfile
-from cdl_edge.runtime.bundle import canonical
+from cdl_edge.runtime.manifest import canonical
 from cdl_edge.runtime.packfile import HEADER, open_pack, write_pack
 
 HEAD = {"name": "tiny", "from": "1" * 64, "to": "2" * 64, "sequence": 5, "backbone": "3" * 64}
@@ -48,9 +48,16 @@ def forged(path: Path, extra: dict[str, bytes] | None = None, **changes: Any) ->
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(InputError) as caught, open_pack(path):
-        pass
+    with pytest.raises(InputError) as caught:
+        read_all(path)
     return str(caught.value)
+
+
+def read_all(path: Path) -> None:
+    """Open a pack and unpack all of it."""
+    with open_pack(path) as pack:
+        for name in pack.document["files"]:
+            pack.read(name)
 
 
 def test_round_trip_and_the_same_bytes_again(tmp_path):
@@ -188,3 +195,35 @@ def test_other_texts_and_members(tmp_path):
 
 def test_a_member_of_another_content(tmp_path):
     assert "is not what the pack lists" in refusal(forged(tmp_path / "a", {"x": b"other"}))
+
+
+def test_opening_unpacks_nothing(tmp_path, monkeypatch):
+    """Members wait until the signature has been looked at; only pack.json is read."""
+    read, real = [], packfile._read
+
+    def watched(path, archive, name):
+        read.append(name)
+        return real(path, archive, name)
+
+    monkeypatch.setattr(packfile, "_read", watched)
+    monkeypatch.setattr(packfile.Pack, "blocks", lambda *_: pytest.fail("unpacked"))
+    with open_pack(made(tmp_path / "a")):
+        assert read == [HEADER]
+
+
+def test_a_table_of_contents_that_is_too_long(tmp_path):
+    path = made(tmp_path / "a")
+    content = bytearray(path.read_bytes()[:-64])
+    end = len(content) - 22
+    struct.pack_into("<L", content, end + 12, 1 << 29)
+    path.write_bytes(bytes(content) + hashlib.sha256(content).hexdigest().encode())
+    assert "too long" in refusal(path)
+    struct.pack_into("<HH", content, end + 8, 60000, 60000)
+    path.write_bytes(bytes(content) + hashlib.sha256(content).hexdigest().encode())
+    assert "too many members" in refusal(path)
+
+
+@pytest.mark.parametrize("names", [("q", "q/r"), ("n" * 300,)])
+def test_names_that_no_folder_can_have(tmp_path, names):
+    write_pack(tmp_path / "a", HEAD, MEMBERS | dict.fromkeys(names, ("whole", b"1")))
+    assert "not allowed" in refusal(tmp_path / "a")

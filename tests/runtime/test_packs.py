@@ -15,7 +15,8 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load, packs
-from cdl_edge.runtime.bundle import MANIFEST, canonical, open_bundle, self_hash, write_bundle
+from cdl_edge.runtime.bundle import open_bundle, write_bundle
+from cdl_edge.runtime.manifest import MANIFEST, canonical, sealed
 from cdl_edge.runtime.packfile import open_pack, write_pack
 from cdl_edge.runtime.packs import create, install, listed, rollback
 from cdl_edge.runtime.store import STATE
@@ -166,9 +167,7 @@ def test_packs_that_contradict_themselves(device, contents, tmp_path):
     manifest = open_bundle(device.v[1]).manifest
 
     def resealed(**changes) -> dict[str, tuple[str, bytes]]:
-        document = {**manifest, **changes, "manifest_sha256": ""}
-        document["manifest_sha256"] = self_hash(document)
-        return {MANIFEST: ("whole", canonical(document).encode())}
+        return {MANIFEST: ("whole", canonical(sealed({**manifest, **changes})).encode())}
 
     def to(files: dict[str, tuple[str, bytes]]) -> str:
         return json.loads(files[MANIFEST][1])["manifest_sha256"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnx
 import pytest
@@ -243,7 +245,7 @@ def test_constants_outside_of_the_manifest(make_bundle, backend, location):
 
 
 def test_constants_that_were_replaced(bundle, tiny, images, backend):
-    """An update replaces prompts.bin: who loads then gets the new values, who had loaded keeps the old ones."""
+    """Who had loaded keeps the old values; the new ones belong to no manifest and are not loaded."""
     with load(bundle, backend, threads=1) as before:
         old = before.infer(images)
         new = bundle.path / "new.bin"
@@ -251,5 +253,70 @@ def test_constants_that_were_replaced(bundle, tiny, images, backend):
         new.write_bytes(b"".join(t.tobytes() for t in tables))
         new.replace(bundle.path / "prompts.bin")
         np.testing.assert_array_equal(before.infer(images), old)
-        with load(bundle, backend, threads=1) as after:
-            np.testing.assert_allclose(after.infer(images), 2 * old - tiny.BIAS, atol=1e-5)
+        with pytest.raises(InputError, match="changed since"):
+            load(bundle.path, backend, threads=1, verify=False)
+
+
+def test_files_overwritten_under_an_open_runner_change_nothing(bundle, images, backend):
+    """`cp` writes into the very file that an engine may have mapped."""
+    with load(bundle, backend, threads=1) as runner:
+        before = runner.run(images)
+        for name in ("prompts.bin", "backbone.bin", "student.onnx"):
+            size = (bundle.path / name).stat().st_size
+            with open(bundle.path / name, "rb+") as stream:
+                stream.write(b"\x3f" * size)
+        np.testing.assert_array_equal(runner.infer(images), before.logits)
+        for name in ("prompts.bin", "backbone.bin", "student.onnx"):
+            with open(bundle.path / name, "rb+") as stream:
+                stream.truncate(0)
+        after = runner.run(images)
+    np.testing.assert_array_equal(after.logits, before.logits)
+    np.testing.assert_array_equal(after.prompt_weights, before.prompt_weights)
+
+
+def test_what_changed_after_it_was_opened_is_not_loaded(bundle, backend):
+    """Between opening a bundle and loading a graph of it."""
+    content = (bundle.path / "prompts.bin").read_bytes()
+    (bundle.path / "prompts.bin").write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(InputError, match=r"prompts\.bin: changed since"):
+        load(bundle, backend, threads=1)
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_one_runner_asked_by_many_threads(bundle, images, backend, threads):
+    with load(bundle, backend, threads=1) as runner:
+        wanted = [runner.infer(image[None]) for image in images]
+        wrong = []
+
+        def ask(offset: int) -> None:
+            for i in range(60):
+                number = (i + offset) % len(images)
+                if not np.array_equal(runner.infer(images[number][None]), wanted[number]):
+                    wrong.append(number)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(ask, range(threads)))
+    assert wrong == []
+
+
+def test_a_graph_that_cannot_be_computed(make_bundle, tmp_path, images, backend):
+    """It loads, its shapes fit the manifest, and the engine fails when it runs: a message, no trace."""
+    whole = make_bundle("whole")
+    proto = onnx.load(str(whole.graph()), load_external_data=False)
+    next(n for n in proto.graph.node if n.op_type == "Gemm").output[0] = "logits0"
+    nodes = [
+        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.INT64),
+        helper.make_node("ReduceMax", ["wide", "all"], ["most"], keepdims=0),
+        helper.make_node("Add", ["most", "index"], ["far"]),
+        helper.make_node("Gather", ["logits0", "far"], ["logits"], axis=1),
+    ]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.append(helper.make_tensor("all", TensorProto.INT64, [4], [0, 1, 2, 3]))
+    proto.graph.initializer.append(helper.make_tensor("index", TensorProto.INT64, [4], [0, 1, 2, 3]))
+    files = {name: whole.path / name for name in ("backbone.bin", "prompts.bin")}
+    files["student.onnx"] = proto.SerializeToString()
+    odd = write_bundle(tmp_path / "odd", whole.manifest, files)
+    if backend != "onnxruntime":
+        pytest.skip("this engine clamps indices, or refuses the graph when it is loaded")
+    with load(odd, backend, threads=1) as runner, pytest.raises(InputError, match="cannot compute the graph"):
+        runner.infer(np.full_like(images, 200))
