@@ -45,6 +45,8 @@ WORDS = {
     "batch": "Images in one call",
     "compat": "Authors' behaviour (compat)",
     "augment": "Augmentation",
+    "resize_rule": "How a picture becomes a square",
+    "decoder": "Decoder rule",
     "tau": "Temperature (tau)",
     "alpha": "Distillation share (alpha)",
 }

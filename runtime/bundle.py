@@ -404,7 +404,7 @@ def _check_manifest(at: Path, manifest: Mapping[str, Any]) -> None:
     try:
         side = Preprocessing.from_json(described).size
     except (InputError, ValueError) as error:
-        expected = "size, resize, interpolation, mean, std, as Preprocessing.to_json() gives them"
+        expected = "size, resize, interpolation, mean, std, resize_rule, decoder, as Preprocessing.to_json() gives them"
         raise _contradiction(at, "field 'preprocessing'", f"{described!r:.200}", expected) from error
     if not isinstance(shape, list) or shape[1:] != [side, side, 3] or fields.get("dtype") != "uint8":
         raise _contradiction(at, "field 'input'", f"{shape} {fields.get('dtype')}", f"[1, {side}, {side}, 3] uint8")

@@ -43,7 +43,7 @@ def sweep(
     for name, value in (("parallel", parallel), ("threads", threads)):
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"--{name} is out of range", got=repr(value), expected="a number of 1 or more")
-    plan = make_plan(Path(out), options)
+    plan = make_plan(Path(out), _as_begun(Path(out), options))
     load_dataset(plan.settings["data"])  # a wrong path is one message now, and not one for each cell
     _check_folder(plan)
     with alone(plan.out):
@@ -126,7 +126,7 @@ class _Sweep:
     def _find(self, cell: Cell) -> None:
         """Take over what an earlier sweep has left. Raises: InputError when that was started with other options."""
         if (cell.run / "config.json").is_file():
-            changed = differing(cell.config, TrainConfig.from_json(_read_json(cell.run / "config.json")))
+            changed = differing(cell.config, TrainConfig.stored(_read_json(cell.run / "config.json")))
             if changed:
                 raise InputError(
                     f"{cell.run}: was started with other options",
@@ -222,6 +222,14 @@ def _telling(lines: list[str]) -> str:
     return (named or lines)[-1].strip()
 
 
+def _as_begun(out: Path, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options, with the decoder rule of the sweep that is continued, if there is one: its cells are compared."""
+    if not (out / "sweep.json").is_file():
+        return options
+    settings = _read_json(out / "sweep.json").get("settings")
+    return {"decoder": settings.get("decoder", 1) if isinstance(settings, dict) else 1, **options}
+
+
 def _check_folder(plan: Plan) -> None:
     """Raises: InputError when the folder holds something else, or a sweep with other options."""
     path = plan.out / "sweep.json"
@@ -240,7 +248,7 @@ def _check_folder(plan: Plan) -> None:
     stored = _read_json(path)
     mine = {**plan.settings, **{p.name: (p.teacher, p.student) for p in plan.pairs}}
     try:
-        settings = TrainConfig.from_json({**stored["settings"], "out": ""}).to_json()
+        settings = TrainConfig.stored({**stored["settings"], "out": ""}).to_json()
         theirs = {k: settings[k] for k in SETTINGS}
         theirs |= {p["name"]: (p["teacher"], p["student"]) for p in stored["grid"]["pairs"]}
     except (KeyError, TypeError) as error:

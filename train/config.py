@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError, choose
+from ..images import DECODER, RESIZE_RULES, check_decoder
 from .closed_form import STATISTICS_HEADS
 from .distill import DISTILLERS
 from .learners import LEARNERS
@@ -76,6 +77,10 @@ class TrainConfig:
     "kind of the head on the KD token; learner: that of the learner's own head (papers)"
     compat: bool = False
     "the authors' behaviour where it differs: see docs in README, `--compat`"
+    resize_rule: str = "cut"
+    "how a picture becomes a square: cut | pad | squash, see images.Preprocessing"
+    decoder: int = DECODER
+    "rule of decoding, see images.DECODER; a run that was started keeps its own"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
     range_images: int = 256
@@ -107,6 +112,8 @@ class TrainConfig:
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
         choose("KD head", self.kd_head, KD_HEADS)
+        choose("resize rule", self.resize_rule, RESIZE_RULES)
+        check_decoder(self.decoder)
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
@@ -198,3 +205,8 @@ class TrainConfig:
             if required not in document:
                 raise InputError("a training option is missing", got="nothing", expected=required)
         return cls(**document)
+
+    @classmethod
+    def stored(cls, document: dict[str, Any]) -> TrainConfig:
+        """`from_json` of a run's config.json: one without "decoder" was made when there was rule 1 only."""
+        return cls.from_json({"decoder": 1, **document})

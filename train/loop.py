@@ -60,6 +60,9 @@ class _Training:
     def __init__(self, config: TrainConfig, resume: bool, quiet: bool) -> None:
         self.quiet = quiet
         self.out = Path(config.out)
+        if resume and (self.out / "config.json").is_file():  # pixels stay as they were when the run was started
+            begun = TrainConfig.stored(json.loads((self.out / "config.json").read_text()))
+            config = replace(config, decoder=begun.decoder)
         self.engine = Engine(config.devices, config.precision)
         self.origin = Origin(config) if config.extend is not None else None
         dataset = load_dataset(config.data, learning=self.origin is None)
@@ -99,7 +102,7 @@ class _Training:
                 self.origin.record if self.origin else None,
             ).to(self.engine.device)
             self.models[name] = model
-            self.sides[name] = Side(model, preprocessing_of(backbone, config.compat), self.engine.device)
+            self.sides[name] = Side(model, preprocessing_of(backbone, config), self.engine.device)
         self.distiller = kind(self._distill_spec()).to(self.engine.device)
         self.matrices = {name: AccuracyMatrix(self.tasks) for name in self.models}
         self.losses: dict[str, list[list[float]]] = {name: [] for name in self.models}
@@ -161,6 +164,8 @@ class _Training:
             seed=config.seed,
             augmented=self.augmented,
             compat=config.compat,
+            resize_rule=config.resize_rule,
+            decoder=config.decoder,
             precision="bf16 autocast" if self.engine.bf16 else "fp32",
             device=self.engine.device.type,
         )

@@ -33,11 +33,10 @@ class Run:
     preprocessing: Preprocessing
 
 
-def preprocessing_of(backbone: Backbone, compat: bool) -> Preprocessing:
-    """The backbone's own; the authors' code feeds raw [0, 1] whatever the weights expect."""
-    if compat:
-        return replace(backbone.preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    return backbone.preprocessing
+def preprocessing_of(backbone: Backbone, config: TrainConfig) -> Preprocessing:
+    """The backbone's own, by the run's rules; the authors' code feeds raw [0, 1] whatever the weights expect."""
+    ours = replace(backbone.preprocessing, resize_rule=config.resize_rule, decoder=config.decoder)
+    return replace(ours, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if config.compat else ours
 
 
 def build_model(
@@ -123,4 +122,4 @@ def load_run(path: Path) -> Run:
     student.eval().requires_grad_(False)
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
         backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
-    return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config.compat))
+    return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config))
