@@ -158,7 +158,9 @@ def predict(
     precision: str | None = None,
     policy: str = "exact",
 ) -> dict[str, Any]:
-    """Classify images (files, their bytes, or RGB frames), see runtime.predict. For many calls keep a runner: runtime.load.
+    """Classify images (files, their bytes, RGB frames), see runtime.predict.predict.
+
+    For many calls keep a runner: runtime.load.
 
     policy: a key of runtime.policy.POLICIES, for which the images are frames in their order; "pinned" pins `task`.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from .errors import InputError, choose
 from .images import EXTENSIONS, Preprocessing, UnreadableImage
 

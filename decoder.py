@@ -23,8 +23,11 @@ from .errors import InputError
 MAX_BYTES = 512 << 20
 """Memory that decoding one picture may need; a picture that needs more is refused by its header. 512 MiB hold any JPEG
 that is decoded at a smaller scale, 48 megapixels of HEIC, 130 of PNG, and still fit a 4 GB board beside a model."""
+MAX_SIDE = 1_000_000
+"pixels of a side; decoders hold whole rows, and Pillow a pointer to each"
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pnm .jp2 .avif .heic .heif".split()
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm"}
+    | {".jp2", ".avif", ".heic", ".heif"}
 )
 "of files that are pictures, in lower case"
 EXPECTED = "JPEG, PNG, WebP, BMP, TIFF, GIF, PNM, JPEG 2000, AVIF or HEIC"
@@ -126,11 +129,11 @@ class Picture:
         """Decode. copies: whole RGB copies that the caller is going to make, for the limit of memory."""
         with self._reading():
             need = self._need() + copies * 4 * math.prod(self._image.size)
-            if need > MAX_BYTES:
+            if need > MAX_BYTES or max(self._full) > MAX_SIDE:
                 raise UnreadableImage(
                     f"{self.name}: the image is too large",
                     got=f"{self._full[0]} x {self._full[1]} pixels of {self.format}, {need / 1e6:,.0f} MB to decode",
-                    expected=f"at most {MAX_BYTES / 1e6:,.0f} MB",
+                    expected=f"at most {MAX_BYTES / 1e6:,.0f} MB, and {MAX_SIDE:,} pixels a side",
                     fix="scale it down first, or save it as JPEG",
                 )
             self._image.seek(0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .decoder import EXTENSIONS, MAX_BYTES, Picture, UnreadableImage
+from .decoder import EXTENSIONS, Picture, UnreadableImage
 from .errors import InputError, choose
 
 __all__ = ["DECODER", "EXTENSIONS", "RESIZE_RULES", "Preprocessing", "UnreadableImage", "open_rgb"]
@@ -30,6 +30,8 @@ TWICE = 2
 "how much larger than its target a picture still is when the filter takes over"
 RESIZE_RULES = ("cut", "pad", "squash")
 ORDERS = ("rgb", "bgr")
+MAX_ASPECT = 100
+"rule 1: a longer picture is refused, for it is scaled before it is cut"
 GREY = (128, 128, 128)
 "what `pad` puts beside a picture"
 _RESAMPLING = {
@@ -120,7 +122,7 @@ class Preprocessing:
             picture.load()
             region, target = self._geometry(*picture.size)
             box, factor, inside = _steps(region, target, scale)
-            return np.asarray(picture.upright(self._fitted(picture.rgb(box, factor), target, inside)))
+            return self._square(picture.upright(self._filtered(picture.rgb(box, factor), target, inside)))
 
     def frame(self, pixels: np.ndarray, order: str = "rgb") -> np.ndarray:
         """A camera's frame, uint8 (H, W, 3) of any size, to uint8 (size, size, 3): as a lossless file of it would give.
@@ -140,7 +142,7 @@ class Preprocessing:
         region, target = self._geometry(width, height)
         box, factor, inside = _steps(region, target, 1)
         image = _image_of(pixels, box, order)
-        return np.asarray(self._fitted(image if factor == (1, 1) else image.reduce(factor), target, inside))
+        return self._square(self._filtered(image if factor == (1, 1) else image.reduce(factor), target, inside))
 
     def _geometry(self, width: int, height: int) -> tuple[Region, tuple[int, int]]:
         """What of a picture is kept, and the (width, height) that it is scaled to."""
@@ -161,30 +163,32 @@ class Preprocessing:
         spare = min((right - left) / target[0], (bottom - top) / target[1]) / TWICE
         return max((s for s in (2, 4, 8) if s <= spare), default=1)
 
-    def _fitted(self, image: Image.Image, target: tuple[int, int], inside: Region) -> Image.Image:
-        """Scale what lies `inside`, and put it into the square."""
+    def _filtered(self, image: Image.Image, target: tuple[int, int], inside: Region) -> Image.Image:
+        return image.resize(target, _RESAMPLING[self.interpolation], inside)
+
+    def _square(self, image: Image.Image) -> np.ndarray:
+        """uint8 (size, size, 3): an upright image in the middle of grey."""
         size = self.size
-        image = image.resize(target, _RESAMPLING[self.interpolation], inside)
-        if target != (size, size):
-            square = Image.new("RGB", (size, size), GREY)
-            square.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
-            return square
-        return image
+        if image.size == (size, size):
+            return np.asarray(image)
+        square = Image.new("RGB", (size, size), GREY)
+        square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        return np.asarray(square)
 
     def _scaled_whole(self, image: Image.Image, name: str) -> np.ndarray:
         """Rule 1: scale an upright RGB image, then cut."""
         size, (width, height) = self.size, image.size
         if self.resize_rule != "cut":
             region, target = self._geometry(width, height)
-            return np.asarray(self._fitted(image, target, region))
+            return self._square(self._filtered(image, target, region))
         scale = self.resize / min(width, height)
         if scale != 1.0:
             target = (max(size, round(width * scale)), max(size, round(height * scale)))
-            if 4 * math.prod(target) > MAX_BYTES:
+            if max(target) > MAX_ASPECT * min(target):
                 raise UnreadableImage(
                     f"{name}: the image is too long and thin to be scaled as a whole",
                     got=f"{width} x {height} pixels",
-                    expected=f"at most {MAX_BYTES // (4 * self.resize**2)} times as long as it is wide",
+                    expected=f"at most {MAX_ASPECT} times as long as it is wide",
                     fix="cut it, or train again: newer bundles cut first",
                 )
             image = image.resize(target, _RESAMPLING[self.interpolation])

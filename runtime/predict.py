@@ -17,7 +17,10 @@ CHUNK = 32
 
 
 def predict(
-    student: Runner | Selector, sources: Sequence[Path | str | bytes | np.ndarray], task: int | None = None, top: int = 1
+    student: Runner | Selector,
+    sources: Sequence[Path | str | bytes | np.ndarray],
+    task: int | None = None,
+    top: int = 1,
 ) -> dict[str, Any]:
     """Classify pictures.
 

@@ -278,10 +278,10 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 def test_compat_is_the_authors_behaviour(tmp_path, make_config, backbone):
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
     assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
-    raw = preprocessing_of(backbone, compat=True)
+    raw = preprocessing_of(backbone, make_config(tmp_path / "run", compat=True))
     assert (raw.mean, raw.std) == ((0, 0, 0), (1, 1, 1))  # trap 10
     assert (raw.size, raw.resize) == (backbone.preprocessing.size, backbone.preprocessing.resize)
-    assert preprocessing_of(backbone, compat=False) == backbone.preprocessing
+    assert preprocessing_of(backbone, make_config(tmp_path / "run")) == backbone.preprocessing
 
 
 def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
