@@ -51,6 +51,7 @@ def test_a_required_option_is_missing(key):
         ("precision", "bf32", "fp32"),
         ("augment", "crop_flip", "crop-flip"),
         ("kd_head", "normalized", "normalised"),
+        ("resize_rule", "squish", "squash"),
         ("devices", "cuda0", "cuda"),
     ],
 )
@@ -159,3 +160,10 @@ def test_every_option_has_its_line():
     for node, after in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign):
             assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), node.target.id
+
+
+def test_a_stored_run_without_a_decoder_rule_has_the_first():
+    assert TrainConfig.stored(BASE).decoder == 1
+    assert TrainConfig.stored({**BASE, "decoder": 2}).decoder == 2
+    assert TrainConfig.from_json(BASE).decoder == 2
+    refused("decoder rule", "upgrade", decoder=3)
