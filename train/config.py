@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
-FIRST_SCHEMA = {"head": "learned", "min_steps": 0}
+FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
 "options that runs had before there was a name for them"
 
 
@@ -205,8 +205,3 @@ class TrainConfig:
             if required not in document:
                 raise InputError("a training option is missing", got="nothing", expected=required)
         return cls(**document)
-
-    @classmethod
-    def stored(cls, document: dict[str, Any]) -> TrainConfig:
-        """`from_json` of a run's config.json: one without "decoder" was made when there was rule 1 only."""
-        return cls.from_json({"decoder": 1, **document})
