@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def quickstart(
@@ -150,7 +153,7 @@ def evaluate(
 
 def predict(
     bundle: Path | str,
-    images: Sequence[Path | str | bytes],
+    images: Sequence[Path | str | bytes | np.ndarray],
     task: int | None = None,
     top: int = 1,
     backend: str = "auto",
@@ -158,7 +161,9 @@ def predict(
     precision: str | None = None,
     policy: str = "exact",
 ) -> dict[str, Any]:
-    """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load.
+    """Classify images (files, their bytes, RGB frames), see runtime.predict.predict.
+
+    For many calls keep a runner: runtime.load.
 
     policy: a key of runtime.policy.POLICIES, for which the images are frames in their order; "pinned" pins `task`.
     """

@@ -164,6 +164,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--retrain-epochs", type=int, help="m2kd, finetune: epochs behind pruning [default: 0]")
 @click.option("--pruned", help="m2kd, finetune: pretrained | zero: what pruned weights become [default: pretrained]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
+@click.option("--resize-rule", help="cut | pad | squash: how a picture becomes a square [default: cut]")
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")
 @click.option("--range-images", type=int, help="images a task whose ranges are kept, for INT8; 0: none [default: 256]")

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .errors import InputError, choose
-from .images import EXTENSIONS, Preprocessing, UnreadableImage, open_rgb
+from .images import EXTENSIONS, Preprocessing, UnreadableImage
 
 VAL_SHARE = 0.2
 "share of images held out, by a hash of the file name, when a folder has no train/ and val/ of its own"
+_GLANCE = Preprocessing(32, 32)
+"decodes as little of a file as shows that it is readable"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Split:
             first = None
             for index in np.flatnonzero(self.labels == label):
                 try:
-                    open_rgb(self.items[int(index)])
+                    _GLANCE.read(self.items[int(index)])
                     break
                 except UnreadableImage as error:
                     first = first or " ".join(str(error).split())
@@ -96,8 +97,6 @@ class Split:
 
         def one(item: Path | np.ndarray) -> np.ndarray | str:
             try:
-                if isinstance(item, np.ndarray):
-                    return preprocessing.pixels(Image.fromarray(item))
                 return preprocessing.read(item)
             except UnreadableImage as error:
                 return " ".join(str(error).split())

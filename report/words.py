@@ -51,6 +51,8 @@ WORDS = {
     "retrain_epochs": "Epochs behind pruning",
     "pruned": "Value of pruned weights",
     "augment": "Augmentation",
+    "resize_rule": "How a picture becomes a square",
+    "decoder": "Decoder rule",
     "tau": "Temperature (tau)",
     "alpha": "Distillation share (alpha)",
 }

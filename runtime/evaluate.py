@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..data import Split, load_dataset
 from ..errors import InputError
@@ -120,18 +118,13 @@ def forgetting(training: Mapping[str, Any], per_task: Sequence[float]) -> float 
 def _decoded(split: Split, preprocessing: Preprocessing) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
     """CHUNK images at a time: positions in the split int64 (b,), uint8 (b, S, S, 3), one line a broken image."""
 
-    def read(item: Path | np.ndarray) -> np.ndarray:
-        if isinstance(item, np.ndarray):
-            return preprocessing.pixels(Image.fromarray(item))
-        return preprocessing.read(item)
-
     for start in range(0, len(split), CHUNK):
         index: list[int] = []
         pixels: list[np.ndarray] = []
         problems: list[str] = []
         for i in range(start, min(start + CHUNK, len(split))):
             try:
-                pixels.append(read(split.items[i]))
+                pixels.append(preprocessing.read(split.items[i]))
                 index.append(i)
             except UnreadableImage as error:
                 problems.append(" ".join(str(error).split()))

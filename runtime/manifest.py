@@ -196,7 +196,7 @@ def check_manifest(at: Path, manifest: Mapping[str, Any]) -> None:
     try:
         side = Preprocessing.from_json(described).size
     except (InputError, ValueError) as error:
-        expected = "size, resize, interpolation, mean, std, as Preprocessing.to_json() gives them"
+        expected = "size, resize, interpolation, mean, std, resize_rule, decoder, as Preprocessing.to_json() gives them"
         raise _contradiction(at, "field 'preprocessing'", f"{described!r:.200}", expected) from error
     if not all(is_count(described.get(key)) and described[key] <= MAX_SIDE for key in ("size", "resize")):
         sides = f"size {described.get('size')!r}, resize {described.get('resize')!r}"

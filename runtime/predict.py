@@ -17,14 +17,17 @@ CHUNK = 32
 
 
 def predict(
-    student: Runner | Selector, sources: Sequence[Path | str | bytes], task: int | None = None, top: int = 1
+    student: Runner | Selector,
+    sources: Sequence[Path | str | bytes | np.ndarray],
+    task: int | None = None,
+    top: int = 1,
 ) -> dict[str, Any]:
     """Classify pictures.
 
     Args:
         student: what `runtime.load` gives, or what `runtime.policy.open_policy` gives: the pictures are then the next
             frames of its stream.
-        sources: files, or their bytes. All are read before the first is classified.
+        sources: files, their bytes, or frames, uint8 RGB (H, W, 3). All are read before the first is classified.
         task: index into the manifest's tasks, from 0: only its classes compete. None: all of them do.
         top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
 
@@ -57,7 +60,7 @@ def predict(
             ]
             source = sources[start + i]
             prediction = {
-                "image": f"image {start + i}" if isinstance(source, bytes) else str(source),
+                "image": f"image {start + i}" if isinstance(source, (bytes, np.ndarray)) else str(source),
                 **ranked[0],
                 "confidence": float(step.probabilities[i, competing[order[i, 0]]]),
                 "unknown": None if step.unknown is None else bool(step.unknown[i]),

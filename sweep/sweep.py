@@ -43,7 +43,7 @@ def sweep(
     for name, value in (("parallel", parallel), ("threads", threads)):
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"--{name} is out of range", got=repr(value), expected="a number of 1 or more")
-    plan = make_plan(Path(out), options)
+    plan = make_plan(Path(out), _as_begun(Path(out), options))
     load_dataset(plan.settings["data"])  # a wrong path is one message now, and not one for each cell
     _check_folder(plan)
     with alone(plan.out):
@@ -220,6 +220,14 @@ def _telling(lines: list[str]) -> str:
     """Of the last lines of a log the one that names the error."""
     named = [line for line in lines if line.lower().startswith("error:")]
     return (named or lines)[-1].strip()
+
+
+def _as_begun(out: Path, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options, with the decoder rule of the sweep that is continued, if there is one: its cells are compared."""
+    if not (out / "sweep.json").is_file():
+        return options
+    settings = _read_json(out / "sweep.json").get("settings")
+    return {"decoder": settings.get("decoder", 1) if isinstance(settings, dict) else 1, **options}
 
 
 def _check_folder(plan: Plan) -> None:

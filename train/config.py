@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError, choose
+from ..images import DECODER, RESIZE_RULES, check_decoder
 from .closed_form import STATISTICS_HEADS
 from .distill import DISTILLERS
 from .learners import LEARNERS
@@ -19,7 +20,7 @@ KD_HEADS = ("learner", *HEADS)
 REPLAY = "--distill m2kd --head learned"
 PRUNING = "--distill m2kd --learner finetune"
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
-FIRST_SCHEMA = {"head": "learned", "min_steps": 0}
+FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
 "options that runs had before there was a name for them"
 
 
@@ -89,6 +90,10 @@ class TrainConfig:
     "the authors' behaviour where it differs: see docs/methods.md"
     compat_schema: int = 2
     "what `compat` was when the run was made: 1 until 2026-11-27 (see stored), 2 since"
+    resize_rule: str = "cut"
+    "how a picture becomes a square: cut | pad | squash, see images.Preprocessing"
+    decoder: int = DECODER
+    "rule of decoding, see images.DECODER; a run that was started keeps its own"
     precision: str = "auto"
     "of training; auto: bf16 autocast where the device computes it natively. Evaluation is always fp32"
     range_images: int = 256
@@ -120,6 +125,8 @@ class TrainConfig:
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
         choose("KD head", self.kd_head, KD_HEADS)
+        choose("resize rule", self.resize_rule, RESIZE_RULES)
+        check_decoder(self.decoder)
         choose("device", self.devices, ("auto", "cpu", "cuda"))
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")

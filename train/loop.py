@@ -60,6 +60,9 @@ class _Training:
     def __init__(self, config: TrainConfig, resume: bool, quiet: bool) -> None:
         self.quiet = quiet
         self.out = Path(config.out)
+        if resume and (self.out / "config.json").is_file():  # pixels stay as they were when the run was started
+            begun = TrainConfig.stored(json.loads((self.out / "config.json").read_text()))
+            config = replace(config, decoder=begun.decoder)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
         self.engine = Engine(config.devices, "fp32" if auto else config.precision)
@@ -167,6 +170,8 @@ class _Training:
             seed=config.seed,
             augmented=self.augmented,
             compat=config.compat,
+            resize_rule=config.resize_rule,
+            decoder=config.decoder,
             precision="bf16 autocast" if self.engine.bf16 else "fp32",
             device=self.engine.device.type,
         )

@@ -38,7 +38,7 @@ def preprocessing_of(backbone: Backbone, config: TrainConfig) -> Preprocessing:
 
     Its images are scaled to the size of the input and cut nowhere, those of ImageNet-R to 256 / 224 of it and cut.
     """
-    own = backbone.preprocessing
+    own = replace(backbone.preprocessing, resize_rule=config.resize_rule, decoder=config.decoder)
     if not config.compat:
         return own
     raw = replace(own, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

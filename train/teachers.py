@@ -56,6 +56,10 @@ class TeacherKey:
     "random crops and mirrors"
     compat: bool
     "the authors' behaviour"
+    resize_rule: str
+    "cut | pad | squash"
+    decoder: int
+    "rule of decoding"
     precision: str
     "of training"
     device: str

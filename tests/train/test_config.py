@@ -51,6 +51,7 @@ def test_a_required_option_is_missing(key):
         ("precision", "bf32", "fp32"),
         ("augment", "crop_flip", "crop-flip"),
         ("kd_head", "normalized", "normalised"),
+        ("resize_rule", "squish", "squash"),
         ("devices", "cuda0", "cuda"),
     ],
 )
@@ -193,3 +194,10 @@ def test_a_run_of_before_is_read_as_what_it_was():
     assert plain == TrainConfig.from_json({**BASE, "learner": "apt"}) and plain.apt_momentum == 0.7
     again = TrainConfig.from_json(old)
     assert TrainConfig.stored(again.to_json()) == again
+
+
+def test_a_stored_run_without_a_decoder_rule_has_the_first():
+    assert TrainConfig.stored(BASE).decoder == 1
+    assert TrainConfig.stored({**BASE, "decoder": 2}).decoder == 2
+    assert TrainConfig.from_json(BASE).decoder == 2
+    refused("decoder rule", "upgrade", decoder=3)

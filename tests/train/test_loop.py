@@ -363,3 +363,29 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path, make_config):
     (tmp_path / "run" / ".checkpoint.safetensors.x1.part").write_bytes(b"half")
     train(config, resume=True, quiet=True)
     assert not list((tmp_path / "run").glob(".*.part"))
+
+
+# -- rules of decoding ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_decoder_rule_that_it_was_started_with(tmp_path, make_config):
+    made = _Training(make_config(tmp_path / "run", decoder=1), False, True)
+    stored = json.loads((made.out / "config.json").read_text())
+    assert stored.pop("decoder") == 1
+    (made.out / "config.json").write_text(json.dumps(stored))  # as it was before there were rules
+    again = _Training(make_config(tmp_path / "run"), True, True)
+    assert {side.preprocessing.decoder for side in again.sides.values()} == {1}
+    assert json.loads((made.out / "config.json").read_text())["decoder"] == 1
+    new = _Training(make_config(tmp_path / "new"), False, True)
+    assert {side.preprocessing.decoder for side in new.sides.values()} == {2}
+
+
+def test_the_resize_rule_reaches_both_sides_and_the_kept_teacher(tmp_path, make_config):
+    keys = []
+    for rule in ("cut", "pad"):
+        options = {"resize_rule": rule, "teachers": str(tmp_path / "teachers")}
+        made = _Training(make_config(tmp_path / rule, **options), False, True)
+        assert {side.preprocessing.resize_rule for side in made.sides.values()} == {rule}
+        keys.append(made.teachers.key.name)
+    assert keys[0] != keys[1]
+    refused(make_config(tmp_path / "pad", teachers=str(tmp_path / "teachers")), "resize_rule", resume=True)
