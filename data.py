@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError, choose
+from .extras import command
 from .images import EXTENSIONS, Preprocessing, UnreadableImage, open_rgb
 
 VAL_SHARE = 0.2
@@ -176,7 +177,7 @@ def _digits(source: str, path: Path | None) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
     except ImportError as error:
-        raise InputError("digits come with scikit-learn", got=str(error), fix="pip install scikit-learn") from error
+        raise InputError("digits come with scikit-learn", got=str(error), fix=command("train")) from error
 
     bunch = load_digits()
     grey = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)

@@ -289,7 +289,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{manifest_path}: written by a newer cdl-edge",
             got=f"schema {schema}",
             expected=f"schema {SCHEMA} or older",
-            fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
+            fix="install a newer cdl-edge: its wheel, or `pip install .` in its sources",
         )
     try:
         same_text = canonical(document).encode("utf-8") == text

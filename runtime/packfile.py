@@ -233,7 +233,7 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path}: written by a newer cdl-edge",
             got=f"schema {document['schema']}",
             expected=f"schema {SCHEMA} or older",
-            fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
+            fix="install a newer cdl-edge: its wheel, or `pip install .` in its sources",
         )
     wrong = [key for key, kind in _FIELDS.items() if not isinstance(document.get(key), kind)]
     if digest != document.get("pack_sha256") or wrong:

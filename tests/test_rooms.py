@@ -15,7 +15,7 @@ SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
     for p in [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
 )
-BASE = ("errors.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
+BASE = ("cores.py", "errors.py", "extras.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
 "what every room stands on"
 SERVER = {"anyio", "python_multipart", "starlette", "uvicorn"}
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
@@ -83,7 +83,7 @@ def test_a_room_imports_only_the_rooms_it_may(room):
 @pytest.mark.parametrize("source", [*BASE, "display.py", "__init__.py"])
 def test_the_ground_floor_imports_no_room(source):
     outside, inside = imports(source)
-    assert {m.split("/")[0] for m in inside} <= {"errors", "images", "files", "data", "display"}
+    assert {m.split("/")[0] for m in inside} <= {"cores", "errors", "extras", "images", "files", "data", "display"}
     allowed = {"sklearn"} if source == "data.py" else set()  # digits, inside the function that needs them
     assert outside & HEAVY <= allowed
 
