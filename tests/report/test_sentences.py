@@ -10,7 +10,6 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.report import write_report
-from cdl_edge.report.quantisation import quantisation_section
 from cdl_edge.report.words import value_text
 from cdl_edge.runtime.bundle import open_bundle
 
@@ -52,32 +51,3 @@ def test_a_profile_of_another_bundle_with_the_same_graph_is_refused(
 def test_energy_that_was_not_measured():
     said = value_text("energy", {"source": None, "reason": "the board tells nothing about its power"})
     assert said == "not measured: the board tells nothing about its power"
-
-
-def test_the_longest_bar_is_the_fastest(tmp_path, metrics, save_bundle, quantisation):
-    bundle = open_bundle(save_bundle(tmp_path / "b", metrics, quantisation=quantisation))
-    rows = quantisation_section(bundle)["latency"]
-    fastest = min(rows, key=lambda r: float(r["ms"]))
-    assert fastest["share"] == 100 and len({r["share"] for r in rows}) > 1
-    assert all(r["share"] < 100 for r in rows if float(r["ms"]) > 1.05 * float(fastest["ms"]))
-
-
-@pytest.mark.parametrize(
-    ("verdict", "badge"),
-    [("passed", "within the gate"), ("not decided", "the gate cannot tell"), (None, "cannot tell")],
-)
-def test_only_what_passed_is_within_the_gate(tmp_path, metrics, save_bundle, read_page, quantisation, verdict, badge):
-    quantisation["max_drop"] = 1.0
-    for flavour in quantisation["flavours"].values():
-        flavour["gate"] = verdict and {"verdict": verdict, "unsure": [] if verdict == "passed" else ["task 1: few"]}
-    bundle = save_bundle(tmp_path / "b", metrics, quantisation=quantisation)
-    text = read_page(write_report(tmp_path / "r.html", bundle=bundle)).text
-    assert badge in text and ("within the gate" in text) == (verdict == "passed")
-    assert ("task 1: few" in text) == (verdict == "not decided")
-
-
-def test_what_was_faster_and_not_recommended_is_named(tmp_path, metrics, save_bundle, read_page, quantisation):
-    quantisation["refused"] = [{"backend": "openvino", "precision": "int8", "reason": "the same answer on 50.0 %"}]
-    bundle = save_bundle(tmp_path / "b", metrics, quantisation=quantisation)
-    text = read_page(write_report(tmp_path / "r.html", bundle=bundle)).text
-    assert "OpenVINO in int8 is not recommended: the same answer on 50.0 %." in text
