@@ -289,7 +289,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{manifest_path}: written by a newer cdl-edge",
             got=f"schema {schema}",
             expected=f"schema {SCHEMA} or older",
-            fix="install a newer cdl-edge: its wheel, or `pip install .` in its sources",
+            fix="upgrade cdl-edge: install a newer wheel, or `pip install .` in newer sources",
         )
     try:
         same_text = canonical(document).encode("utf-8") == text

@@ -233,7 +233,7 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path}: written by a newer cdl-edge",
             got=f"schema {document['schema']}",
             expected=f"schema {SCHEMA} or older",
-            fix="install a newer cdl-edge: its wheel, or `pip install .` in its sources",
+            fix="upgrade cdl-edge: install a newer wheel, or `pip install .` in newer sources",
         )
     wrong = [key for key, kind in _FIELDS.items() if not isinstance(document.get(key), kind)]
     if digest != document.get("pack_sha256") or wrong:

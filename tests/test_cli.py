@@ -510,7 +510,7 @@ def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank,
     from cdl_edge import api
 
     written = []
-    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_: {"config": {"out": str(tmp_path)}})
+    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
     monkeypatch.setattr("cdl_edge.report.write_report", lambda path, run: written.append(path))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -290,13 +290,7 @@ class _Training:
             seconds += (self.tasks - behind) * sum(spent) / max(1, len(spent))
         if seconds <= 0:
             return None
-        return (
-            f"{seconds:.0f} s"
-            if seconds < 90
-            else f"{seconds / 60:.0f} min"
-            if seconds < 5400
-            else f"{seconds / 3600:.1f} h"
-        )
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:,.0f} min"
 
     def _measure(self, task: int, taught: TaughtTask | None, answers: Answers | None, count: int) -> None:
         """A row of each matrix; keeps a teacher that was trained here. count: training images of the task."""
