@@ -91,7 +91,7 @@ def test_every_number_is_shown(page_of: Callable[[Any], Any], quantisation: dict
         "Left in float: blocks.3.fc2.",
         "what reads U8",
         "ONNX Runtime fp32 8.25 1.00 ×",
-        "OpenVINO int8 fastest 3.30 2.50 ×",
+        "OpenVINO int8 recommended 3.30 2.50 ×",
         "above 0, 8 bits hurt old tasks more",
         "single classes may lose more",
     ):
