@@ -54,7 +54,9 @@ def pretrain(
             expected=", ".join(f"--{k.replace('_', '-')}" for k in known),
         )
     if missing := [k for k, f in known.items() if k not in given and f.default is MISSING]:
-        raise InputError(f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0])
+        raise InputError(
+            f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0]
+        )
     limit_threads(threads)
     return (pretrain_hybrid if config is HybridConfig else run)(config(**given), resume, say)
 
