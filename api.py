@@ -14,17 +14,35 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+def limit_threads(threads: int | None) -> None:
+    """CPU threads of torch; None: OMP_NUM_THREADS, or the cores that are free."""
+    import torch
+
+    from .cores import default_threads
+
+    torch.set_num_threads(threads or default_threads())
+
+
 def quickstart(
-    data: str = "digits", out: Path | str = "quickstart", say: Callable[[str], None] = print
+    data: str = "digits",
+    out: Path | str = "quickstart",
+    say: Callable[[str], None] = print,
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """The whole way once: train, export, calibrate, evaluate, profile, report."""
+    """The whole way once: train, export, calibrate, evaluate, profile, report. threads: see limit_threads."""
     from .quickstart import quickstart as run
 
+    limit_threads(threads)
     return run(data, Path(out), say)[0]
 
 
-def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options: Any) -> dict[str, Any]:
-    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig, or of train.hybrid.HybridConfig."""
+def pretrain(
+    resume: bool = False, say: Callable[[str], None] = print, threads: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig, or of train.hybrid.HybridConfig.
+
+    threads: see limit_threads.
+    """
     from .errors import InputError
     from .train.hybrid import HYBRIDS, HybridConfig, pretrain_hybrid
     from .train.pretrain import PretrainConfig
@@ -42,14 +60,16 @@ def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options
         raise InputError(
             f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0]
         )
+    limit_threads(threads)
     return (pretrain_hybrid if config is HybridConfig else run)(config(**given), resume, say)
 
 
-def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str, Any]:
+def train(resume: bool = False, quiet: bool = False, threads: int | None = None, **options: Any) -> dict[str, Any]:
     """Train teacher and student on one task after another and write a RUN folder with its report.
 
     options: the fields of train.config.TrainConfig, `data` and `out` at least; with `extend` those not given are that
-    run's. Returns: the contents of metrics.json.
+    run's. threads: of the CPU; None: as many as the run began with if it is resumed, else see limit_threads.
+    Returns: the contents of metrics.json.
     """
     from .files import first_process
     from .report import write_report
@@ -59,7 +79,8 @@ def train(resume: bool = False, quiet: bool = False, **options: Any) -> dict[str
 
     if options.get("extend") is not None:
         options = inherit(options)
-    metrics = run(TrainConfig.from_json(options), resume, quiet)
+    limit_threads(threads)
+    metrics = run(TrainConfig.from_json(options), resume, quiet, keep_threads=threads is not None)
     folder = Path(metrics["config"]["out"])
     if first_process():
         write_report(folder / "report.html", run=folder)
@@ -90,20 +111,25 @@ def export(
     images: int = 500,
     target: str = "bundle",
     replace: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError."""
+    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError.
+
+    say: gets a line for each step.
+    """
     from .errors import choose
     from .export.bundle import export as fold
 
+    limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images, replace)
+        return fold(run, out, profile, dynamic_batch, images, say, replace)
     from .export.triton import check_repository, write_repository
     from .files import workspace
     from .runtime import open_bundle
 
     check_repository(Path(out))
     with workspace(Path(out).parent) as folder:
-        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images)
+        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images, say)
         write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 
@@ -138,17 +164,20 @@ def evaluate(
     backend: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend."""
+    """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend. say: for progress."""
     if (Path(source) / "config.json").is_file():
         from .train.evaluate import evaluate_run
 
+        limit_threads(threads)
         return evaluate_run(Path(source), data, limit_per_class)
     from .runtime import load
     from .runtime.evaluate import evaluate as run
+    from .runtime.evaluate import fifths
 
     with load(source, backend, threads, precision=precision) as runner:
-        return run(runner, data, limit_per_class)
+        return run(runner, data, limit_per_class, fifths("classified", say))
 
 
 def predict(

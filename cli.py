@@ -12,8 +12,18 @@ import click
 
 from . import __version__
 from .cli_device import VERBS
-from .cli_options import backend_option, emit, force_option, json_option, precision_option, say, threads_option
+from .cli_options import (
+    backend_option,
+    emit,
+    force_option,
+    json_option,
+    precision_option,
+    resumable,
+    say,
+    threads_option,
+)
 from .errors import InputError
+from .extras import command, extra_of
 from .files import first_process
 
 
@@ -46,14 +56,13 @@ def main() -> None:
             time.sleep(60)
         say(f"error: {error}")
         sys.exit(2)
-
-
-def set_threads(threads: int | None) -> None:
-    """Limit torch's threads."""
-    if threads:
-        import torch
-
-        torch.set_num_threads(threads)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error)
+        if extra is None:
+            raise
+        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "this")
+        click.echo(f"error: `{verb}` needs {error.name}, of the extra `{extra}`: {command(extra)}", err=True)
+        sys.exit(2)
 
 
 def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -76,10 +85,12 @@ def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 @json_option
 def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None:
     """The whole way once: train, export, calibrate, evaluate, profile, report. No network, minutes on two cores."""
+    from .api import limit_threads
     from .quickstart import quickstart as run
 
-    set_threads(threads)
-    document, text = run(data, out, say)
+    limit_threads(threads)
+    with resumable(f"nothing was finished; remove {out}, or give another --out, and start again"):
+        document, text = run(data, out, say)
     emit(document, as_json, text)
 
 
@@ -110,8 +121,8 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     """Make a small backbone from an image folder; a checkpoint after every epoch."""
     from . import api
 
-    set_threads(threads)
-    result = api.pretrain(resume, say, out=str(out), **options)
+    with resumable(f"{out}: the last whole epoch is kept; go on with the same command and --resume"):
+        result = api.pretrain(resume, say, threads, out=str(out), **options)
     emit(result, as_json, f"{result['out']}: {result['val_accuracy']:.2f} % on the validation images")
 
 
@@ -189,8 +200,8 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     from . import api
     from .display import accuracy_table
 
-    set_threads(threads)
-    metrics = api.train(resume, **given)
+    with resumable(f"{given.get('out')}: the last whole epoch is kept; go on with the same command and --resume"):
+        metrics = api.train(resume, threads=threads, **given)
     out = metrics["config"]["out"]
     report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
@@ -227,7 +238,8 @@ def sweep(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
     from . import api
     from .sweep.markdown import markdown
 
-    result = api.sweep(say=say, **merged(config, {"out": out, **options}))
+    with resumable(f"{out}: finished runs and whole epochs are kept; the same command goes on"):
+        result = api.sweep(say=say, **merged(config, {"out": out, **options}))
     emit(result, as_json, f"{markdown(result)}\nreport: {out / 'report.html'}")
     if result["failed"]:
         sys.exit(1)
@@ -258,7 +270,7 @@ def export(
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images, target, force)
+        result = api.export(run, out, profile, dynamic_batch, images, target, force, say)
     except ParityError as error:
         say(f"failed: {error}")
         sys.exit(1)
@@ -275,11 +287,25 @@ def export(
 @click.option("--data", help="image source: all classes, or those whose images are still there [default: none needed]")
 @click.option("--ranges", default="auto", show_default=True, help="auto | kept | images: where ranges come from")
 @click.option("--method", default="max", show_default=True, help="max | percentile | entropy | mse: choice of scales")
-@click.option("--smooth", type=float, help="0 to 1: even out channels behind LayerNorms [default: not at all]")
+@click.option(
+    "--smooth",
+    default="auto",
+    show_default=True,
+    help="auto | none | 0 to 1: even out channels behind LayerNorms; auto: where 8 bits fall short without it",
+)
 @click.option("--flavour", "flavours", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]")
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="training images of each task")
-@click.option("--max-drop", type=float, help="points that a task, and the average, may lose; needs --data")
+@click.option(
+    "--max-drop", type=click.FloatRange(0), help="points that a task, and the average, may lose; needs --data"
+)
 @click.option("--search/--no-search", "searching", default=True, help="leave layers in float until --max-drop is met")
+@click.option(
+    "--opset",
+    type=click.Choice(["21", "23"]),
+    callback=lambda context, option, value: value and int(value),
+    help="21: ONNX Runtime 1.23 (Python 3.10) loads it too; 23: faster on newer ones "
+    "[default: 21 for int8-arm and where this machine has 1.23]",
+)
 @click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
 @force_option
 @json_option
@@ -317,12 +343,11 @@ def evaluate(
     """Accuracy per task on the validation images, of a trained RUN (torch) or a BUNDLE (as deployed)."""
     from . import api
 
-    if (source / "config.json").is_file():
-        set_threads(threads)
-    result = api.evaluate(source, data, limit_per_class, backend, threads, precision)
+    result = api.evaluate(source, data, limit_per_class, backend, threads, precision, say)
     per_task = " ".join(f"{a:.1f}" for a in result["per_task"])
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
-    text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images\n"
+    text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "
+    text += f"{result['backend']} in {result['precision']}\n"
     text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
     emit(result, as_json, text)
 

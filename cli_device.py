@@ -39,7 +39,7 @@ def build(
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--task", type=click.IntRange(0), help="only the classes of this task compete (from 0)")
+@click.option("--task", type=click.IntRange(1), help="only the classes of this task compete (the first is 1)")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
 @click.option(
     "--policy",
@@ -65,13 +65,16 @@ def predict(
     """Classify images; says which prompts were selected, how sure the student is, and which task they look like."""
     from . import api
 
-    result = api.predict(bundle, images, task, top, backend, threads, precision, policy)
+    index = None if task is None else task - 1
+    result = api.predict(bundle, images, index, top, backend, threads, precision, policy)
     lines = []
     for p in result["predictions"]:
         known = "  looks like none of the classes" if p["unknown"] else ""
-        share = f"{p['label']} ({100 * p['probability']:.1f} %)"
-        lines.append(f"{p['image']}: {share}{known}  task {p['task']}  prompts {p['prompts']['selected']}")
+        share = f"{p['label']} ({100 * p['probability']:.1f} %), confidence {100 * p['confidence']:.1f} %"
+        lines.append(f"{p['image']}: {share}{known}  task {p['task'] + 1}  prompts {p['prompts']['selected']}")
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
+    lines.append(f"by {result['backend']} in {result['precision']}")
+    lines += [f"{name}: {text}" for name, text in result["definitions"].items()]
     emit(result, as_json, "\n".join(lines))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -14,7 +16,9 @@ force_option = click.option(
     "--force", is_flag=True, help="Replace a bundle of ours at --out; anything else that is there stays."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
-threads_option = click.option("--threads", type=click.IntRange(1), help="CPU threads [default: all cores]")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads [default: OMP_NUM_THREADS, or the free cores]"
+)
 backend_option = click.option(
     "--backend",
     default="auto",
@@ -24,6 +28,17 @@ backend_option = click.option(
 precision_option = click.option(
     "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"
 )
+
+
+@contextmanager
+def resumable(advice: str) -> Iterator[None]:
+    """Ctrl-C ends a verb with what is kept and how to go on, and exit code 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if first_process():
+            click.echo(f"\nstopped: {advice}", err=True)
+        raise SystemExit(1) from None
 
 
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError, choose
+from .extras import command
 from .images import EXTENSIONS, Preprocessing, UnreadableImage
 
 VAL_SHARE = 0.2
@@ -182,7 +183,7 @@ def _digits(source: str, path: Path | None) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
     except ImportError as error:
-        raise InputError("digits come with scikit-learn", got=str(error), fix="pip install scikit-learn") from error
+        raise InputError("digits come with scikit-learn", got=str(error), fix=command("train")) from error
 
     bunch = load_digits()
     grey = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)

@@ -67,11 +67,18 @@ def quantisation_table(result: dict[str, Any]) -> str:
                 f"; accuracy {found['before']['average_accuracy']:.2f} -> {found['after']['average_accuracy']:.2f} %"
             )
             worst = max(d for d in found["drop"]["per_task"] if d is not None)
-            line += f" (loses {drop:.2f} points, the worst task {worst:.2f})"
+            pair = found["paired"]
+            line += f" (loses {drop:.2f} points, the worst task {worst:.2f}; "
+            line += f"{pair['lost']} answers lost, {pair['won']} won, p = {pair['p']:.2f})"
+        if found["gate"] is not None:
+            line += f"; within --max-drop {result['max_drop']:g}: {found['gate']['verdict']}"
         lines.append(line)
+    if result["smooth"] is not None:
+        lines.append(f"channels behind LayerNorms smoothed with strength {result['smooth']:g}")
     for entry in result["latency"]:
         label = f"{entry['backend']} {entry['precision']}"
         lines.append(f"{label:20s} {entry['compute_ms']:8.2f} ms  {1 / entry['ratio']:.2f}x")
+    lines += [f"not recommended: {r['backend']} {r['precision']}: {r['reason']}" for r in result["refused"]]
     advice = result["recommended"]
-    lines.append(f"fastest here: --backend {advice['backend']} --precision {advice['precision']}")
+    lines.append(f"recommended here: --backend {advice['backend']} --precision {advice['precision']}")
     return "\n".join(lines)

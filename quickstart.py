@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,15 @@ from typing import Any
 from .display import accuracy_table, latency_table, parity_line, quantisation_table
 from .errors import InputError
 from .verb import make_callable
+
+
+def _profile(bundle: Path) -> dict[str, Any]:
+    """`cdl-edge profile` in a process of its own: this one has trained, and its peak memory is the training's."""
+    command = [sys.executable, "-m", f"{__package__}.cli", "profile", str(bundle)]
+    options = ["--runs", "500", "--precision", "fp32", "--json"]
+    done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True, check=True)
+    document: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return document
 
 
 def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
@@ -22,7 +34,6 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     from .report import write_report
     from .runtime import load
     from .runtime.evaluate import evaluate
-    from .runtime.profile import profile
     from .train.config import TrainConfig
     from .train.loop import train
 
@@ -34,13 +45,13 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, learning_rate=5e-3)
     metrics = train(config)
     say("2/5 export: static ONNX graphs, compared with the trained student")
-    exported = export(out / "run", out / "bundle")
+    exported = export(out / "run", out / "bundle", say=say)
     say("3/5 calibrate: 8 bits from the ranges kept while learning; images only measure what it costs")
     quantised = calibrate(out / "bundle", out / "bundle8", data, ranges="kept", say=say)
     say("4/5 evaluate and profile the bundle, without torch's help")
     with load(out / "bundle8", precision="fp32") as runner:
         accuracy = evaluate(runner, data)
-    latency = profile(out / "bundle8", runs=500, precision="fp32")
+    latency = _profile(out / "bundle8")
     say("5/5 report")
     report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle8", profile=latency)
     document = {

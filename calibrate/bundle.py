@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,16 @@ from ..ranges import Ranges, TensorRange, merge_tensors
 from ..runtime.bundle import Bundle, check_target, open_bundle, write_bundle
 from .collect import collect
 from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
+from .floor import recommend, some_of
 from .images import FEW, Images, images_of
 from .latency import race
-from .measure import DEFINITIONS, Measured, compare, measure
-from .quantize import WEIGHTS, Quantised, quantise, scales_file
+from .measure import DEFINITIONS, Measured, measure
+from .opset import here
+from .quantize import WEIGHTS, scales_file
 from .scales import METHODS, choose_range
-from .search import Gate, refusal, search, sensitivities
 from .session import Session
-from .smooth import Smoothing, smoothing
+from .smooth import STRENGTHS, smoothing
+from .trial import Known, Trial, choose_smoothing, settle
 
 SOURCES = {
     "auto": "kept ranges, and images where there are some; images only where all classes are there",
@@ -34,7 +34,6 @@ UNLIKE = 3.0
 "standard errors of the accuracy below the recorded one, from which on images look wrong"
 CLIPPED = 0.01
 "share of a tensor's values outside of its range above which a warning is given"
-SENSITIVITY_IMAGES = 64
 
 
 def calibrate(
@@ -43,11 +42,12 @@ def calibrate(
     data: str | None = None,
     ranges: str = "auto",
     method: str = "max",
-    smooth: float | None = None,
+    smooth: float | str | None = "auto",
     flavours: Sequence[str] | None = None,
     images: int = 64,
     max_drop: float | None = None,
     searching: bool = True,
+    opset: int | None = None,
     limit_per_class: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
@@ -62,9 +62,12 @@ def calibrate(
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
         flavours: keys of FLAVOURS; None: those of the bundle's export profile.
         images: training images of each task to take ranges from.
-        max_drop: points of accuracy that any task with images, and their average, may lose; None: no gate.
+        max_drop: points of accuracy that any task with images, and their average, may lose; None: no gate. A loss that
+            chance explains fails nothing, see search.Gate.
         searching: leave sensitive layers in float until the gate is passed; False: refuse then.
-        limit_per_class: validation images. say: gets a line where there is something to be warned of.
+        opset: 21: 8-bit graphs that ONNX Runtime 1.23 (Python 3.10, JetPack 6) loads too, a little slower; 23: those
+            that newer ones run faster; None: 21 for int8-arm and where this machine's ONNX Runtime is so old.
+        limit_per_class: validation images. say: gets a line for each step and each warning.
 
     Returns: the manifest's "quantisation", with "bundle" and "bytes".
 
@@ -72,8 +75,13 @@ def calibrate(
     """
     choose("source of ranges", ranges, SOURCES)
     choose("calibration method", method, METHODS)
-    if smooth is not None and not 0 <= smooth <= 1:
-        raise InputError("the strength of smoothing is out of range", got=smooth, expected="0 to 1")
+    strengths = _strengths(smooth)
+    loads = here()
+    if opset not in (None, 21, 23) or (opset is not None and loads is not None and opset > loads):
+        allowed = "21 or 23" if loads is None else f"{loads}: this machine's ONNX Runtime loads no newer one"
+        raise InputError("the opset of 8-bit graphs is out of range", got=opset, expected=allowed)
+    if max_drop is not None and not max_drop >= 0:
+        raise InputError("--max-drop is out of range", got=max_drop, expected="0 or more points")
     check_target(Path(out), replace)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
@@ -86,6 +94,8 @@ def calibrate(
             fix="name the images of at least one task with --data, or leave --max-drop out",
         )
     pixels = found.validation if found is not None else opened.selftest()[0]
+    labels = found.labels if found is not None else None
+    say(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
     expected = Session(opened.graph().read_bytes(), opened.path).logits(pixels)
     if not np.isfinite(expected).all():
         raise InputError(
@@ -95,24 +105,31 @@ def calibrate(
         _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels), say)
     kept, situation = _ranges(opened, found, ranges, say)
     chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest["profile"]), ("int8-x86",))]
-    smoothed = smoothing(opened.graph(), kept, smooth) if smooth is not None else None
+    for flavour in chosen:
+        _warn_clipped(kept, method, flavour, say)
+    known = Known(pixels, expected, labels, found.training if found is not None else None, opened.tasks, max_drop)
 
     files, graphs, signatures = _float_parts(opened)
     report: dict[str, Any] = {}
     with workspace(Path(out).parent) as folder:
-        for flavour in chosen:
-            _warn_clipped(kept, method, flavour, say)
-            trial = Trial(opened, kept, flavour, method, smoothed, folder)
-            quantised, report[flavour.name] = _one(trial, found, pixels, expected, max_drop, searching, say)
+
+        def trials(strength: float | None) -> list[Trial]:
+            smoothed = smoothing(opened.graph(), kept, strength) if strength is not None else None
+            return [Trial(opened, kept, f, method, smoothed, folder, opset or f.opset or loads) for f in chosen]
+
+        strength, tried = choose_smoothing(trials, strengths, known, say)
+        for trial, answers in tried:
+            name = trial.flavour.name
+            quantised, report[name] = settle(trial, answers, known, searching, say)
             files |= quantised.constants
-            for name, model in quantised.models.items():
-                key = f"{name}.{flavour.name}"
+            for graph, model in quantised.models.items():
+                key = f"{graph}.{name}"
                 files[f"{key}.onnx"], graphs[key] = model, f"{key}.onnx"
-                if name in signatures:
-                    signatures[key] = signatures[name]
+                if graph in signatures:
+                    signatures[key] = signatures[graph]
     document: dict[str, Any] = {
         "method": method,
-        "smooth": smooth,
+        "smooth": strength,
         "ranges": situation,
         "max_drop": max_drop,
         "flavours": report,
@@ -121,12 +138,33 @@ def calibrate(
     manifest = {**opened.manifest, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
     with workspace(Path(out).parent) as folder:
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
-        document["latency"] = race(draft)
-        fastest = min(document["latency"], key=lambda entry: entry["compute_ms"])
-        document["recommended"] = {"backend": fastest["backend"], "precision": fastest["precision"]}
+        say("latency: every precision that runs here, in turns")
+        some = some_of(len(pixels))
+        raced = race(draft, pixels[some])
+    document["latency"] = [one.to_json() for one in raced]
+    document["recommended"], document["refused"] = recommend(
+        raced, expected[some], None if labels is None else labels[some], opened.tasks
+    )
+    for entry in document["refused"]:
+        say(f"warning: {entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry["bytes"] for name, entry in written.manifest["files"].items()}
     return {**document, "bundle": str(written.path), "bytes": sizes}
+
+
+def _strengths(smooth: float | str | None) -> list[float | None]:
+    """What is tried, in this order. Raises: InputError for what is neither a strength nor a word."""
+    if smooth is None or smooth == "none":
+        return [None]
+    if smooth == "auto":
+        return [None, *STRENGTHS]
+    try:
+        strength = float(smooth)
+    except ValueError:
+        strength = -1.0
+    if not 0 <= strength <= 1:
+        raise InputError("the strength of smoothing is out of range", got=smooth, expected="auto, none, or 0 to 1")
+    return [strength]
 
 
 def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str], dict[str, Any]]:
@@ -137,95 +175,6 @@ def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str
     old |= {WEIGHTS, *(scales_file(flavour) for flavour in FLAVOURS.values())}
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest["files"] if name not in old}
     return files, graphs, {k: v for k, v in (manifest.get("signatures") or {}).items() if k in graphs}
-
-
-@dataclass
-class Trial:
-    """One flavour of one bundle, to be tried with other layers in float."""
-
-    bundle: Bundle
-    ranges: dict[str, TensorRange]
-    flavour: Flavour
-    method: str
-    smoothing: Smoothing | None
-    folder: Path
-    "for the constants: an engine reads them from files of one folder"
-    chosen: dict[str, tuple[float, float]] = field(default_factory=dict)
-    "tensor -> ends of its range: chosen once for all trials"
-
-    def quantised(self, skip: Collection[str] = ()) -> Quantised:
-        """All graphs of the bundle's base precision."""
-        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest["graphs"] else ""
-        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest["graphs"]]
-        graphs = {name: self.bundle.graph(name + base) for name in names}
-        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen)
-
-    def session(self, skip: Collection[str] = ()) -> Session:
-        """The student in 8 bits but for some units."""
-        made = self.quantised(skip)
-        for name in ("backbone.bin", "prompts.bin"):
-            if not (self.folder / name).exists():
-                (self.folder / name).write_bytes((self.bundle.path / name).read_bytes())
-        for name, content in made.constants.items():
-            (self.folder / name).write_bytes(content)
-        return Session(made.models["student"], self.folder, as_written=self.flavour.symmetric)
-
-    @cached_property
-    def fp32(self) -> Session:
-        """The bundle's own graph."""
-        return Session(self.bundle.graph().read_bytes(), self.bundle.path)
-
-
-def _one(
-    trial: Trial,
-    found: Images | None,
-    pixels: np.ndarray,
-    expected: np.ndarray,
-    max_drop: float | None,
-    searching: bool,
-    say: Callable[[str], None],
-) -> tuple[Quantised, dict[str, Any]]:
-    """Quantise, measure, and search where the gate asks for it. expected: what fp32 says about the pixels."""
-    skip: list[str] = []
-    ranking: dict[str, float] | None = None
-    tasks = trial.bundle.tasks
-    labels = found.labels if found is not None else None
-    answers = trial.session().logits(pixels)
-    if max_drop is not None and labels is not None:
-        before, gate = measure(expected, labels, tasks), Gate(max_drop)
-        tried: dict[int, np.ndarray] = {0: answers}
-        if failures := gate.failures(before, measure(answers, labels, tasks)):
-            assert found is not None
-            some = found.training if len(found.training) else pixels
-            some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
-            units = trial.quantised().units
-            ranking = sensitivities(lambda s: trial.session(s).logits(some), units, trial.fp32.logits(some))
-            if not searching:
-                raise refusal(trial.flavour.name, max_drop, failures, ranking)
-            say(f"{trial.flavour.name}: {'; '.join(failures)}: looking for layers to leave in float")
-
-            def failing(units: Collection[str]) -> list[str]:
-                tried[len(units)] = trial.session(units).logits(pixels)
-                return gate.failures(before, measure(tried[len(units)], labels, tasks))
-
-            skip = search(failing, list(ranking))
-            answers = tried[len(skip)]
-    quantised = trial.quantised(skip)
-    document: dict[str, Any] = {
-        "runtimes": trial.flavour.runtimes,
-        "layers_int8": len(quantised.units),
-        "layers_float": skip,
-        "sensitivity": ranking,
-        "images": len(pixels),
-        "agreement": 100.0 * float((answers.argmax(1) == expected.argmax(1)).mean()),
-        "max_abs_error": float(np.abs(answers - expected).max()),
-        "before": None,
-        "after": None,
-    }
-    if labels is not None:
-        before, after = measure(expected, labels, tasks), measure(answers, labels, tasks)
-        document |= {"before": before.to_json(), "after": after.to_json(), **compare(before, after)}
-    return quantised, document
 
 
 def _ranges(

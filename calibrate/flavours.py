@@ -18,6 +18,8 @@ class Flavour:
     integer_bias: bool
     "bias as int32 behind a DequantizeLinear: what ONNX Runtime fuses and TensorRT refuses"
     runtimes: str
+    opset: int | None = None
+    "the newest one that its graphs may have by default; None: what the bundle has"
 
     @property
     def levels(self) -> int:
@@ -29,7 +31,7 @@ FLAVOURS = {
     f.name: f
     for f in (
         Flavour("int8-x86", False, True, "ONNX Runtime and OpenVINO on x86: U8 activations, S8 weights"),
-        Flavour("int8-arm", True, True, "ONNX Runtime on ARM: S8 activations and weights, zero points 0"),
+        Flavour("int8-arm", True, True, "ONNX Runtime on ARM: S8 activations and weights, zero points 0", 21),
         Flavour("int8-trt", True, False, "TensorRT: S8 activations and weights, zero points 0, bias in float"),
     )
 }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..errors import InputError
 from ..runtime import load
@@ -23,10 +26,29 @@ CALLS = 40
 "of each; the first three are not counted"
 
 
-def race(bundle: Bundle, threads: int | None = 1) -> list[dict[str, Any]]:
-    """[{"backend", "precision", "compute_ms" (median), "ratio" (to the first)}] of one image, one call of each in turn.
+@dataclass(frozen=True)
+class Raced:
+    """One backend in one precision."""
 
-    What cannot run here is left out: another processor, no OpenVINO, no graph of that precision.
+    backend: str
+    precision: str
+    compute_ms: float
+    "median over the calls"
+    ratio: float
+    "to the first candidate's time, median over the turns"
+    answers: np.ndarray
+    "logits (N, C) about the images that were given"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest: without the answers."""
+        return {k: v for k, v in vars(self).items() if k != "answers"}
+
+
+def race(bundle: Bundle, images: np.ndarray, threads: int | None = 1) -> list[Raced]:
+    """Every candidate on one image, one call of each in turn, and its answers to images, uint8 (N, S, S, 3).
+
+    What cannot run here is left out: another processor, no OpenVINO, no graph of that precision. Answers come from the
+    session that was timed: each candidate is loaded once.
     """
     with ExitStack() as stack:
         runners = {}
@@ -35,21 +57,21 @@ def race(bundle: Bundle, threads: int | None = 1) -> list[dict[str, Any]]:
                 runners[backend, precision] = stack.enter_context(load(bundle, backend, threads, precision=precision))
             except InputError:
                 continue
-        images = bundle.selftest()[0][:1]
         times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
         for turn in range(CALLS + 3):
             for key, runner in runners.items():
                 begin = time.perf_counter()
-                runner.run(images)
+                runner.run(images[:1])
                 if turn >= 3:
                     times[key].append((time.perf_counter() - begin) * 1e3)
+        answers = {key: runner.infer(images) for key, runner in runners.items()}
     first = next(iter(times.values()))
     return [
-        {
-            "backend": backend,
-            "precision": precision,
-            "compute_ms": statistics.median(values),
-            "ratio": statistics.median(a / b for a, b in zip(values, first, strict=True)),
-        }
-        for (backend, precision), values in times.items()
+        Raced(
+            *key,
+            statistics.median(values),
+            statistics.median(a / b for a, b in zip(values, first, strict=True)),
+            answers[key],
+        )
+        for key, values in times.items()
     ]

@@ -20,6 +20,10 @@ DEFINITIONS = {
     "confidence": "mean probability of the answer",
     "calibration_error": f"expected calibration error over {BINS} bins of confidence, in points",
     "agreement": "share (%) of images with the same answer as fp32",
+    "paired": "answers that 8 bits lost and won on the same images, and how often chance alone loses so many (p, one "
+    "side, exact)",
+    "gate": "passed; failed: more than max_drop is lost, by more than chance; not decided: too few images to tell",
+    "shortfall": "why this precision is not recommended here; null: nothing against it",
 }
 
 
@@ -65,3 +69,9 @@ def compare(before: Measured, after: Measured) -> dict[str, Any]:
         "confidence_shift": after.confidence - before.confidence,
         "calibration_error_shift": after.calibration_error - before.calibration_error,
     }
+
+
+def average_drop(before: np.ndarray, after: np.ndarray, labels: np.ndarray, tasks: Sequence[Sequence[int]]) -> float:
+    """Points of accuracy lost, mean over the tasks with images; before, after: whether answers are right, bool (N,)."""
+    parts = [np.isin(labels, task) for task in tasks]
+    return 100.0 * float(np.mean([before[mine].mean() - after[mine].mean() for mine in parts if mine.any()]))

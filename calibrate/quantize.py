@@ -20,6 +20,7 @@ from onnx import helper
 from ..ranges import TensorRange
 from .constants import Packed, read
 from .flavours import Flavour
+from .opset import EVERYWHERE, lower
 from .scales import choose_range
 from .smooth import Smoothing
 
@@ -84,6 +85,7 @@ def quantise(
     smoothing: Smoothing | None = None,
     skip: Collection[str] = (),
     chosen: dict[str, tuple[float, float]] | None = None,
+    opset: int | None = None,
 ) -> Quantised:
     """Put the Linears of some graphs of one bundle into 8 bits.
 
@@ -92,6 +94,7 @@ def quantise(
         method: key of scales.METHODS. smoothing: of channels behind LayerNorms; None: none.
         skip: units that stay as they are.
         chosen: tensor -> ends, of earlier calls with the same ranges, flavour and method: a search makes many. Filled.
+        opset: opset.EVERYWHERE: graphs that older runtimes load too; None: the opset that they have.
 
     Raises: KeyError when a range is missing, ValueError when graphs contradict each other.
     """
@@ -117,6 +120,8 @@ def quantise(
         kept += [tensor for name, tensor in tensors.items() if name in used]
         del model.graph.initializer[:]
         model.graph.initializer.extend(kept)
+        if opset == EVERYWHERE:
+            lower(model)
     return Quantised({name: model.SerializeToString() for name, model in done.items()}, constants, tuple(units))
 
 

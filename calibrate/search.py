@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .measure import Measured, compare
+from .paired import Paired
 
 Answers = Callable[[Collection[str]], np.ndarray]
 "units that stay in float -> logits (N, C) of the 8-bit graph on the images of a gate or of a sensitivity"
@@ -19,23 +19,50 @@ class GateError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a gate says of one 8-bit graph."""
+
+    failures: list[str]
+    "a line for each task, or the average, that loses more than it may, by more than chance"
+    unsure: list[str]
+    "a line for each that the images cannot decide"
+
+    @property
+    def name(self) -> str:
+        """failed | not decided | passed"""
+        return "failed" if self.failures else "not decided" if self.unsure else "passed"
+
+
+@dataclass(frozen=True)
 class Gate:
     """What 8 bits may cost at most."""
 
     max_drop: float
     "points of accuracy, of every task with images and of their average"
 
-    def failures(self, before: Measured, after: Measured) -> list[str]:
-        """A line for each that loses more."""
-        drop = compare(before, after)["drop"]
-        tasks = [
-            f"task {t + 1} loses {d:.2f} points"
-            for t, d in enumerate(drop["per_task"])
-            if d is not None and d > self.max_drop
-        ]
-        if drop["average"] > self.max_drop:
-            tasks.append(f"the average loses {drop['average']:.2f} points")
-        return tasks
+    def judge(
+        self, before: np.ndarray, after: np.ndarray, labels: np.ndarray, tasks: Sequence[Sequence[int]]
+    ) -> Verdict:
+        """Compare logits (N, C) in fp32 and in 8 bits on the same images, with their labels (N,).
+
+        A loss above the limit fails when chance does not explain it (`paired`). Where it may be chance, and where there
+        are so few images that a loss as large as the limit would be, nothing is decided.
+        """
+        was, now = before.argmax(1) == labels, after.argmax(1) == labels
+        parts = [(f"task {t + 1}", mine) for t, task in enumerate(tasks) if (mine := np.isin(labels, task)).any()]
+        rows = [(name, Paired.of(was[mine], now[mine])) for name, mine in parts]
+        drops = [pair.drop for _, pair in rows]
+        rows.append(("the average", Paired.of(was, now)))
+        failures, unsure = [], []
+        for (name, pair), drop in zip(rows, [*drops, float(np.mean(drops))], strict=True):
+            if drop > self.max_drop and pair.significant:
+                failures.append(f"{name} loses {drop:.2f} points")
+            elif drop > self.max_drop:
+                changed = f"{pair.lost} answers lost, {pair.won} won of {pair.images}"
+                unsure.append(f"{name} loses {drop:.2f} points, but that may be chance ({changed}, p = {pair.p:.2f})")
+            elif pair.smallest > self.max_drop:
+                unsure.append(f"{name}: {pair.images} images show no loss below {pair.smallest:.1f} points")
+        return Verdict(failures, unsure)
 
 
 def sensitivities(answers: Answers, units: Sequence[str], expected: np.ndarray) -> dict[str, float]:

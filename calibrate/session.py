@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from ..runtime.machine import usable_cores
+from ..cores import default_threads
 
+VERSION = str(onnxruntime.__version__)
 CHUNK = 16
 "images between two looks at their outputs: bounds the memory of collected activations"
 
@@ -24,7 +25,7 @@ class Session:
 
     def __init__(self, model: bytes, folder: Path, as_written: bool = False, threads: int | None = None) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads or usable_cores(), 1
+        options.intra_op_num_threads, options.inter_op_num_threads = threads or default_threads(), 1
         options.log_severity_level = 3
         if as_written:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from ..files import workspace
 from ..runtime import load
 from ..runtime.bundle import Bundle, check_target, write_bundle
 from ..runtime.confidence import SELECTIONS, fit, pack_selections
-from ..runtime.evaluate import evaluate
+from ..runtime.evaluate import evaluate, fifths
 from ..runtime.runner import Runner
 from ..train.run import Run, load_run
 from .graph import StudentGraph
@@ -40,6 +41,7 @@ def export(
     profile: str = "ort",
     dynamic_batch: bool = False,
     images: int = 500,
+    say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Fold a finished run's student into a bundle.
@@ -48,6 +50,7 @@ def export(
         run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see runtime.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
+        say: gets a line for each step.
 
     Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256"}.
 
@@ -59,6 +62,7 @@ def export(
     opened = load_run(Path(run))
     dataset = load_dataset(opened.config.data, learning=False)
     pixels = _real_images(opened, dataset, images)
+    say(f"the trained student answers {len(pixels)} images")
     expected = student_logits(opened, pixels, len(opened.metrics["classes"]))
     graphs = _graphs(opened, dialect, None if dynamic_batch else 1)
     metadata = {"classes": opened.metrics["classes"], "preprocessing": opened.preprocessing.to_json()}
@@ -72,9 +76,10 @@ def export(
     with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
         draft = write_bundle(folder / "draft", manifest, files)
-        parities = _prove(draft, graphs, pixels, expected)
+        parities = _prove(draft, graphs, pixels, expected, say)
         with load(draft, "onnxruntime") as runner:
-            measured = evaluate(runner, opened.config.data)
+            measured = evaluate(runner, opened.config.data, progress=fifths("accuracy of the graph", say))
+            say("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
         accuracy = {**{k: measured[k] for k in keep}, "source": opened.config.data}
@@ -114,7 +119,9 @@ def _selftest(pixels: np.ndarray, logits: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _prove(draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+def _prove(
+    draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: ParityError."""
     proven = {}
     for name in graphs:
@@ -123,6 +130,7 @@ def _prove(draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected
         onnx.checker.check_model(str(draft.graph(name)), full_check=True)
         if part == "query":
             continue  # proven together with the prompted graph
+        say(f"{name}: compared with the trained student on {len(pixels)} images")
         with ExitStack() as stack:
             runner = stack.enter_context(load(draft, "onnxruntime", graph=part, precision=precision))
             if part == "prompted":

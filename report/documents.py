@@ -197,8 +197,17 @@ def check_pair(metrics: Mapping[str, Any], bundle: Bundle) -> None:
 
 def check_measured(profile: Mapping[str, Any], bundle: Bundle) -> None:
     """Latency of another graph must not stand under this one's name."""
-    digest = (profile.get("context") or {}).get("graph_sha256")
+    context = profile.get("context") or {}
+    digest, version = context.get("graph_sha256"), context.get("manifest_sha256")
     known = {entry["sha256"] for entry in bundle.manifest["files"].values()}
+    # Two bundles of one architecture have the same graph: what they have learnt lies in other files.
+    if version is not None and version != bundle.manifest["manifest_sha256"]:
+        raise InputError(
+            f"{bundle.path}: the profile was measured on another bundle",
+            got=f"version {version!s:.16}",
+            expected=f"version {bundle.manifest['manifest_sha256']:.16}",
+            fix=f"measure this one: cdl-edge profile {bundle.path} --json",
+        )
     if digest is not None and digest not in known:
         raise InputError(
             f"{bundle.path}: the profile was measured on another graph",

@@ -24,7 +24,11 @@ def quantisation_section(bundle: Bundle) -> dict[str, Any] | None:
         return None
     return {
         "reading": _reading(found, len(bundle.tasks)),
-        "gate": found.get("max_drop") is not None,
+        "gate": _gate(found, flavours),
+        "refused": [
+            (f"{BACKENDS.get(r['backend'], r['backend'])} in {r['precision']}", str(r["reason"]))
+            for r in found.get("refused") or []
+        ],
         "runtimes": [(name, str(flavour["runtimes"])) for name, flavour in flavours.items() if flavour.get("runtimes")],
         "costs": _costs(flavours),
         "layers": [entry for name, flavour in flavours.items() if (entry := _layers(name, flavour))],
@@ -56,6 +60,17 @@ def _reading(found: Mapping[str, Any], tasks: int) -> list[str]:
         most = found["max_drop"]
         lines.append(f"Neither a task nor the average may lose more than {most:g} point{'s' * (most != 1)}.")
     return lines
+
+
+def _gate(found: Mapping[str, Any], flavours: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The gate's verdict over all flavours, and what it could not decide; None: there was no gate."""
+    if found.get("max_drop") is None:
+        return None
+    # Before 2026-11-27 the gate did not know its own error: what it passed may have been chance.
+    judged = [f.get("gate") or {"verdict": "not decided", "unsure": []} for f in flavours.values()]
+    passed = all(g["verdict"] == "passed" for g in judged)
+    unsure = [f"{name}: {line}" for (name, _), g in zip(flavours.items(), judged, strict=True) for line in g["unsure"]]
+    return {"passed": passed, "text": "within the gate" if passed else "the gate cannot tell", "unsure": unsure}
 
 
 def _costs(flavours: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -153,14 +168,14 @@ def _latency(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each backend and precision, against the first."""
     entries = found.get("latency") or []
     advice = found.get("recommended") or {}
-    slowest = max((e["compute_ms"] for e in entries), default=0.0)
+    fastest = min((e["compute_ms"] for e in entries), default=0.0)
     return [
         {
             "backend": BACKENDS.get(entry["backend"], entry["backend"]),
             "precision": entry["precision"],
             "ms": ms_text(entry["compute_ms"]),
             "speed": f"{1 / entry['ratio']:.2f} ×",
-            "share": round(100 * entry["compute_ms"] / slowest),
+            "share": round(100 * fastest / entry["compute_ms"]),
             "best": all(entry[k] == advice.get(k) for k in ("backend", "precision")),
         }
         for entry in entries

@@ -297,18 +297,51 @@ def _training(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return labelled({**metrics["config"], **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
 
 
+def _confidence_lines(bundle: Bundle | None, classes: int) -> list[str]:
+    """What a probability is worth, by what the bundle knows about its own confidence."""
+    found = (bundle.manifest.get("confidence") if bundle else None) or {}
+    if not found:
+        return [
+            f"Every picture gets one of the {classes:,} classes, also one that shows none of them. The probability of "
+            "a prediction is not calibrated: choose a threshold on your own pictures before acting on it."
+        ]
+    lines = [
+        f"`probability` is the softmax over the classes that compete, not calibrated; `confidence` is calibrated on "
+        f"{found.get('images', 0):,} held-out images of the training's source: on other pictures it may be too sure."
+    ]
+    share = 100 * (found.get("unknown") or {}).get("share", 0.0)
+    if share:
+        lines.append(
+            f"Every picture gets one of the {classes:,} classes; `unknown` marks those that look like none of them, "
+            f"and {share:g} % of the known ones with them. What it misses among strange pictures was not measured."
+        )
+    return lines
+
+
+def _precision_line(metrics: Mapping[str, Any]) -> list[str]:
+    """How far chance moves an accuracy that was measured on so many images: a 95 % interval."""
+    counts = metrics.get("images")
+    images = counts.get("val") if isinstance(counts, dict) else None
+    if not images:
+        return []
+    share = min(max(metrics["student"]["average_accuracy"] / 100, 0.5 / images), 1 - 0.5 / images)
+    points = 196 * (share * (1 - share) / images) ** 0.5
+    return [
+        f"The accuracy was measured on {images:,} images: chance alone moves it by {points:.1f} points to either side "
+        "(95 % interval)."
+    ]
+
+
 def _limitations(
     metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None, classes: int
 ) -> list[str]:
     """What the numbers do not say, from what is known."""
-    lines = [
-        f"Every picture gets one of the {classes:,} classes, also one that shows none of them. The probability of a "
-        "prediction is not calibrated: choose a threshold on your own pictures before acting on it.",
-    ]
+    lines = _confidence_lines(bundle, classes)
     if metrics:
         config = metrics["config"]
         seed = f" ({config['seed']})" if "seed" in config else ""
-        lines.append(f"One run with one seed{seed} and one class order: differences below about a point are noise.")
+        lines.append(f"One run with one seed{seed} and one class order: another seed gives other figures.")
+        lines += _precision_line(metrics)
         lines.append(
             "Accuracy was measured on held-out images of the same source: other cameras, light or viewpoints lower it."
         )

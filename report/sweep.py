@@ -221,10 +221,7 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
             else "one class order (compat)",
         },
     ]
-    comparable = [r for r in document["averages"] if not r["without"]]
-    rows = [r for r in (comparable or document["rows"]) if r["n"]]
-    if comparable:  # averages over other learners are no competitors
-        rows = [r for r in rows if r["learner"] == comparable[0]["learner"]]
+    rows = [r for r in document["rows"] if r["n"]]  # an average over learners is nothing that one could deploy
     if rows:
         best = max(rows, key=lambda r: r["student"]["average_accuracy"]["mean"])
         accuracy = best["student"]["average_accuracy"]

@@ -120,6 +120,8 @@ def value_text(key: str, value: object) -> str | None:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
+        if value.get("source", "") is None and value.get("reason"):  # something that could not be measured
+            return f"not measured: {value['reason']}"
         inner = {k: value_text(key if key.endswith("_bytes") else k, v) for k, v in value.items()}
         return ", ".join(f"{k} {v}" for k, v in inner.items() if v is not None) or None
     if isinstance(value, list):

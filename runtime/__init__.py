@@ -29,7 +29,7 @@ def load(
     Args:
         bundle: a folder, or what `open_bundle` returned.
         backend: "onnxruntime" (also "ort", "cpu", "auto"), "cuda", "ort-tensorrt", "openvino", "tensorrt".
-        threads: CPU threads; None means every core this process may use.
+        threads: CPU threads; None: OMP_NUM_THREADS, or the cores that are free.
         graph: name in the manifest's "graphs".
         precision: key of runtime.runner.PRECISIONS; None: what the bundle recommends for this backend, else fp32.
         verify: check every file's hash first; False trusts the disk.

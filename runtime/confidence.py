@@ -95,8 +95,8 @@ class Confidence:
         Raises: InputError for a task that is not there, or a bundle without recorded selections.
         """
         if not 0 <= task < len(self.tasks):
-            expected = f"0 to {len(self.tasks) - 1}"
-            raise InputError("the bundle has no such task", got=f"task {task}", expected=expected)
+            expected = f"tasks 1 to {len(self.tasks)} (indices 0 to {len(self.tasks) - 1})"
+            raise InputError("the bundle has no such task", got=f"task {task + 1} (index {task})", expected=expected)
         if self.selections is None:
             raise InputError("the bundle has no recorded selections", fix="export it again, or give the weights")
         return {name: array[task] for name, array in self.selections.items()}
@@ -121,7 +121,9 @@ def fit(
     truth = task_of[labels]
     counts = np.bincount(truth, minlength=len(tasks))
     if not counts.all():
-        raise InputError("a task without images", got=f"task {int(counts.argmin())}", expected="images of every task")
+        raise InputError(
+            "a task without images", got=f"task {int(counts.argmin()) + 1}", expected="images of every task"
+        )
     wide = logits.astype(np.float64)
     temperature = 1 / _minimise(lambda s: _nll(wide * s, labels), 1 / RANGE[1], 1 / RANGE[0])
     classes_say = task_scores(wide / temperature, tasks)

@@ -11,10 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..cores import default_threads, free_cores, usable_cores
 from ..errors import InputError
+from ..extras import command
 from . import jetson
 from .backends.openvino import DEVICE, core, precisions
-from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, usable_cores, version_of
+from .machine import board, cpu_flags, cpu_model, cuda_driver, governor, version_of
 
 Check = dict[str, Any]
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -91,9 +93,7 @@ def check(name: str, status: str, detail: str, fix: str | None = None) -> Check:
 
 def _python() -> Check:
     good = sys.version_info >= (3, 10)
-    fix = (
-        None if good else "install Python 3.10 or newer, then: python3 -m venv .venv && .venv/bin/pip install cdl-edge"
-    )
+    fix = None if good else "install Python 3.10 or newer, then: python3 -m venv .venv && .venv/bin/pip install WHEEL"
     return check("python", "ok" if good else "fail", f"{platform.python_version()} at {sys.executable}", fix)
 
 
@@ -137,9 +137,7 @@ def _tool(name: str, purpose: str) -> Check:
     version = version_of(name)
     if version is not None:
         return check(name, "ok", version)
-    if jetson.on_jetson():
-        return check(name, "ok", f"not installed; a Jetson needs none ({purpose} happen elsewhere)")
-    return check(name, "warn", f"not installed: no {purpose} on this machine", f"pip install {name}")
+    return check(name, "ok", f"not installed (optional, for {purpose})", command("train"))
 
 
 def _optional(name: str, module: str, purpose: str, fix: str) -> Check:
@@ -152,7 +150,7 @@ def _optional(name: str, module: str, purpose: str, fix: str) -> Check:
 
 
 def _openvino() -> Check:
-    fix = "pip install 'cdl-edge[openvino]'"
+    fix = command("openvino")
     found = _optional("openvino", "openvino", "x86 CPUs", fix)
     if found["fix"] is not None:
         return found
@@ -191,7 +189,7 @@ def _jetpack(release: jetson.Release) -> Check:
     if sys.version_info[:2] != python:
         wanted = ".".join(map(str, python))
         detail += f"; its TensorRT is built for Python {wanted}, this is {platform.python_version()}"
-        fix = f"/usr/bin/python{wanted} -m venv --system-site-packages .venv && .venv/bin/pip install cdl-edge"
+        fix = f"/usr/bin/python{wanted} -m venv --system-site-packages .venv && .venv/bin/pip install WHEEL"
         return check("jetpack", "warn", detail, fix)
     return check("jetpack", "ok", detail)
 
@@ -223,13 +221,12 @@ def _swap(root: Path) -> Check:
 def _purposes(root: Path) -> list[Check]:
     """For each purpose: yes, or what is missing and the one command that mends it."""
     lacking = {purpose: [n for n in names if version_of(n) is None] for purpose, names in _NEEDS.items()}
-    absent = "ok" if jetson.on_jetson() else "warn"  # a Jetson trains elsewhere
-    checks = [_purpose(p, lacking[p], absent, _pip(lacking[p])) for p in ("train", "export", "calibrate")]
+    checks = [_purpose(p, lacking[p], "ok", command("train")) for p in ("train", "export", "calibrate")]
     engines = [name for name in _ORT_PACKAGES if version_of(name) is not None]
-    checks.append(_purpose("run on the CPU", [] if engines else ["onnxruntime"], "fail", _pip(["onnxruntime"])))
+    checks.append(_purpose("run on the CPU", [] if engines else ["onnxruntime"], "fail", "pip install onnxruntime"))
     checks += _gpu_purposes(root)
-    checks.append(_purpose("serve", lacking["serve"], "ok", "pip install 'cdl-edge[serve]'"))
-    return [*checks, _purpose("sign packs, or check who signed", lacking["sign"], "ok", "pip install 'cdl-edge[sign]'")]
+    checks.append(_purpose("serve", lacking["serve"], "ok", command("serve")))
+    return [*checks, _purpose("sign packs, or check who signed", lacking["sign"], "ok", command("sign"))]
 
 
 def _gpu_purposes(root: Path) -> list[Check]:
@@ -251,10 +248,6 @@ def _gpu_purposes(root: Path) -> list[Check]:
             " && ".join(steps) if small else "pip install 'cdl-edge[tensorrt]'",
         ),
     ]
-
-
-def _pip(names: list[str]) -> str:
-    return f"pip install {' '.join(names)}"
 
 
 def _purpose(name: str, missing: list[str], status: str, fix: str) -> Check:
@@ -292,7 +285,8 @@ def _cpu() -> Check:
 
 def _threads() -> Check:
     usable, total = usable_cores(), os.cpu_count() or 1
-    detail = f"{usable} of {total} core(s) usable"
+    detail = f"{usable} of {total} core(s) usable, {free_cores()} free now; commands take {default_threads()} thread(s)"
+    detail += " unless --threads says otherwise"
     mode = governor()
     if mode is not None and mode != "performance":
         fix = "sudo cpupower frequency-set -g performance" if not jetson.on_jetson() else "sudo jetson_clocks"

@@ -101,6 +101,19 @@ def evaluate(
     }
 
 
+def fifths(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A `progress` that says a line after each fifth of the images."""
+    said = 0
+
+    def progress(done: int, count: int) -> None:
+        nonlocal said
+        if count and (step := 5 * done // count) > said:
+            said = step
+            say(f"{what}: {done} of {count} images")
+
+    return progress
+
+
 def forgetting(training: Mapping[str, Any], per_task: Sequence[float]) -> float | None:
     """Mean over tasks of the run's diagonal accuracy minus the accuracy now, in points; None without a whole diagonal.
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..cores import usable_cores
 from . import load
 from .bundle import Bundle, open_bundle
-from .machine import usable_cores
 from .runner import Runner
 from .selftest import GateError, extremes, prove, prove_answers, prove_finite, reference
 

@@ -55,7 +55,7 @@ class Swap:
 
 
 def on_jetson() -> bool:
-    """Whether this is a Jetson, asked as pyproject.toml asks: what pip leaves out there is named otherwise."""
+    """Whether this is a Jetson, asked as pyproject.toml asks: its TensorRT comes from apt, not from pip."""
     return "tegra" in platform.release()
 
 

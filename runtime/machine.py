@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: a container or taskset may allow fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version_of(distribution: str) -> str | None:

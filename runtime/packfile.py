@@ -272,7 +272,7 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path}: written by a newer cdl-edge",
             got=f"schema {document['schema']}",
             expected=f"schema {SCHEMA} or older",
-            fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
+            fix="upgrade cdl-edge: install a newer wheel, or `pip install .` in newer sources",
         )
     wrong = [k for k, kind in _FIELDS.items() if not isinstance(document.get(k), kind) or document[k] is True]
     if digest != document.get("pack_sha256") or wrong:

@@ -293,8 +293,6 @@ def open_policy(
         if pinning:
             selector.pin(task, weights)
         elif selector.policy == "pinned":
-            raise InputError(
-                "pinned to what?", got="neither a task nor weights", fix="give a task (from 0), or weights"
-            )
+            raise InputError("pinned to what?", got="neither a task nor weights", fix="name a task, or give weights")
         stack.pop_all()
     return selector

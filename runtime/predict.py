@@ -12,6 +12,11 @@ from ..errors import InputError
 from .policy import Selector, Step
 from .runner import Runner
 
+DEFINITIONS = {
+    "probability": "share of the softmax among the classes that compete, as the student was trained; not calibrated",
+    "confidence": "calibrated probability of the label among all classes: of answers with 80 %, 80 % are right",
+    "task": "the most probable task; in JSON its index, from 0 as the index of a class",
+}
 CHUNK = 32
 "images in one call of the runner: bounds the memory of a graph with a free batch size"
 
@@ -28,14 +33,16 @@ def predict(
         student: what `runtime.load` gives, or what `runtime.policy.open_policy` gives: the pictures are then the next
             frames of its stream.
         sources: files, their bytes, or frames, uint8 RGB (H, W, 3). All are read before the first is classified.
-        task: index into the manifest's tasks, from 0: only its classes compete. None: all of them do.
+        task: index into the manifest's tasks, from 0 (on the command line the first task is 1): only its classes
+            compete. None: all of them do.
         top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
 
-    Returns: {"predictions": [{"image", "label", "index", "probability", "confidence", "unknown", "task",
-        "task_posterior", "prompts": {"selected", "weights"}, "path", "top"}]}: "index" into the bundle's classes,
-        "probability" the softmax over the classes that compete, "confidence" the calibrated probability of the label
-        among all classes, "unknown" whether the image looks like none of them (None: the bundle has no threshold),
-        "task" the most probable one of "task_posterior", "path" a key of runtime.policy.PATHS, "top" only if asked.
+    Returns: {"backend", "precision", "definitions", "predictions": [{"image", "label", "index", "probability",
+        "confidence", "unknown", "task", "task_posterior", "prompts": {"selected", "weights"}, "path", "top"}]}: "index"
+        into the bundle's classes, "probability" the softmax over the classes that compete, "confidence" the calibrated
+        probability of the label among all classes, "unknown" whether the image looks like none of them (None: the
+        bundle has no threshold), "task" the index of the most probable one of "task_posterior", "path" a key of
+        runtime.policy.PATHS, "top" only if asked.
 
     Raises: InputError for no picture, an unreadable one (named), a task that is not there, or top < 1.
     """
@@ -70,7 +77,13 @@ def predict(
                 "path": step.paths[i],
             }
             predictions.append(prediction if top == 1 else {**prediction, "top": ranked})
-    return {"predictions": predictions}
+    about = student.describe()
+    return {
+        "backend": about["backend"],
+        "precision": about["precision"],
+        "predictions": predictions,
+        "definitions": DEFINITIONS,
+    }
 
 
 def _step(student: Runner | Selector, images: np.ndarray) -> Step:
@@ -94,8 +107,7 @@ def _competing(tasks: Sequence[Sequence[int]], classes: int, task: int | None) -
     if not 0 <= task < len(tasks):
         raise InputError(
             "the bundle has no such task",
-            got=f"task {task}",
-            expected=f"0 to {len(tasks) - 1}",
-            fix="tasks count from 0",
+            got=f"task {task + 1} (index {task})",
+            expected=f"tasks 1 to {len(tasks)} (indices 0 to {len(tasks) - 1})",
         )
     return np.asarray(sorted(tasks[task]), dtype=np.int64)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..cores import default_threads
 from ..errors import InputError, choose
 from .bundle import Bundle, Shape
 from .confidence import Confidence
-from .machine import usable_cores
 from .model import read_model
 
 PRECISIONS = {
@@ -80,9 +80,10 @@ class Runner(ABC):
         "time to create the session; reading the bundle and checking its hashes are left out"
 
     def _recommended(self, bundle: Bundle, graph: str) -> str:
-        """What `calibrate` found fastest, where this backend has a graph for it; fp32 otherwise."""
-        advice = (bundle.manifest.get("quantisation") or {}).get("recommended") or {}
-        made = f"{graph}.{self.int8}" in bundle.manifest["graphs"]
+        """What `calibrate` recommends, where this backend has a graph for it that answers like fp32; fp32 otherwise."""
+        found = bundle.manifest.get("quantisation") or {}
+        advice, flavour = found.get("recommended") or {}, (found.get("flavours") or {}).get(self.int8) or {}
+        made = f"{graph}.{self.int8}" in bundle.manifest["graphs"] and flavour.get("shortfall") is None
         return "int8" if advice.get("precision") == "int8" and made else "fp32"
 
     @cached_property
@@ -183,10 +184,10 @@ class Runner(ABC):
 
 
 def check_threads(threads: int | None) -> int:
-    """CPU threads to use; None: every core this process may use. Raises: InputError below 1."""
+    """CPU threads to use; None: the cores that are free, see cores.py. Raises: InputError below 1."""
     if threads is not None and threads < 1:
         raise InputError("the number of threads is wrong", got=threads, expected="1 or more")
-    return threads or usable_cores()
+    return threads or default_threads()
 
 
 def check_images(images: np.ndarray, size: int) -> None:

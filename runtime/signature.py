@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import InputError
+from ..extras import command
 
 ALGORITHM = "ed25519"
 _MAKE = "openssl genpkey -algorithm ed25519 -out private.pem; openssl pkey -in private.pem -pubout -out public.pem"
@@ -78,9 +79,7 @@ def _cryptography() -> SimpleNamespace:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
     except ImportError as error:
-        raise InputError(
-            "signatures need the package `cryptography`", got=str(error), fix="pip install 'cryptography>=42'"
-        ) from error
+        raise InputError("signatures need the package `cryptography`", got=str(error), fix=command("sign")) from error
     return SimpleNamespace(
         InvalidSignature=InvalidSignature,
         UnsupportedAlgorithm=UnsupportedAlgorithm,

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Protocol
 
+from ..cores import usable_cores
 from ..errors import InputError
-from ..runtime.machine import read_line, usable_cores
+from ..runtime.machine import read_line
 
 if TYPE_CHECKING:
     from .grid import Cell  # which imports all of training

@@ -343,7 +343,7 @@ def test_predict(cli, bundle, photo, tmp_path):
     alone = cli("predict", bundle[0], two, "--json").json["predictions"][0]
     assert alone["probability"] == pytest.approx(document["predictions"][1]["probability"], abs=1e-6)
     text = cli("predict", bundle[0], one, "--top", 3).out
-    assert text.startswith(f"{one}: ") and len(text.strip().splitlines()) == 3
+    assert text.startswith(f"{one}: ") and text.splitlines()[3].startswith("by onnxruntime in")
 
 
 def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
@@ -359,17 +359,30 @@ def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
 def test_predict_within_a_task(cli, bundle, photo, tmp_path):
     one = photo(tmp_path / "a.png", 1)
     manifest = json.loads((bundle[0] / "manifest.json").read_text())
-    for task in (0, 1):
+    for task in (1, 2):  # the first task is 1 for people, index 0 in JSON
         got = cli("predict", bundle[0], one, "--task", task, "--json").json["predictions"][0]
-        assert got["index"] in manifest["tasks"][task]
-    cli("predict", bundle[0], one, "--task", 2).assert_refused("2")
+        assert got["index"] in manifest["tasks"][task - 1]
+    cli("predict", bundle[0], one, "--task", 3).assert_refused("got:      task 3", "tasks 1 to 2")
+    cli("predict", bundle[0], one, "--task", 0).assert_refused("0")
     cli("predict", bundle[0], one, "--task", -1).assert_refused("-1")
+
+
+def test_the_text_says_what_answered_and_what_its_numbers_mean(cli, bundle, photo, tmp_path):
+    one = photo(tmp_path / "a.png", 1)
+    found = cli("predict", bundle[0], one, "--json").json
+    (shown,) = found["predictions"]
+    text = cli("predict", bundle[0], one).out
+    assert f"task {shown['task'] + 1} " in text
+    assert f"confidence {100 * shown['confidence']:.1f} %" in text
+    assert "by onnxruntime in fp32" in text and (found["backend"], found["precision"]) == ("onnxruntime", "fp32")
+    for word in ("probability", "confidence"):
+        assert f"{word}: {found['definitions'][word]}" in text
 
 
 def test_predict_by_policy(cli, bundle, photo, tmp_path):
     one = photo(tmp_path / "a.png", 1)
     way = {}
-    for policy, extra in (("exact", ()), ("sticky", ()), ("pinned", ("--task", 1))):
+    for policy, extra in (("exact", ()), ("sticky", ()), ("pinned", ("--task", 2))):
         found = cli("predict", bundle[0], one, one, "--policy", policy, *extra, "--json").json["predictions"]
         way[policy] = [p["path"] for p in found]
         assert all(0 <= p["confidence"] <= 1 and p["unknown"] in (True, False) for p in found)
@@ -497,7 +510,7 @@ def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank,
     from cdl_edge import api
 
     written = []
-    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_: {"config": {"out": str(tmp_path)}})
+    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
     monkeypatch.setattr("cdl_edge.report.write_report", lambda path, run: written.append(path))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -546,3 +559,22 @@ def test_escape_sequences_do_not_reach_the_terminal(capsys):
     assert out == "cat\\x1b[2J\\x9b31m\\u202e größe 猫\nnext\tline\n"
     assert err == out.split("\n")[0] + "\n"
     assert printable("") == ""
+
+
+@pytest.mark.parametrize(("verb", "words"), [("train", "--resume"), ("pretrain", "--resume"), ("sweep", "goes on")])
+def test_ctrl_c_says_how_to_go_on(cli, monkeypatch, tmp_path, verb, words):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cdl_edge.api.{verb}", stopped)
+    options = {"pretrain": ("--arch", "student")}.get(verb, ())
+    answer = cli(verb, "--data", "digits", "--out", tmp_path / "out", *options)
+    assert answer.code == 1 and "Aborted" not in answer.err and "Traceback" not in answer.err
+    assert "stopped: " in answer.err and words in answer.err and str(tmp_path / "out") in answer.err
+
+
+def test_training_and_export_say_what_they_do(cli, trained, tmp_path):
+    assert "images/s, about " in trained[1].err and " left" in trained[1].err
+    said = cli("export", trained[0], "--out", tmp_path / "bundle", "--images", 20, "--json").err
+    for words in ("student: compared with the trained student on 20 images", "accuracy of the graph: ", "confidence"):
+        assert words in said

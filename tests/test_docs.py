@@ -211,6 +211,52 @@ def test_what_a_page_shows(page, place, cli):
             same_shape(json.loads(block.text), answer.json, page)
 
 
+def words_of(line):
+    """The words of a line in a shell block, without its comment."""
+    return shlex.split(line, comments=True)
+
+
+@pytest.mark.slow
+def test_one_bundle_goes_the_whole_way_of_the_jetson_page(place, cli, monkeypatch):
+    """Steps 2 to 7 as the page has them, the CPU in place of TensorRT: what is copied is what is run and updated."""
+    shutil.rmtree("runs")
+    shutil.rmtree("bundles")
+    board = place / "board"
+    board.mkdir()
+    Path("dist").mkdir()
+    done = []
+
+    def run(words, folder):
+        monkeypatch.chdir(folder)
+        name, _ = verb_of(words)
+        # The CPU has no fp16, and no 8-bit graph of TensorRT's flavour.
+        given = [{"tensorrt": "onnxruntime", "fp16": "fp32", "int8": "fp32"}.get(w, w) for w in words]
+        if name not in ("build", "serve", "doctor"):
+            answer = cli(*given, *QUICK.get(name, ()))
+            assert answer.code == 0, (given, answer.err)
+        done.append(name)
+        monkeypatch.chdir(place)
+
+    on_board = False
+    for line in (DOCS / "jetson.md").read_text("utf-8").split("## What installs")[0].splitlines():
+        if line.startswith("## "):
+            on_board = line.startswith(("## 5.", "## 6."))
+        words = words_of(line) if line.startswith(("cdl-edge ", "rsync ", "scp ", "ssh ")) else []
+        if words[:1] == ["cdl-edge"]:
+            run(words[1:], board if on_board else place)
+        elif words[:1] in (["rsync"], ["scp"]):
+            assert words[-1] == "me@jetson:"
+            for source in (Path(w) for w in words[1:-1] if not w.startswith("-")):
+                copy = shutil.copytree if source.is_dir() else shutil.copy
+                copy(source, board / source.name)
+        elif words[:1] == ["ssh"]:
+            run(words[3:], board)
+    assert {"train", "export", "calibrate", "evaluate", "profile", "pack create", "pack install"} <= set(done)
+    monkeypatch.chdir(board)
+    told = cli("inspect", "fruit", "--json").json
+    assert told["class_count"] == 6 and any(name.endswith("int8-trt") for name in told["graphs"])
+
+
 @pytest.mark.slow
 def test_the_way_that_the_readme_shows(place, cli):
     section = (ROOT / "README.md").read_text("utf-8").split("## Your own photographs", 1)[1].split("\n## ", 1)[0]

@@ -195,7 +195,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
 
 
 class Features:
-    """What the frozen trunk gives, and what the answering network says, computed once and kept in files of CHUNK images."""
+    """What the frozen trunk gives and the answering network says, computed once and kept, CHUNK images a file."""
 
     def __init__(self, config: HybridConfig, hybrid: Hybrid) -> None:
         self.config, self.hybrid = config, hybrid

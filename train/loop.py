@@ -42,12 +42,15 @@ from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
 
 
-def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, resume: bool = False, quiet: bool = False, keep_threads: bool = False) -> dict[str, Any]:
     """Run all tasks and write the run folder; returns the contents of metrics.json.
+
+    keep_threads: a resumed run too keeps the threads that torch has; False: it gets those that it began with, for sums
+    in another order end in other numbers.
 
     Raises: InputError for anything about the input, before anything is written.
     """
-    training = _Training(config, resume, quiet)
+    training = _Training(config, resume, quiet, keep_threads)
     try:
         return training.run()
     finally:
@@ -57,8 +60,8 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dic
 class _Training:
     """The state of a run between epochs: models, matrices, position."""
 
-    def __init__(self, config: TrainConfig, resume: bool, quiet: bool) -> None:
-        self.quiet = quiet
+    def __init__(self, config: TrainConfig, resume: bool, quiet: bool, keep_threads: bool = False) -> None:
+        self.quiet, self.keep_threads = quiet, keep_threads
         self.out = Path(config.out)
         if resume and (self.out / "config.json").is_file():  # pixels stay as they were when the run was started
             begun = TrainConfig.stored(json.loads((self.out / "config.json").read_text()))
@@ -290,8 +293,24 @@ class _Training:
         if name == "teacher":
             self._checkpoint(started, None)
         rate = self.trained_images[name] / max(1e-9, sum(self.seconds[name]))
-        self._say(f"task {task + 1}/{self.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s")
+        left = self._left(task, name)
+        self._say(
+            f"task {task + 1}/{self.tasks} {name}: loss {self.losses[name][-1][-1]:.3f}, {rate:.0f} images/s"
+            + (f", about {left} left" if left else "")
+        )
         return phase.answers
+
+    def _left(self, task: int, name: str) -> str | None:
+        """How long the phases that are still to come take, if each is like the mean of its side so far."""
+        seconds = 0.0
+        for side, spent in self.seconds.items():
+            behind = task + 1 if side == name or side == "teacher" else task
+            if self.tasks - behind > 0 and not spent:
+                return None  # nobody knows yet
+            seconds += (self.tasks - behind) * sum(spent) / max(1, len(spent))
+        if seconds <= 0:
+            return None
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:,.0f} min"
 
     def _measure(self, task: int, taught: TaughtTask | None, answers: Answers | None, count: int) -> None:
         """A row of each matrix; keeps a teacher that was trained here. count: training images of the task."""
@@ -359,6 +378,7 @@ class _Training:
                 "trained_images": self.trained_images,
                 "skipped": self.skipped,
                 "reused": self.reused,
+                "threads": torch.get_num_threads(),
                 "tails_before": self.ranges.before if self.ranges is not None else {},
                 "position": list(self.position),
                 "extends": self.origin.record if self.origin else None,
@@ -373,6 +393,8 @@ class _Training:
         if resumed:
             state = load_state(path)
             self._check_checkpoint(path, state)
+            if not self.keep_threads and "threads" in state:
+                torch.set_num_threads(state["threads"])
             self.distiller.load_state_dict(state["distiller"])
         elif self.origin is not None:
             state = self.origin.state(self.models, self.tasks)

@@ -109,6 +109,33 @@ class Phase:
             names = ["student", "teacher"]
         count = images_seen(len(images), config.batch_size, config.compat)
         steps = math.ceil(count / config.batch_size)
+        length = self.length(len(images))
+        shown = self.bar is not None and sys.stderr.isatty()
+        # One bar for all epochs: its end is the end of the phase.
+        bar = tqdm(
+            total=steps * length,
+            initial=steps * done,
+            desc=self.bar,
+            unit="batch",
+            leave=False,
+            disable=not shown,
+        )
+        with bar:
+            yield from self._epochs(images, done, answers, names, count, bar)
+        self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
+        self.answers = answers
+
+    def _epochs(
+        self,
+        images: Images,
+        done: int,
+        answers: Answers | None,
+        names: list[str],
+        count: int,
+        bar: tqdm,
+    ) -> Iterator[EpochDone]:
+        config, taught = self.config, self.is_student and self.distiller.needs_teacher
+        steps = math.ceil(count / config.batch_size)
         trained, length = config.epochs_of(len(images)), self.length(len(images))
         for epoch in range(done, length):
             begun = time.perf_counter()
@@ -117,7 +144,6 @@ class Phase:
             key = ((config.seed * 1009 + self.task) * 2 + self.is_student) * 100_003 + epoch
             generator = torch.Generator().manual_seed(key)
             total = 0.0
-            title = f"{self.bar} epoch {epoch + 1}/{length}"
             batches = images.epoch(
                 names,
                 config.batch_size,
@@ -127,10 +153,7 @@ class Phase:
                 self.engine.share,
                 config.compat,
             )
-            quiet = self.bar is None or not sys.stderr.isatty()
-            for step, batch in enumerate(
-                tqdm(batches, total=steps, desc=title, unit="batch", leave=False, disable=quiet)
-            ):
+            for step, batch in enumerate(batches):
                 for group in self.optimiser.param_groups:
                     group["lr"] = group["share"] * rate(config, epoch, trained, step, steps)
                 said = None
@@ -143,7 +166,10 @@ class Phase:
                 if self.is_student:
                     self.distiller.before_step(self.model)
                 self.optimiser.step()
-                total += loss.item() * min(config.batch_size, count - step * config.batch_size)
+                value = loss.item()
+                total += value * min(config.batch_size, count - step * config.batch_size)
+                bar.set_postfix_str(f"epoch {epoch + 1}/{length}, loss {value:.3f}", refresh=False)
+                bar.update()
             total = float(self.engine.sum(torch.tensor(total)))
             self.model.learner.synchronise(self.engine.any)
             if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
@@ -152,8 +178,6 @@ class Phase:
                     "try --precision fp32 or a smaller --learning-rate, then --resume from the epoch before"
                 )
             yield EpochDone(epoch + 1, total / count, time.perf_counter() - begun)
-        self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
-        self.answers = answers
 
     def _loss(self, batch: Batch, said: Answers | None) -> Tensor:
         inputs, query = batch.inputs[self.name], batch.queries[self.name]

@@ -17,6 +17,8 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+WITHOUT_QDQ_23 = (1, 23)
+"the newest release that has no QuantizeLinear of opset 23; the last one for Python 3.10"
 WORKSPACE = 1 << 30
 "bytes that TensorRT may use while it looks for kernels"
 
@@ -29,7 +31,7 @@ class OrtRunner(Runner):
         provider: a key of PROVIDERS. One that cannot be had is an InputError: there is no silent fallback. "tensorrt"
             builds engines when the graph is loaded (minutes) and keeps them in BUNDLE/engines; what it cannot take
             runs on CUDA.
-        threads: of the CPU; None means every core this process may use.
+        threads: of the CPU; None: see cores.default_threads.
 
     Raises: InputError when onnxruntime is missing, the provider cannot be had, the graph cannot be loaded, or its
         inputs and outputs are not those of the manifest.
@@ -59,6 +61,13 @@ class OrtRunner(Runner):
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         self.check_signature({i.name: _value(i) for i in inputs}, {o.name: _value(o) for o in outputs})
 
+    def _recommended(self, bundle: Bundle, graph: str) -> str:
+        """As every backend, but for an 8-bit graph of an opset that this release does not load."""
+        found = ((bundle.manifest.get("quantisation") or {}).get("flavours") or {}).get(self.int8) or {}
+        if is_old(self._ort.__version__) and found.get("opset", bundle.manifest.get("opset") or 0) > 21:
+            return "fp32"
+        return super()._recommended(bundle, graph)
+
     def _open(self) -> None:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
@@ -82,7 +91,9 @@ class OrtRunner(Runner):
                 f"{self.path}: onnxruntime {self._ort.__version__} cannot load the graph",
                 got=_first_line(error),
                 expected=f"a graph that {self._wanted} can run",
-                fix="export it again, with a profile for this device, or upgrade onnxruntime",
+                fix="calibrate it again with --opset 21, or use --precision fp32"
+                if self.precision == "int8" and is_old(self._ort.__version__)
+                else "export it again, with a profile for this device, or upgrade onnxruntime",
             ) from error
 
     def _providers(self) -> list[Any]:
@@ -147,6 +158,11 @@ class OrtTensorRTRunner(OrtRunner):
         self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
     ) -> None:
         super().__init__(bundle, graph, "tensorrt", threads, precision)
+
+
+def is_old(version: str) -> bool:
+    """Whether an ONNX Runtime lacks QuantizeLinear of opset 23. version: as 1.23.2."""
+    return tuple(int(part) for part in version.split(".")[:2]) <= WITHOUT_QDQ_23
 
 
 def _import() -> ModuleType:

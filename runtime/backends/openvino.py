@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...cores import usable_cores
 from ...errors import InputError
+from ...extras import command
 from ..bundle import Bundle
-from ..machine import usable_cores
 from ..runner import PRECISIONS, Runner, Value, check_threads
 
 DEVICE = "CPU"
@@ -147,7 +148,7 @@ def import_openvino() -> ModuleType:
             "openvino cannot be imported",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
             expected="openvino 2025.0 or newer",
-            fix="pip install 'cdl-edge[openvino]'",
+            fix=command("openvino"),
         ) from error
     return openvino
 

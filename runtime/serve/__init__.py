@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...extras import command
 
 __all__ = ["serve"]
 
@@ -127,7 +128,7 @@ def _import() -> Any:
             "the server's packages are not installed",
             got=str(error),
             expected=", ".join(("starlette", "uvicorn", "python-multipart", "httptools")),
-            fix="pip install 'cdl-edge[serve]'",
+            fix=command("serve"),
         ) from error
     del httptools, python_multipart, starlette
     return uvicorn

@@ -19,18 +19,13 @@ from PIL import Image
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
 from cdl_edge.calibrate.flavours import get_flavour
+from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.quantize import Quantised, quantise
 from cdl_edge.calibrate.smooth import smoothing
 from cdl_edge.data import load_dataset
 from cdl_edge.ranges import TensorRange
 
 PARTS = ("student", "query", "prompted")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    """Threads that wait for work by spinning slow each other down where tests run side by side."""
-    monkeypatch.setattr("cdl_edge.calibrate.session.usable_cores", lambda: 1)
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +67,7 @@ class Graphs:
         """suffix: ".fp16" for graphs of half precision."""
         graphs = {n: self.path(n + suffix) for n in names if n + suffix in self.names}
         smoothed = smoothing(self.path(), self.ranges, smooth) if smooth is not None else None
-        return quantise(graphs, self.ranges, get_flavour(flavour), method, smoothed, skip)
+        return quantise(graphs, self.ranges, get_flavour(flavour), method, smoothed, skip, opset=here())
 
     def write(self, quantised: Quantised, tag: str = "int8") -> Path:
         """Beside the constants of the float graphs: a folder."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate.measure import Measured
-from cdl_edge.calibrate.search import Gate, GateError, refusal, search, sensitivities
+from cdl_edge.calibrate.search import GateError, refusal, search, sensitivities
 
 UNITS = [f"blocks.{i}.{part}" for i in range(4) for part in ("qkv", "proj", "fc1", "fc2")]
 
@@ -30,26 +29,6 @@ def test_it_gives_up_with_reasons():
         search(lambda units: ["task 3 loses 9.00 points"], UNITS)
     with pytest.raises(GateError, match="one layer"):
         search(lambda units: ["task 1 loses 9.00 points"], UNITS[:1])
-
-
-def measured(*per_task):
-    known = [a for a in per_task if a is not None]
-    return Measured(list(per_task), sum(known) / len(known), 0.5, 1.0)
-
-
-def test_the_gate_looks_at_every_task_and_at_the_average():
-    before = measured(80.0, 70.0, None, 60.0)
-    gate = Gate(1.0)
-    assert gate.failures(before, before) == []
-    assert gate.failures(before, measured(79.0, 69.0, None, 59.0)) == []  # exactly what is allowed
-    assert gate.failures(before, measured(78.5, 70.0, None, 60.0)) == ["task 1 loses 1.50 points"]
-    assert gate.failures(before, measured(80.0, 70.0, None, 55.0)) == [
-        "task 4 loses 5.00 points",
-        "the average loses 1.67 points",
-    ]
-    # What one task wins does not pay for another.
-    assert gate.failures(before, measured(90.0, 68.0, None, 60.0)) == ["task 2 loses 2.00 points"]
-    assert gate.failures(before, measured(81.0, 71.0, None, 61.0)) == []
 
 
 def test_sensitivity_is_the_change_through_one_layer_alone():

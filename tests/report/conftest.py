@@ -232,6 +232,7 @@ def quantisation() -> dict[str, Any]:
             "after": side(after, average, 0.7431, 4.56),
             "drop": {"per_task": drops, "average": 83.82 - average},
             "quantisation_forgetting": 0.77,
+            "gate": {"verdict": "passed", "unsure": []},
             **fields,
         }
 

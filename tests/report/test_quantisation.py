@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from cdl_edge.errors import InputError
 from cdl_edge.report import write_report
-from cdl_edge.report.quantisation import change_text
+from cdl_edge.report.quantisation import _latency, change_text
 from cdl_edge.runtime.bundle import open_bundle, write_bundle
 
 
@@ -91,7 +91,7 @@ def test_every_number_is_shown(page_of: Callable[[Any], Any], quantisation: dict
         "Left in float: blocks.3.fc2.",
         "what reads U8",
         "ONNX Runtime fp32 8.25 1.00 ×",
-        "OpenVINO int8 fastest 3.30 2.50 ×",
+        "OpenVINO int8 recommended 3.30 2.50 ×",
         "above 0, 8 bits hurt old tasks more",
         "single classes may lose more",
     ):
@@ -181,3 +181,26 @@ def test_hostile_names(page_of: Callable[[Any], Any], quantisation: dict[str, An
 
 def test_signs() -> None:
     assert [change_text(v) for v in (0.0, -0.001, 0.004, 1.5, -2.0)] == ["0.00", "0.00", "0.00", "+1.50", "−2.00"]
+
+
+def test_the_longest_bar_is_the_fastest(quantisation):
+    rows = _latency(quantisation)
+    assert [r["share"] for r in rows] == [40, 100]
+    assert [r["best"] for r in rows] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "badge"),
+    [("passed", "within the gate"), ("not decided", "the gate cannot tell"), (None, "cannot tell")],
+)
+def test_only_what_passed_is_within_the_gate(page_of, quantisation, verdict, badge):
+    for flavour in quantisation["flavours"].values():  # None: calibrated before the gate knew its error
+        flavour["gate"] = verdict and {"verdict": verdict, "unsure": [] if verdict == "passed" else ["task 1: few"]}
+    text = page_of(quantisation).text
+    assert badge in text and ("within the gate" in text) == (verdict == "passed")
+    assert ("task 1: few" in text) == (verdict == "not decided")
+
+
+def test_what_was_faster_and_not_recommended_is_named(page_of, quantisation):
+    quantisation["refused"] = [{"backend": "openvino", "precision": "int8", "reason": "the same answer on 50.0 %"}]
+    assert "OpenVINO in int8 is not recommended: the same answer on 50.0 %." in page_of(quantisation).text

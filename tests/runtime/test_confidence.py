@@ -89,7 +89,7 @@ def test_selections_are_means_of_each_task():
     _, selections = fit(logits, labels, TASKS, {"prompt_weights": weights, "mapped_weights": 2 * weights})
     np.testing.assert_allclose(selections["prompt_weights"].ravel(), [2, 3])  # of 0, 1, 5 and of 2, 3, 4
     np.testing.assert_allclose(selections["mapped_weights"].ravel(), [4, 6])
-    with pytest.raises(InputError, match="task 1"):
+    with pytest.raises(InputError, match="task 2"):
         fit(logits[:2], labels[:2], TASKS, {})
 
 

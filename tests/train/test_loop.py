@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
-from cdl_edge.train import batches, loop
+from cdl_edge.train import batches, loop, phase
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
@@ -155,6 +155,56 @@ def test_limit_per_class_is_of_training_images_only(tmp_path, make_config):
     made = _Training(make_config(tmp_path / "run", limit_per_class=3), False, True)
     assert np.bincount(made.dataset.train.labels).tolist() == [3] * 10
     assert len(made.dataset.val) > 300
+
+
+def test_one_bar_a_phase_with_its_loss_and_its_end(tmp_path, make_config, monkeypatch):
+    made = []
+
+    class Bar:
+        def __init__(self, total, initial, desc, disable, **_):
+            self.total, self.count, self.desc, self.notes = total, initial, desc, []
+            assert not disable
+            made.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def set_postfix_str(self, text, refresh):
+            self.notes.append(text)
+
+        def update(self):
+            self.count += 1
+
+    monkeypatch.setattr(phase, "tqdm", Bar)
+    monkeypatch.setattr(phase.sys.stderr, "isatty", lambda: True, raising=False)
+    metrics = train(make_config(tmp_path / "run", epochs=2))
+    assert [bar.desc for bar in made][:2] == ["task 1/2 teacher", "task 1/2 student"] and len(made) == 4
+    for bar in made:
+        assert bar.count == bar.total  # it reaches its end
+        assert bar.notes[0].startswith("epoch 1/2, loss ") and bar.notes[-1].startswith("epoch 2/2, loss ")
+    assert metrics["student"]["loss"]
+
+
+def test_a_resumed_run_takes_its_own_number_of_threads(tmp_path, make_config, monkeypatch):
+    """Sums in another order end in other numbers."""
+    counts = []
+    monkeypatch.setattr(loop.torch, "set_num_threads", counts.append)
+    real = loop.save_state
+
+    def stop(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", stop)
+    config = make_config(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, quiet=True)
+    monkeypatch.setattr(loop, "save_state", real)
+    train(config, resume=True, quiet=True)
+    assert counts == [torch.get_num_threads()]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.machine import usable_cores
 
 
 def test_description(bundle):
@@ -24,7 +24,7 @@ def test_description(bundle):
         }
         assert runner.load_ms > 0
     with load(bundle) as runner:
-        assert runner.describe()["threads"] == usable_cores()
+        assert runner.describe()["threads"] == default_threads()
 
 
 def test_session_options(bundle, monkeypatch):

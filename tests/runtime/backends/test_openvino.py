@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import openvino as room
 from cdl_edge.runtime.bundle import write_bundle
-from cdl_edge.runtime.machine import usable_cores
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cdl-edge[openvino]'")
 OFFERED = room.precisions(room.core())
@@ -187,7 +187,7 @@ def test_description(bundle, name):
             "precision": "fp32",
         }
     with load(bundle, name) as runner:
-        assert runner.describe()["threads"] == usable_cores()
+        assert runner.describe()["threads"] == default_threads()
 
 
 def test_compiled_once(bundle, images, monkeypatch):

@@ -1,0 +1,65 @@
+"""Below which likeness to fp32 a precision is not recommended, however fast it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .latency import Raced
+from .measure import average_drop
+from .paired import Paired
+
+AGREEMENT = 97.0
+"% of the images with the same answer as fp32. Good 8 bits keep 99.1 %, bf16 98.7 to 99.0 (photographs, 2026-11-21)"
+DROP = 1.0
+"points of accuracy, where chance does not explain the loss"
+IMAGES = 256
+"that a precision answers on its backend before it is recommended"
+FEW = 100
+"images below which an agreement of 97 % is said to be a guess"
+
+
+def shortfall(
+    expected: np.ndarray, answers: np.ndarray, labels: np.ndarray | None, tasks: Sequence[Sequence[int]]
+) -> str | None:
+    """Why a graph with these answers, logits (N, C), is not to be recommended beside fp32's; None: it may be.
+
+    labels: class of each image (N,); None: only the answers are compared.
+    """
+    if not np.isfinite(answers).all():
+        return "its answers are not finite"
+    said, wanted = answers.argmax(1), expected.argmax(1)
+    agreement = 100.0 * float((said == wanted).mean())
+    if agreement < AGREEMENT:
+        return (
+            f"the same answer as fp32 on {agreement:.1f} % of {len(said)} images, at least {AGREEMENT:.0f} % are asked"
+        )
+    if labels is not None and len(labels):
+        drop = average_drop(wanted == labels, said == labels, labels, tasks)
+        if drop > DROP and Paired.of(wanted == labels, said == labels).significant:
+            return f"{drop:.1f} points of accuracy are lost, at most {DROP:g} may be"
+    return None
+
+
+def some_of(images: int) -> np.ndarray:
+    """Which of so many images every candidate answers: int64, evenly spread."""
+    return np.linspace(0, images - 1, min(IMAGES, images)).round().astype(np.int64)
+
+
+def recommend(
+    raced: Sequence[Raced], expected: np.ndarray, labels: np.ndarray | None, tasks: Sequence[Sequence[int]]
+) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """The fastest backend and precision that answer like fp32, and those that were faster and do not, with the reason.
+
+    Args:
+        raced: of `latency.race`. expected: logits (N, C) of fp32 about the same images. labels: (N,), or None.
+    """
+    refused: list[dict[str, str]] = []
+    for one in sorted(raced, key=lambda r: r.compute_ms):
+        chosen = {"backend": one.backend, "precision": one.precision}
+        reason = shortfall(expected, one.answers, labels, tasks)
+        if reason is None:
+            return chosen, refused
+        refused.append({**chosen, "reason": reason})
+    return {"backend": "onnxruntime", "precision": "fp32"}, refused

@@ -1,0 +1,220 @@
+"""One flavour of 8 bits on one bundle: tried, smoothed where it falls short, and given its layers in float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ..ranges import TensorRange
+from ..runtime.bundle import Bundle
+from .flavours import Flavour
+from .floor import FEW, shortfall
+from .measure import compare, measure
+from .opset import opset_of
+from .paired import Paired
+from .quantize import Quantised, quantise
+from .search import Gate, Verdict, refusal, search, sensitivities
+from .session import Session
+from .smooth import Smoothing
+
+SENSITIVITY_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an 8-bit graph is judged by."""
+
+    pixels: np.ndarray
+    "uint8 (N, S, S, 3)"
+    expected: np.ndarray
+    "logits (N, C) of fp32"
+    labels: np.ndarray | None
+    "class of each image, (N,); None: nobody knows"
+    training: np.ndarray | None
+    "uint8 (M, S, S, 3), for sensitivities; None: none at hand"
+    tasks: Sequence[Sequence[int]]
+    "classes of each"
+    max_drop: float | None
+    "points, see search.Gate; None: no gate"
+
+    def verdict(self, answers: np.ndarray) -> Verdict | None:
+        """Of the gate on logits (N, C); None: there is no gate."""
+        if self.max_drop is None or self.labels is None:
+            return None
+        return Gate(self.max_drop).judge(self.expected, answers, self.labels, self.tasks)
+
+    def wanting(self, answers: np.ndarray) -> str | None:
+        """Why logits (N, C) fall short of the floor or the gate; None: they do not."""
+        verdict = self.verdict(answers)
+        if verdict is not None and verdict.failures:
+            return "; ".join(verdict.failures)
+        return shortfall(self.expected, answers, self.labels, self.tasks)
+
+    def agreement(self, answers: np.ndarray) -> float:
+        """% of the images with fp32's answer."""
+        return 100.0 * float((answers.argmax(1) == self.expected.argmax(1)).mean())
+
+
+@dataclass
+class Trial:
+    """One flavour of one bundle, to be tried with other layers in float."""
+
+    bundle: Bundle
+    ranges: dict[str, TensorRange]
+    flavour: Flavour
+    method: str
+    smoothing: Smoothing | None
+    folder: Path
+    "for the constants: an engine reads them from files of one folder"
+    opset: int | None = None
+    "see quantize.quantise"
+    chosen: dict[str, tuple[float, float]] = field(default_factory=dict)
+    "tensor -> ends of its range: chosen once for all trials"
+
+    def quantised(self, skip: Collection[str] = ()) -> Quantised:
+        """All graphs of the bundle's base precision."""
+        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest["graphs"] else ""
+        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest["graphs"]]
+        graphs = {name: self.bundle.graph(name + base) for name in names}
+        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset)
+
+    def session(self, skip: Collection[str] = ()) -> Session:
+        """The student in 8 bits but for some units."""
+        made = self.quantised(skip)
+        for name in ("backbone.bin", "prompts.bin"):
+            if not (self.folder / name).exists():
+                (self.folder / name).write_bytes((self.bundle.path / name).read_bytes())
+        for name, content in made.constants.items():
+            (self.folder / name).write_bytes(content)
+        return Session(made.models["student"], self.folder, as_written=self.flavour.symmetric)
+
+    @cached_property
+    def fp32(self) -> Session:
+        """The bundle's own graph."""
+        return Session(self.bundle.graph().read_bytes(), self.bundle.path)
+
+
+def choose_smoothing(
+    trials: Callable[[float | None], list[Trial]],
+    strengths: Sequence[float | None],
+    known: Known,
+    say: Callable[[str], None],
+) -> tuple[float | None, list[tuple[Trial, np.ndarray]]]:
+    """The first strength with which no flavour falls short, else the one with the highest agreement of the worst one.
+
+    Args:
+        trials: strength -> one Trial a flavour. All flavours share it: they share the file of weights.
+        strengths: in the order in which they are tried; None: no smoothing.
+
+    Returns: the strength, and its trials with their logits (N, C) on the known images.
+    """
+    best: tuple[float, float | None, list[tuple[Trial, np.ndarray]]] | None = None
+    for strength in strengths:
+        tried = []
+        for trial in trials(strength):
+            say(f"{trial.flavour.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
+            tried.append((trial, trial.session().logits(known.pixels)))
+        reasons = [(t.flavour.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
+        worst = min(known.agreement(answers) for _, answers in tried)
+        if best is None or not reasons or worst > best[0]:
+            best = worst, strength, tried
+        if not reasons:
+            break
+        for name, reason in reasons:
+            say(f"{name}{_smoothed(strength)}: {reason}")
+    assert best is not None
+    return best[1], best[2]
+
+
+def _smoothed(strength: float | None) -> str:
+    return "" if strength is None else f", smoothed by {strength:g}"
+
+
+def settle(
+    trial: Trial, answers: np.ndarray, known: Known, searching: bool, say: Callable[[str], None]
+) -> tuple[Quantised, dict[str, Any]]:
+    """The final graphs of a flavour and its part of the manifest: layers go back to float while the gate fails.
+
+    Args:
+        answers: logits (N, C) with every layer in 8 bits. searching: False: refuse instead of a search.
+
+    Raises: GateError.
+    """
+    skip: list[str] = []
+    ranking: dict[str, float] | None = None
+    verdict = known.verdict(answers)
+    if verdict is not None and verdict.failures:
+        assert known.max_drop is not None
+        units = trial.quantised().units
+        some = known.training if known.training is not None and len(known.training) else known.pixels
+        some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
+        say(f"{trial.flavour.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
+        ranking = sensitivities(_counted(trial, some, len(units), say), units, trial.fp32.logits(some))
+        if not searching:
+            raise refusal(trial.flavour.name, known.max_drop, verdict.failures, ranking)
+        tried: dict[int, np.ndarray] = {}
+
+        def failing(units: Collection[str]) -> list[str]:
+            say(f"{trial.flavour.name}: {len(units)} layers in float")
+            tried[len(units)] = trial.session(units).logits(known.pixels)
+            found = known.verdict(tried[len(units)])
+            return found.failures if found is not None else []
+
+        skip = search(failing, list(ranking))
+        answers = tried[len(skip)]
+        verdict = known.verdict(answers)
+    quantised = trial.quantised(skip)
+    reason = shortfall(known.expected, answers, known.labels, known.tasks)
+    document: dict[str, Any] = {
+        "runtimes": trial.flavour.runtimes,
+        "opset": opset_of(onnx.load_model_from_string(quantised.models["student"])),
+        "layers_int8": len(quantised.units),
+        "layers_float": skip,
+        "sensitivity": ranking,
+        "images": len(known.pixels),
+        "agreement": known.agreement(answers),
+        "max_abs_error": float(np.abs(answers - known.expected).max()),
+        "shortfall": reason,
+        "gate": None if verdict is None else {"verdict": verdict.name, "unsure": verdict.unsure},
+        "before": None,
+        "after": None,
+    }
+    if known.labels is not None:
+        before, after = (measure(x, known.labels, known.tasks) for x in (known.expected, answers))
+        right = [x.argmax(1) == known.labels for x in (known.expected, answers)]
+        document |= {"before": before.to_json(), "after": after.to_json(), **compare(before, after)}
+        document["paired"] = Paired.of(*right).to_json()
+    _warn(trial.flavour.name, document, say)
+    return quantised, document
+
+
+def _warn(name: str, document: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What a reader of the figures has to know beside them."""
+    if document["shortfall"] is not None:
+        say(f"warning: {name}: {document['shortfall']}: it is written, and not recommended")
+    elif document["images"] < FEW:
+        say(f"warning: {name}: the answers of {document['images']} images are compared; give more with --data")
+    for line in (document["gate"] or {}).get("unsure", ()):
+        say(f"warning: {name}: not decided: {line}")
+
+
+def _counted(
+    trial: Trial, pixels: np.ndarray, units: int, say: Callable[[str], None]
+) -> Callable[[Collection[str]], np.ndarray]:
+    """The answers of a trial to some images, said as they come."""
+    count = 0
+
+    def answers(skip: Collection[str]) -> np.ndarray:
+        nonlocal count
+        count += 1
+        if count == 1 or count % 10 == 0 or count == units:
+            say(f"{trial.flavour.name}: sensitivity of layer {count} of {units}")
+        return trial.session(skip).logits(pixels)
+
+    return answers
