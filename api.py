@@ -36,7 +36,9 @@ def pretrain(resume: bool = False, say: Callable[[str], None] = print, **options
             expected=", ".join(f"--{k.replace('_', '-')}" for k in known),
         )
     if missing := [k for k, f in known.items() if k not in given and f.default is MISSING]:
-        raise InputError(f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0])
+        raise InputError(
+            f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0]
+        )
     return (pretrain_hybrid if config is HybridConfig else run)(config(**given), resume, say)
 
 
@@ -84,20 +86,22 @@ def export(
     dynamic_batch: bool = False,
     images: int = 500,
     target: str = "bundle",
+    data: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError."""
     from .errors import choose
     from .export.bundle import export as fold
 
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images)
+        return fold(run, out, profile, dynamic_batch, images, data, say)
     import tempfile
 
     from .export.triton import write_repository
     from .runtime import open_bundle
 
     with tempfile.TemporaryDirectory(prefix="cdl-edge-") as folder:
-        result = fold(run, Path(folder) / Path(run).resolve().name, profile, dynamic_batch, images)
+        result = fold(run, Path(folder) / Path(run).resolve().name, profile, dynamic_batch, images, data, say)
         write_repository(open_bundle(result["bundle"]), Path(out))
     return {**result, "bundle": None, "repository": str(out)}
 
@@ -132,17 +136,19 @@ def evaluate(
     backend: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    split: str = "auto",
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend."""
+    """Accuracy per task: of a RUN in torch, of a BUNDLE on a backend. split: which images, see data.Dataset.scored."""
     if (Path(source) / "config.json").is_file():
         from .train.evaluate import evaluate_run
 
-        return evaluate_run(Path(source), data, limit_per_class)
+        return evaluate_run(Path(source), data, limit_per_class, split, say)
     from .runtime import load
     from .runtime.evaluate import evaluate as run
 
     with load(source, backend, threads, precision=precision) as runner:
-        return run(runner, data, limit_per_class)
+        return run(runner, data, limit_per_class, split=split, say=say)
 
 
 def predict(
@@ -154,17 +160,24 @@ def predict(
     threads: int | None = None,
     precision: str | None = None,
     policy: str = "exact",
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Classify images (files or their bytes), see runtime.predict. For many calls keep a runner: runtime.load.
+    """Classify images (files, folders, or bytes), see runtime.predict. For many calls keep a runner: runtime.load.
 
+    An image that cannot be read is listed in "unreadable" and does not stop the others. say: told what is read.
     policy: a key of runtime.policy.POLICIES, for which the images are frames in their order; "pinned" pins `task`.
     """
+    from .folders import named_pictures, reasons
     from .runtime.policy import open_policy
     from .runtime.predict import predict as run
 
     pinned = task if policy == "pinned" else None
+    files, left_out = named_pictures(images)
+    if say is not None:
+        say(f"{len(files)} image(s), {sum(left_out.values())} left out {reasons(left_out)}".strip())
     with open_policy(bundle, policy, backend, threads, precision, task=pinned) as student:
-        return run(student, images, task, top)
+        result = run(student, files, task, top, skip_unreadable=True)
+    return {**result, "data": {"images": len(files), "left_out": dict(left_out)}}
 
 
 def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def build(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE|FOLDER...")
 @click.option("--task", type=click.IntRange(0), help="only the classes of this task compete (from 0)")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
 @click.option(
@@ -62,17 +62,24 @@ def predict(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Classify images; says which prompts were selected, how sure the student is, and which task they look like."""
+    """Classify images; says which prompts were selected, how sure the student is, and which task they look like.
+
+    A folder stands for the pictures below it. One that cannot be read does not stop the others; exit code 1 then.
+    """
     from . import api
 
-    result = api.predict(bundle, images, task, top, backend, threads, precision, policy)
+    result = api.predict(bundle, images, task, top, backend, threads, precision, policy, say)
     lines = []
     for p in result["predictions"]:
         known = "  looks like none of the classes" if p["unknown"] else ""
         share = f"{p['label']} ({100 * p['probability']:.1f} %)"
         lines.append(f"{p['image']}: {share}{known}  task {p['task']}  prompts {p['prompts']['selected']}")
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
+    for broken in result["unreadable"]:
+        say(f"left out: {broken['reason']}")
     emit(result, as_json, "\n".join(lines))
+    if result["unreadable"]:
+        sys.exit(1)
 
 
 @click.command()

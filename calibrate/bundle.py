@@ -75,7 +75,7 @@ def calibrate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
-    found = images_of(opened, data, images, limit_per_class) if data is not None else None
+    found = images_of(opened, data, images, limit_per_class, say) if data is not None else None
     if max_drop is not None and (found is None or not len(found.labels)):
         raise InputError(
             "--max-drop needs images to measure accuracy on",
@@ -123,7 +123,7 @@ def calibrate(
         document["recommended"] = {"backend": fastest["backend"], "precision": fastest["precision"]}
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files)
     sizes = {name: entry["bytes"] for name, entry in written.manifest["files"].items()}
-    return {**document, "bundle": str(written.path), "bytes": sizes}
+    return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
 
 
 def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str], dict[str, Any]]:

@@ -15,7 +15,7 @@ SOURCES = sorted(
     p.relative_to(ROOT).as_posix()
     for p in [*ROOT.glob("*.py"), *(f for room in ROOMS for f in (ROOT / room).rglob("*.py"))]
 )
-BASE = ("errors.py", "images.py", "files.py", "data.py", "ranges.py", "packing.py")
+BASE = ("errors.py", "images.py", "files.py", "data.py", "folders.py", "splits.py", "ranges.py", "packing.py")
 "what every room stands on"
 SERVER = {"anyio", "python_multipart", "starlette", "uvicorn"}
 HEAVY = {"torch", "timm", "onnx", "onnxruntime", "sklearn", "safetensors", "torchvision", "tensorrt", "openvino"}
