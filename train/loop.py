@@ -23,13 +23,13 @@ from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import write_json
 from .backbone import Backbone, load_backbone
+from .baseline import FrozenBaseline
 from .batches import Images, Side, Validation
 from .checkpoint import keep_before, load_state, remove_kept, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
 from .engine import Engine
-from .baseline import FrozenBaseline
 from .evaluate import accuracy, features_of
 from .extend import Origin
 from .folder import RunFolder
