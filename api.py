@@ -110,6 +110,7 @@ def export(
     dynamic_batch: bool = False,
     images: int = 500,
     target: str = "bundle",
+    data: str | None = None,
     replace: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -122,14 +123,14 @@ def export(
 
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images, say, replace)
+        return fold(run, out, profile, dynamic_batch, images, data, say, replace)
     from .export.triton import check_repository, write_repository
     from .files import workspace
     from .runtime import open_bundle
 
     check_repository(Path(out))
     with workspace(Path(out).parent) as folder:
-        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images, say)
+        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images, data, say)
         write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 
@@ -164,20 +165,24 @@ def evaluate(
     backend: str = "auto",
     threads: int | None = None,
     precision: str | None = None,
+    split: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Accuracy per task on the validation images: of a RUN in torch, of a BUNDLE on a backend. say: for progress."""
+    """Accuracy per task: of a RUN in torch, of a BUNDLE on a backend. split: which images, see data.Dataset.scored.
+
+    say: for progress.
+    """
     if (Path(source) / "config.json").is_file():
         from .train.evaluate import evaluate_run
 
         limit_threads(threads)
-        return evaluate_run(Path(source), data, limit_per_class)
+        return evaluate_run(Path(source), data, limit_per_class, split, say)
     from .runtime import load
     from .runtime.evaluate import evaluate as run
     from .runtime.evaluate import fifths
 
     with load(source, backend, threads, precision=precision) as runner:
-        return run(runner, data, limit_per_class, fifths("classified", say))
+        return run(runner, data, limit_per_class, fifths("classified", say), split, say)
 
 
 def predict(
@@ -189,19 +194,24 @@ def predict(
     threads: int | None = None,
     precision: str | None = None,
     policy: str = "exact",
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Classify images (files, their bytes, RGB frames), see runtime.predict.predict.
+    """Classify images (files, folders, their bytes, RGB frames), see runtime.predict. For many calls: runtime.load.
 
-    For many calls keep a runner: runtime.load.
-
+    An image that cannot be read is listed in "unreadable" and does not stop the others. say: told what is read.
     policy: a key of runtime.policy.POLICIES, for which the images are frames in their order; "pinned" pins `task`.
     """
+    from .folders import named_pictures, reasons
     from .runtime.policy import open_policy
     from .runtime.predict import predict as run
 
     pinned = task if policy == "pinned" else None
+    files, left_out = named_pictures(images)
+    if say is not None:
+        say(f"{len(files)} image(s), {sum(left_out.values())} left out {reasons(left_out)}".strip())
     with open_policy(bundle, policy, backend, threads, precision, task=pinned) as student:
-        return run(student, images, task, top)
+        result = run(student, files, task, top, skip_unreadable=True)
+    return {**result, "data": {"images": len(files), "left_out": dict(left_out)}}
 
 
 def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option(
     "--data",
     help="digits | folder:PATH (PATH/train/<class>/*, PATH/val/<class>/*, or PATH/<class>/* with a "
-    "fifth held out) | cifar100[:PATH] | imagenet-r:PATH; needed, here or in --config",
+    "fifth of each class held out) | cifar100[:PATH] | imagenet-r:PATH; needed, here or in --config",
 )
 @click.option("--out", help="run folder to write; needed, here or in --config")
 @click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
@@ -206,13 +206,9 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     report = Path(out) / "report.html"
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
-    document = {
-        **sides,
-        "baseline": metrics["baseline"],
-        "seconds": metrics["seconds"],
-        "run": out,
-        "report": str(report),
-    }
+    data = {k: v for k, v in (metrics.get("data") or {}).items() if k not in ("source", "fingerprint")} or None
+    document = {**sides, "baseline": metrics["baseline"], "seconds": metrics["seconds"], "data": data}
+    document |= {"run": out, "report": str(report)}
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
@@ -259,10 +255,19 @@ sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
 @click.option(
     "--images", type=click.IntRange(1), default=500, show_default=True, help="real images for the parity gate"
 )
+@click.option("--data", help="where the run's images are now, if they have moved [default: where they were]")
 @force_option
 @json_option
 def export(
-    run: Path, out: Path, profile: str, target: str, dynamic_batch: bool, images: int, force: bool, as_json: bool
+    run: Path,
+    out: Path,
+    profile: str,
+    target: str,
+    dynamic_batch: bool,
+    images: int,
+    data: str | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Fold a run's student into static ONNX graphs, prove them equal, write a BUNDLE."""
     from . import api
@@ -270,7 +275,7 @@ def export(
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images, target, force, say)
+        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say)
     except ParityError as error:
         say(f"failed: {error}")
         sys.exit(1)
@@ -326,7 +331,14 @@ def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: An
 @cli.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
 @click.option("--data", required=True, help="image source, see `train --help`")
-@click.option("--limit-per-class", type=click.IntRange(1), help="validation images a class [default: all]")
+@click.option("--limit-per-class", type=click.IntRange(1), help="images a class [default: all]")
+@click.option(
+    "--split",
+    default="auto",
+    show_default=True,
+    help="auto | val | test | train | all: the images that count. auto: those of val/, or of test/ without one; of "
+    "class folders without parts all, unless the student was trained on them: then the held-out fifth",
+)
 @backend_option
 @precision_option
 @threads_option
@@ -335,16 +347,17 @@ def evaluate(
     source: Path,
     data: str,
     limit_per_class: int | None,
+    split: str,
     backend: str,
     precision: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Accuracy per task on the validation images, of a trained RUN (torch) or a BUNDLE (as deployed)."""
+    """Accuracy per task on images that were not trained on, of a trained RUN (torch) or a BUNDLE (as deployed)."""
     from . import api
 
-    result = api.evaluate(source, data, limit_per_class, backend, threads, precision, say)
-    per_task = " ".join(f"{a:.1f}" for a in result["per_task"])
+    result = api.evaluate(source, data, limit_per_class, backend, threads, precision, split, say)
+    per_task = " ".join("-" if a is None else f"{a:.1f}" for a in result["per_task"])
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "
     text += f"{result['backend']} in {result['precision']}\n"

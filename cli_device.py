@@ -38,7 +38,7 @@ def build(
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE|FOLDER...")
 @click.option("--task", type=click.IntRange(1), help="only the classes of this task compete (the first is 1)")
 @click.option("--top", type=click.IntRange(1), default=1, show_default=True, help="classes to list")
 @click.option(
@@ -62,11 +62,14 @@ def predict(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Classify images; says which prompts were selected, how sure the student is, and which task they look like."""
+    """Classify images; says which prompts were selected, how sure the student is, and which task they look like.
+
+    A folder stands for the pictures below it. One that cannot be read does not stop the others; exit code 1 then.
+    """
     from . import api
 
     index = None if task is None else task - 1
-    result = api.predict(bundle, images, index, top, backend, threads, precision, policy)
+    result = api.predict(bundle, images, index, top, backend, threads, precision, policy, say)
     lines = []
     for p in result["predictions"]:
         known = "  looks like none of the classes" if p["unknown"] else ""
@@ -75,7 +78,11 @@ def predict(
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
     lines.append(f"by {result['backend']} in {result['precision']}")
     lines += [f"{name}: {text}" for name, text in result["definitions"].items()]
+    for broken in result["unreadable"]:
+        say(f"left out: {broken['reason']}")
     emit(result, as_json, "\n".join(lines))
+    if result["unreadable"]:
+        sys.exit(1)
 
 
 @click.command()

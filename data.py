@@ -3,121 +3,91 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .errors import InputError, choose
 from .extras import command
-from .images import EXTENSIONS, Preprocessing, UnreadableImage
+from .folders import (
+    EXPECTED,
+    LeftOut,
+    check_depth,
+    check_name,
+    class_folders,
+    find_parts,
+    leave_out_files,
+    pictures_below,
+    reasons,
+)
+from .images import EXTENSIONS
+from .splits import Decoded, Split, joined
+
+__all__ = (
+    "Dataset",
+    "Decoded",
+    "Fingerprint",
+    "Scored",
+    "Split",
+    "absolute",
+    "find_scored",
+    "held_out_early",
+    "load_dataset",
+)
 
 VAL_SHARE = 0.2
-"share of images held out, by a hash of the file name, when a folder has no train/ and val/ of its own"
-_GLANCE = Preprocessing(32, 32)
-"decodes as little of a file as shows that it is readable"
+"share of each class's images that is held out, by a hash of the file name, when a folder has no part of its own for it"
+SCORED = ("auto", "val", "test", "train", "all")
+"what `evaluate --split` takes"
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Pixels in memory, ready for a backbone."""
+class Fingerprint:
+    """What a student has learnt from and was measured on: class name -> hash of its images, see Split.hashes."""
 
-    pixels: np.ndarray
-    "uint8 (N, S, S, 3)"
-    labels: np.ndarray
-    "int64 (N,)"
-    skipped: tuple[str, ...]
-    "one line for each image that could not be read"
+    train: Mapping[str, str]
+    val: Mapping[str, str]
 
+    @cached_property
+    def whole(self) -> str:
+        """SHA-256 over everything, the order of the classes included."""
+        return hashlib.sha256(json.dumps([list(self.train.items()), list(self.val.items())]).encode()).hexdigest()
 
-@dataclass(frozen=True)
-class Split:
-    """Images (paths, or uint8 arrays of one shape) with their labels."""
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {"sha256": self.whole, "train": dict(self.train), "val": dict(self.val)}
 
-    items: Sequence[Path] | np.ndarray
-    "paths, or uint8 (N, H, W, 3)"
-    labels: np.ndarray
-    "int64 (N,), indices into Dataset.classes"
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Fingerprint:
+        """The inverse of `to_json`; a part that was left away is empty."""
+        return cls(document.get("train") or {}, document.get("val") or {})
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def changes(self, now: Fingerprint) -> str:
+        """How the images of `now` differ from these, in one line; empty where they do not."""
+        if now.whole == self.whole:
+            return ""
+        found = []
+        for part, old, new in (("training", self.train, now.train), ("validation", self.val, now.val)):
+            for what, names in (
+                ("without", [c for c in old if c not in new]),
+                ("new", [c for c in new if c not in old]),
+                ("other pictures of", [c for c in new if c in old and new[c] != old[c]]),
+            ):
+                if names:
+                    found.append(f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} in {part}")
+        return "; ".join(found) or "the classes in another order"
 
-    def take(self, index: np.ndarray) -> Split:
-        """The images at `index` (int64 (K,)), in that order."""
-        items = self.items[index] if isinstance(self.items, np.ndarray) else [self.items[int(i)] for i in index]
-        return Split(items, self.labels[index])
-
-    def joined(self, *others: Split) -> Split:
-        """These images, then those of the others; all are paths, or all are arrays."""
-        labels = np.concatenate([s.labels for s in (self, *others)])
-        if isinstance(self.items, np.ndarray):
-            return Split(np.concatenate([np.asarray(s.items) for s in (self, *others)]), labels)
-        return Split([item for s in (self, *others) for item in s.items], labels)
-
-    def of_classes(self, classes: Sequence[int]) -> Split:
-        """The images of some classes, in their order here."""
-        return self.take(np.flatnonzero(np.isin(self.labels, np.asarray(classes))))
-
-    def limited(self, per_class: int, seed: int) -> Split:
-        """At most `per_class` images of each class, drawn by `seed`, in their order here."""
-        rng = np.random.default_rng([seed, 0x11317])
-        keep = [rng.permutation(np.flatnonzero(self.labels == c))[:per_class] for c in np.unique(self.labels)]
-        return self.take(np.sort(np.concatenate(keep)))
-
-    def check_readable(self, classes: Sequence[str]) -> None:
-        """Look for one readable image of each class, before hours of work are spent on the classes in front of it.
-
-        classes: names, for the message. Raises: InputError for a class with nothing but unreadable files.
-        """
-        if isinstance(self.items, np.ndarray):
-            return
-        for label in np.unique(self.labels).tolist():
-            first = None
-            for index in np.flatnonzero(self.labels == label):
-                try:
-                    _GLANCE.read(self.items[int(index)])
-                    break
-                except UnreadableImage as error:
-                    first = first or " ".join(str(error).split())
-            else:
-                raise InputError(
-                    f"class {classes[label]!r} has no readable image",
-                    got=first,
-                    expected="at least one readable image a class",
-                    fix="replace the files or remove the class folder",
-                )
-
-    def decode(self, preprocessing: Preprocessing) -> Decoded:
-        """Read every image; an unreadable one is named and left out.
-
-        Raises: InputError when a class loses all of its images.
-        """
-
-        def one(item: Path | np.ndarray) -> np.ndarray | str:
-            try:
-                return preprocessing.read(item)
-            except UnreadableImage as error:
-                return " ".join(str(error).split())
-
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(one, self.items, chunksize=64))
-        good = [i for i, r in enumerate(results) if not isinstance(r, str)]
-        skipped = tuple(r for r in results if isinstance(r, str))
-        lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))
-        if lost:
-            raise InputError(
-                f"no readable image is left of {len(lost)} class(es)",
-                # The first file of a lost class: its path says which class it is.
-                got=next(str(r) for r, label in zip(results, self.labels, strict=True) if label == lost[0]),
-                expected="at least one readable image a class",
-                fix="replace the files or remove the class folder",
-            )
-        size = preprocessing.size
-        pixels = np.stack([r for r in results if not isinstance(r, str)]) if good else np.zeros((0, size, size, 3))
-        return Decoded(pixels.astype(np.uint8, copy=False), self.labels[good], skipped)
+    def shares(self, other: Fingerprint) -> bool:
+        """Whether a class has the same training or validation images in both."""
+        pairs = ((self.train, other.train), (self.val, other.val))
+        return any(mine.get(c) == theirs[c] for mine, theirs in pairs for c in theirs)
 
 
 @dataclass(frozen=True)
@@ -125,53 +95,241 @@ class Dataset:
     """A named source with a training and a validation split over the same classes."""
 
     source: str
+    "as it was given"
     classes: tuple[str, ...]
     train: Split
     val: Split
+    test: Split | None = None
+    "a part of its own beside the validation images, which only `scored` gives"
+    held_out: bool = False
+    "the source has no part for validation: images of each class were taken"
+    early: bool = False
+    "they were taken as early versions did, see load_dataset"
+    parts: Mapping[str, str] = field(default_factory=dict)
+    '"train", "val", "test" -> what their folders are called; empty where there are none'
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    "files that are not read: reason -> how many"
 
-    def fingerprint(self) -> str:
-        """sha256 over class names, labels, and the images: their bytes, or names and sizes of their files."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
-        for split in (self.train, self.val):
-            digest.update(np.ascontiguousarray(split.labels).tobytes())
-            if isinstance(split.items, np.ndarray):
-                digest.update(np.ascontiguousarray(split.items).tobytes())
-                continue
-            for path in split.items:
-                digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        return digest.hexdigest()
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Of class names, file names and file bytes; where the folder lies is of no account."""
+        return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """{"classes", "train", "validation", "left_out": {reason: files}}, and "test" where there is one."""
+        counts = {"classes": len(self.classes), "train": len(self.train), "validation": len(self.val)}
+        more = {} if self.test is None else {"test": len(self.test)}
+        return {**counts, **more, "left_out": dict(self.left_out)}
+
+    @property
+    def line(self) -> str:
+        """The same for people."""
+        how = ""
+        if self.held_out:
+            how = " (a fifth of each class, held out)"
+        elif (called := self.parts.get("val", "val")) != "val":
+            how = f" ({called}/)"
+        test = "" if self.test is None else f", {len(self.test)} in {self.parts['test']}/ kept apart"
+        counts = f"{len(self.classes)} classes, {len(self.train)} train, {len(self.val)} validation{how}{test}"
+        return f"{self.source}: {counts}, {sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For a run's metrics.json: the source as given and wherever it is looked for from, `summary`, fingerprint."""
+        where = {"given": self.source, "source": absolute(self.source)}
+        early = {"early": True} if self.early else {}
+        return {**where, **self.summary, **early, "fingerprint": self.fingerprint.to_json()}
+
+    def without_tuning(self, share: float = VAL_SHARE, seed: int = 0) -> tuple[Dataset, Split]:
+        """(the data set without them, `share` of each class's training images): to choose anything by.
+
+        Rates, heads and thresholds that were chosen on the validation images make their accuracy too good. These are
+        neither trained on nor reported.
+        """
+        rest, tuning = self.train.divided(share, seed)
+        return replace(self, train=rest), tuning
+
+    def scored(self, split: str = "auto", trained: Mapping[str, Any] | None = None) -> tuple[Split, str]:
+        """The images that an evaluation scores, and a few words that say which.
+
+        Args:
+            split: one of SCORED. auto: the validation images; of class folders without parts all images, unless the
+                student was trained on some of them.
+            trained: the "data" record of the student's run; None where nobody knows.
+
+        Raises: InputError for a part that is not there.
+        """
+        choose("split", split, SCORED)
+        if split == "auto":
+            own = not self.held_out or trained is None or self._is_of(trained)
+            split = "val" if own else "all"
+        if split == "all":
+            return joined([s for s in (self.train, self.val, self.test) if s is not None]), "all images"
+        if split == "test" and self.test is None and self.parts.get("val", "").lower() not in ("test", "testing"):
+            raise InputError(
+                f"{self.source}: no part for testing",
+                got=", ".join(f"{name}/" for name in self.parts.values()) or "no parts",
+                expected="PATH/test/<class>/*",
+                fix="give --split val or --split all",
+            )
+        if split == "test" and self.test is not None:
+            return self.test, "test images"
+        if split == "train":
+            return self.train, "training images"
+        return self.val, "validation images" + (", a fifth of each class" if self.held_out else "")
+
+    def _is_of(self, trained: Mapping[str, Any]) -> bool:
+        """Whether a student of that record has learnt from some of these images."""
+        if self.source in (trained.get("given"), trained.get("source")) or absolute(self.source) == trained.get(
+            "source"
+        ):
+            return True
+        return Fingerprint.from_json(trained["fingerprint"]).shares(self.fingerprint)
 
 
-def load_dataset(source: str, learning: bool = True) -> Dataset:
+def absolute(source: str) -> str:
+    """The source with its path from the root of the file system, so that it means the same from everywhere."""
+    kind, colon, path = source.partition(":")
+    return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if path else kind + colon
+
+
+def held_out_early(training: Mapping[str, Any] | None) -> bool:
+    """Whether a run is of a version that held images out differently. training: its metrics.json, or a manifest's."""
+    return bool(training) and bool(((training or {}).get("data") or {"early": True}).get("early"))
+
+
+def load_dataset(source: str, learning: bool = True, early: bool = False) -> Dataset:
     """Open a source by its name. Raises: InputError for anything that is not there or not complete.
 
-    learning: every class has training images; otherwise a class may be in val/ alone, to be measured and not learnt.
+    Args:
+        learning: every class has training and validation images; otherwise a class may have either.
+        early: hold images out as versions did that kept no "data" in metrics.json, for their runs: held_out_early.
     """
     kind, _, path = source.partition(":")
     loaders = {"digits": _digits, "folder": _folder, "cifar100": _cifar100, "imagenet-r": _imagenet_r}
+    check_name(source)
+    if source and kind not in loaders and Path(source).expanduser().is_dir():
+        raise InputError(
+            "unknown data source",
+            got=repr(source),
+            expected="one of " + ", ".join(sorted(loaders)),
+            fix=f"for the folder of that name give folder:{source}",
+        )
     loader = loaders[choose("data source", kind, loaders)]
     if not path and kind in ("folder", "imagenet-r"):
         raise InputError(f"{source}: the path is missing", expected=f"{kind}:PATH")
-    dataset = loader(source, Path(path).expanduser() if path else None)
-    absent = sorted(set(range(len(dataset.classes))) - set(dataset.train.labels.tolist()))
-    if learning and absent:
-        first = dataset.classes[absent[0]]
+    try:
+        dataset = loader(source, Path(path).expanduser() if path else None, early)
+    except OSError as error:
         raise InputError(
-            f"{path}: {len(absent)} class(es) of val/ are missing in train/",
-            got=", ".join(dataset.classes[c] for c in absent[:5]) + (" ..." if len(absent) > 5 else ""),
-            expected="the same class folders in both",
-            fix=f"add train/{first} with at least one image, or remove val/{first}",
-        )
+            f"{error.filename or path}: cannot be read", got=error.strerror or str(error), fix="mend its permissions"
+        ) from error
+    if learning:
+        _check_complete(dataset, path)
     return dataset
 
 
-def _held_out(names: Sequence[str]) -> np.ndarray:
-    """bool (N,): about VAL_SHARE of the names, by hash; never none, never all.
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation scores."""
 
-    Adding images moves no other one, except where the hash alone would have held out none or all of so few.
+    dataset: Dataset
+    images: Split
+    which: str
+    "what they are, in a few words"
+    missing: tuple[str, ...]
+    "classes of the student without an image"
+
+
+def find_scored(
+    source: str,
+    split: str,
+    training: Mapping[str, Any] | None,
+    classes: Sequence[str],
+    say: Callable[[str], None] | None = None,
+) -> Scored:
+    """The images of a source that a student is scored on.
+
+    Args:
+        split: one of SCORED, see Dataset.scored.
+        training: metrics.json of the student's run, or "training" of a manifest; None where nobody knows.
+        classes: of the student, by name.
+        say: told what is read, and which classes are missing.
+
+    Raises: InputError where there is nothing to score.
     """
+    choose("split", split, SCORED)
+    record = (training or {}).get("data")
+    dataset = load_dataset(source, learning=False, early=held_out_early(training))
+    images, which = dataset.scored(split, record)
+    there = {dataset.classes[c] for c in set(images.labels.tolist())}
+    missing = tuple(c for c in classes if c not in there)
+    if len(missing) == len(classes):
+        raise InputError(
+            f"{source}: none of the {len(classes)} classes that the student has learnt",
+            got=", ".join(sorted(there)[:8]) or "no images",
+            expected="images of at least one of " + ", ".join(list(classes)[:8]) + (" ..." if len(classes) > 8 else ""),
+            fix="evaluate on the data the student was trained on, or rename the class folders",
+        )
+    if say is not None:
+        say(dataset.line)
+        say(f"scored: {which}")
+        if missing:
+            names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+            say(f"{len(missing)} of the {len(classes)} classes have no image here and are not measured: {names}")
+    return Scored(dataset, images, which, missing)
+
+
+def _check_complete(dataset: Dataset, path: str) -> None:
+    """Raises: InputError where a class has no training or no validation images."""
+    if dataset.held_out:
+        lonely = [c for c in range(len(dataset.classes)) if c not in set(dataset.val.labels.tolist())]
+        if lonely:
+            raise InputError(
+                f"{path}/{dataset.classes[lonely[0]]}: one image only",
+                got=f"{len(lonely)} class(es) of one image",
+                expected="at least two: one to learn, one to hold out",
+                fix="add images",
+            )
+    train, val = (dataset.parts.get(part, part) for part in ("train", "val"))
+    for split, here, there in ((dataset.val, val, train), (dataset.train, train, val)):
+        absent = sorted(set(range(len(dataset.classes))) - set(split.labels.tolist()))
+        if len(absent) == len(dataset.classes):
+            raise InputError(
+                f"{path}: no folder {here}/",
+                got=", ".join(f"{name}/" for name in dataset.parts.values()),
+                expected=EXPECTED,
+            )
+        if absent:
+            first = dataset.classes[absent[0]]
+            raise InputError(
+                f"{path}: {len(absent)} class(es) of {there}/ are missing in {here}/",
+                got=", ".join(dataset.classes[c] for c in absent[:5]) + (" ..." if len(absent) > 5 else ""),
+                expected="the same class folders in both",
+                fix=f"add {here}/{first} with at least one image, or remove {there}/{first}",
+            )
+
+
+def _ranks(names: Sequence[str]) -> np.ndarray:
+    """float64 (N,): a number from 0 to 1 for each name, by hash: the same everywhere and for ever."""
     rank = np.array([int.from_bytes(hashlib.sha256(n.encode()).digest()[:6], "big") for n in names], dtype=np.float64)
-    rank /= float(1 << 48)
+    return rank / float(1 << 48)
+
+
+def _a_fifth(names: Sequence[str]) -> np.ndarray:
+    """bool (N,): VAL_SHARE of the names, one at least and never all: those that rank first.
+
+    An image that is added moves at most one other.
+    """
+    held = np.zeros(len(names), dtype=bool)
+    held[np.argsort(_ranks(names), kind="stable")[: min(len(names) - 1, max(1, round(VAL_SHARE * len(names))))]] = True
+    return held
+
+
+def _about_a_fifth(names: Sequence[str]) -> np.ndarray:
+    """bool (N,): the names that rank below VAL_SHARE; never none, never all. Adding an image moves no other."""
+    rank = _ranks(names)
     held = rank < VAL_SHARE
     if len(names) > 1:
         held[np.argmin(rank)] = True
@@ -179,7 +337,7 @@ def _held_out(names: Sequence[str]) -> np.ndarray:
     return held
 
 
-def _digits(source: str, path: Path | None) -> Dataset:
+def _digits(source: str, path: Path | None, early: bool) -> Dataset:
     try:
         from sklearn.datasets import load_digits  # the bundled UCI test set: 1,797 scans of 8 x 8, 17 grey levels
     except ImportError as error:
@@ -189,29 +347,21 @@ def _digits(source: str, path: Path | None) -> Dataset:
     grey = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=3)
     labels = np.asarray(bunch.target, dtype=np.int64)
-    held = _held_out([str(i) for i in range(len(labels))])
+    held = _about_a_fifth([str(i) for i in range(len(labels))])
     return Dataset(
         source, tuple(str(d) for d in range(10)), Split(images[~held], labels[~held]), Split(images[held], labels[held])
     )
 
 
-def _class_folders(root: Path) -> list[Path]:
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-
-
-def _read_split(root: Path, classes: Sequence[str], there: Collection[str] | None = None) -> Split:
-    """there: those of the classes that have a folder; None: all."""
+def _read_split(root: Path, classes: Sequence[str], there: Collection[str], left_out: LeftOut) -> Split:
+    """The pictures in root/<class>. there: those of the classes that have a folder."""
     items: list[Path] = []
     labels: list[int] = []
     empty: list[str] = []
     for index, name in enumerate(classes):
-        if there is not None and name not in there:
+        if name not in there:
             continue
-        files = _image_files(root / name)
+        files = pictures_below(root / name, left_out)
         if not files:
             empty.append(name)
         items += files
@@ -226,62 +376,68 @@ def _read_split(root: Path, classes: Sequence[str], there: Collection[str] | Non
     return Split(items, np.asarray(labels, dtype=np.int64))
 
 
-def _folder(source: str, path: Path | None) -> Dataset:
+def _folder(source: str, path: Path | None, early: bool) -> Dataset:
     assert path is not None
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder", expected="PATH/train/<class>/* and PATH/val/<class>/*")
-    if not (path / "train").is_dir() and not (path / "val").is_dir():
-        return _unsplit(source, path)
-    for part in ("train", "val"):
-        if not (path / part).is_dir():
-            raise InputError(
-                f"{path}: no folder {part}/",
-                got=", ".join(sorted(p.name for p in path.iterdir())[:8]),
-                expected="PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/* to have a fifth held out",
-            )
-    names = {part: [p.name for p in _class_folders(path / part)] for part in ("train", "val")}
-    missing = sorted(set(names["train"]) - set(names["val"]))
-    if missing:
-        raise InputError(
-            f"{path}: {len(missing)} class(es) of train/ are missing in val/",
-            got=", ".join(missing[:5]) + (" ..." if len(missing) > 5 else ""),
-            expected="the same class folders in both",
-            fix=f"add val/{missing[0]} with at least one image, or remove train/{missing[0]}",
-        )
-    if not names["train"]:
-        raise InputError(f"{path}/train: no class folder", expected="one folder for each class")
-    classes = names["val"]
-    train = _read_split(path / "train", classes, set(names["train"]))
-    return Dataset(source, tuple(classes), train, _read_split(path / "val", classes))
-
-
-def _unsplit(source: str, path: Path) -> Dataset:
-    """PATH/<class>/*: a fifth of each class is held out for validation."""
-    classes = [p.name for p in _class_folders(path)]
-    if not classes:
-        raise InputError(
-            f"{path}: no class folder",
-            got=f"{len(list(path.iterdir()))} entries, none a folder",
-            expected="PATH/train/<class>/* and PATH/val/<class>/*, or PATH/<class>/*",
-        )
-    everything = _read_split(path, classes)
-    assert not isinstance(everything.items, np.ndarray)
-    held = np.zeros(len(everything), dtype=bool)
-    for c, name in enumerate(classes):
-        index = np.flatnonzero(everything.labels == c)
-        if len(index) < 2:
-            raise InputError(
-                f"{path}/{name}: one image only",
-                expected="at least two: one to learn, one to hold out",
-                fix="add images",
-            )
-        held[index] = _held_out([str(everything.items[int(i)].relative_to(path)) for i in index])
+        raise InputError(f"{path}: no such folder", expected=EXPECTED)
+    left_out: LeftOut = Counter()
+    parts = find_parts(path, left_out)
+    leave_out_files(path, left_out)
+    if not parts or list(parts) == ["train"]:
+        return _unsplit(source, parts.get("train", path), left_out, early)
+    names: dict[str, set[str]] = {}
+    for part, folder in parts.items():
+        folders = class_folders(folder)
+        if not folders:
+            raise InputError(f"{folder}: no class folder", expected="one folder for each class")
+        check_depth(folder, folders)
+        leave_out_files(folder, left_out)
+        names[part] = {f.name for f in folders}
+    classes = sorted(set().union(*names.values()))
+    for name in classes:
+        check_name(name)
+    read = {part: _read_split(folder, classes, names[part], left_out) for part, folder in parts.items()}
+    empty = Split([], np.zeros(0, dtype=np.int64))
     return Dataset(
-        source, tuple(classes), everything.take(np.flatnonzero(~held)), everything.take(np.flatnonzero(held))
+        source,
+        tuple(classes),
+        read.get("train", empty),
+        read["val"],
+        read.get("test"),
+        parts={part: folder.name for part, folder in parts.items()},
+        left_out=dict(+left_out),
     )
 
 
-def _imagenet_r(source: str, path: Path | None) -> Dataset:
+def _unsplit(source: str, path: Path, left_out: LeftOut, early: bool) -> Dataset:
+    """PATH/<class>/*: a fifth of each class is held out for validation."""
+    folders = class_folders(path)
+    if not folders:
+        entries = list(path.iterdir())
+        itself = any(p.suffix.lower() in EXTENSIONS for p in entries)
+        raise InputError(
+            f"{path}: no class folder",
+            got=f"{len(entries)} entries, none a folder",
+            expected=EXPECTED,
+            fix=f"name the folder that holds the class folders, perhaps folder:{path.parent}" if itself else None,
+        )
+    check_depth(path, folders)
+    classes = [f.name for f in folders]
+    for name in classes:
+        check_name(name)
+    everything = _read_split(path, classes, classes, left_out)
+    assert not isinstance(everything.items, np.ndarray)
+    held = np.zeros(len(everything), dtype=bool)
+    hold_out = _about_a_fifth if early else _a_fifth
+    for c in range(len(classes)):
+        index = np.flatnonzero(everything.labels == c)
+        if len(index) > 1:
+            held[index] = hold_out([str(everything.items[int(i)].relative_to(path)) for i in index])
+    train, val = (everything.take(np.flatnonzero(chosen)) for chosen in (~held, held))
+    return Dataset(source, tuple(classes), train, val, held_out=True, early=early, left_out=dict(+left_out))
+
+
+def _imagenet_r(source: str, path: Path | None, early: bool) -> Dataset:
     assert path is not None
     if not path.is_dir():
         raise InputError(
@@ -289,16 +445,16 @@ def _imagenet_r(source: str, path: Path | None) -> Dataset:
             expected="the unpacked imagenet-r.tar (200 folders n0...)",
             fix="download it from its authors' page (github.com/hendrycks/imagenet-r) and name its folder",
         )
-    return _folder(source, path)
+    return _folder(source, path, early)
 
 
-def _cifar100(source: str, path: Path | None) -> Dataset:
+def _cifar100(source: str, path: Path | None, early: bool) -> Dataset:
     path = path or Path.home() / ".cache" / "cdl-edge" / "cifar-100-binary"
     for folder in (path, path / "cifar-100-binary"):
         if (folder / "train.bin").is_file() and (folder / "test.bin").is_file():
             return _cifar100_binary(source, folder)
     if (path / "train").is_dir():
-        return _folder(source, path)
+        return _folder(source, path, early)
     raise InputError(
         f"{path}: CIFAR-100 is not there",
         expected="train.bin, test.bin, fine_label_names.txt (the binary version), or train/<class>/, val/<class>/",

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing tells whether a leftover's process still lives
+except ImportError:  # Windows: nothing guards against two processes in one folder
     fcntl = None  # type: ignore[assignment]
 
 
@@ -227,6 +227,19 @@ def atomic_folder(path: Path, foreign: Callable[[Path], str | None] | None = Non
                 if old.exists():
                     os.replace(old, path)
                 raise
+
+
+def hold(path: Path) -> IO[str] | None:
+    """Lock a file for as long as the stream, or a process that inherits it, lives; None when somebody else holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = open(path, "a")  # noqa: SIM115 (closed by the caller)
+    try:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
+    return stream
 
 
 def write_json(path: Path, document: Any) -> None:

@@ -57,6 +57,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     document = {
         "student": {k: metrics["student"][k] for k in ("average_accuracy", "forgetting", "matrix")},
         "teacher": {k: metrics["teacher"][k] for k in ("average_accuracy", "forgetting", "matrix")},
+        "data": {k: v for k, v in metrics["data"].items() if k not in ("source", "fingerprint")},
         "parity": exported["parity"],
         "evaluate": accuracy,
         "calibrate": {k: quantised[k] for k in ("flavours", "latency", "recommended")},

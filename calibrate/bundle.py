@@ -86,7 +86,7 @@ def calibrate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
-    found = images_of(opened, data, images, limit_per_class) if data is not None else None
+    found = images_of(opened, data, images, limit_per_class, say) if data is not None else None
     if max_drop is not None and (found is None or not len(found.labels)):
         raise InputError(
             "--max-drop needs images to measure accuracy on",
@@ -149,7 +149,7 @@ def calibrate(
         say(f"warning: {entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry["bytes"] for name, entry in written.manifest["files"].items()}
-    return {**document, "bundle": str(written.path), "bytes": sizes}
+    return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
 
 
 def _strengths(smooth: float | str | None) -> list[float | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..data import Split, load_dataset
+from ..data import Split, held_out_early, load_dataset
 from ..errors import InputError
 from ..runtime.bundle import Bundle
 
@@ -27,16 +29,27 @@ class Images:
     "int64 (M,), the bundle's classes"
     tasks: tuple[int, ...]
     "tasks with training images"
+    summary: dict[str, Any]
+    "see data.Dataset.summary"
     whole: bool
     "every class of the bundle is there, with training images"
 
 
-def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int | None) -> Images:
+def images_of(
+    bundle: Bundle,
+    source: str,
+    per_task: int,
+    limit_per_class: int | None,
+    say: Callable[[str], None] | None = None,
+) -> Images:
     """Read them. per_task: training images of each task. limit_per_class: validation images, None: all.
+    say: told what is read.
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
-    dataset = load_dataset(source, learning=False)
+    dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.get("training")))
+    if say is not None:
+        say(dataset.line)
     position = {name: index for index, name in enumerate(bundle.classes)}
     mapped = np.array([position.get(name, -1) for name in dataset.classes])
     if (mapped < 0).all():
@@ -66,7 +79,9 @@ def images_of(bundle: Bundle, source: str, per_task: int, limit_per_class: int |
     labels = mapped[validation.labels]
     tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
     whole = set(range(len(bundle.classes))) <= set(given.tolist())
-    return Images(training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, whole)
+    return Images(
+        training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, dataset.summary, whole
+    )
 
 
 def _spread(split: Split, tasks: np.ndarray, per_task: int) -> Split:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..data import Dataset, load_dataset
+from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
 from ..runtime import load
@@ -41,6 +41,7 @@ def export(
     profile: str = "ort",
     dynamic_batch: bool = False,
     images: int = 500,
+    data: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
 ) -> dict[str, Any]:
@@ -50,17 +51,23 @@ def export(
         run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see runtime.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
-        say: gets a line for each step.
+        data: where the run's images are now, if they have moved. say: gets a line for each step.
 
-    Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256"}.
+    Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256", "data"}.
 
-    Raises: InputError for a run or data source that is not there; ParityError when the graph differs from the student.
+    Raises: InputError for a run or data source that is not there, or other images than the run's; ParityError when the
+        graph differs from the student.
     """
     dialect = get_profile(profile)
     out = Path(out)
     check_target(out, replace)
     opened = load_run(Path(run))
-    dataset = load_dataset(opened.config.data, learning=False)
+    record = opened.metrics.get("data")
+    source = data or opened.config.data
+    dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics))
+    if say is not None:
+        say(dataset.line)
+    _check_images(opened, dataset)
     pixels = _real_images(opened, dataset, images)
     say(f"the trained student answers {len(pixels)} images")
     expected = student_logits(opened, pixels, len(opened.metrics["classes"]))
@@ -78,11 +85,11 @@ def export(
         draft = write_bundle(folder / "draft", manifest, files)
         parities = _prove(draft, graphs, pixels, expected, say)
         with load(draft, "onnxruntime") as runner:
-            measured = evaluate(runner, opened.config.data, progress=fifths("accuracy of the graph", say))
+            measured = evaluate(runner, source, progress=fifths("accuracy of the graph", say), split="val")
             say("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
-        accuracy = {**{k: measured[k] for k in keep}, "source": opened.config.data}
+        accuracy = {**{k: measured[k] for k in keep}, "source": (record or {}).get("given", source)}
         parity = parities["student"]
         proven = {"parity": parity, "graph_parity": parities, "accuracy": accuracy, "confidence": confidence}
         if selections:
@@ -95,6 +102,7 @@ def export(
         "accuracy": accuracy,
         "bytes": {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()},
         "manifest_sha256": bundle.manifest["manifest_sha256"],
+        "data": dataset.summary,
     }
 
 
@@ -167,15 +175,31 @@ def _confidence(draft: Bundle, runner: Runner, dataset: Dataset) -> tuple[dict[s
     return fit(outputs["logits"], labels, draft.tasks, {name: outputs[name] for name in names})
 
 
+def _check_images(run: Run, dataset: Dataset) -> None:
+    """Raises: InputError where these are not the run's validation images: accuracy and self-test are taken from them.
+
+    The source may have got other classes since, and lost training images.
+    """
+    classes = run.metrics["classes"]
+    missing = sorted(set(classes) - {dataset.classes[c] for c in set(dataset.val.labels.tolist())})
+    changes = f"without {', '.join(missing[:5])}" if missing else ""
+    if not missing and (record := run.metrics.get("data")):
+        learnt = Fingerprint.from_json(record["fingerprint"]).val
+        val = dataset.val.of_classes([dataset.classes.index(c) for c in classes]).hashes(dataset.classes)
+        changes = Fingerprint({}, {c: learnt[c] for c in sorted(learnt)}).changes(
+            Fingerprint({}, {c: val[c] for c in sorted(val)})
+        )
+    if changes:
+        raise InputError(
+            f"{dataset.source}: not the images that the run was trained with",
+            got=changes,
+            expected="the run's validation images, all classes: accuracy, self-test and confidence are taken from them",
+            fix="bring them back, name the folder that they have moved to with --data, or train again",
+        )
+
+
 def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:
     """uint8 (count, S, S, 3)."""
-    missing = sorted(set(run.metrics["classes"]) - set(dataset.classes))
-    if missing:
-        raise InputError(
-            f"{run.config.data}: changed since the run: {len(missing)} classes are gone",
-            got="without " + ", ".join(missing[:5]),
-            expected="the classes the run has learnt",
-        )
     pixels = sample(dataset.val, count).decode(run.preprocessing).pixels
     if len(pixels) < count:
         more = sample(dataset.train, count - len(pixels)).decode(run.preprocessing).pixels
@@ -190,6 +214,11 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
     learner = student.learner
     query = "none" if not learner.needs_query else config.query
     training = {k: v for k, v in run.metrics.items() if k not in ("student", "teacher")}
+    if record := training.get("data"):
+        # A bundle goes out of the house: no path of this machine, and what tells the run's images from others.
+        hashes = {k: record["fingerprint"][k] for k in ("sha256", "val")}
+        training["data"] = {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes}
+        training["config"] = {**training["config"], "data": record["given"]}
     for side in ("student", "teacher"):
         kept = run.metrics[side]
         training[side] = {k: v for k, v in kept.items() if k != "loss"} if kept else None

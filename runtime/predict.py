@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..images import UnreadableImage
+from .bundle import Bundle
 from .policy import Selector, Step
 from .runner import Runner
 
@@ -26,16 +28,18 @@ def predict(
     sources: Sequence[Path | str | bytes | np.ndarray],
     task: int | None = None,
     top: int = 1,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Classify pictures.
 
     Args:
         student: what `runtime.load` gives, or what `runtime.policy.open_policy` gives: the pictures are then the next
             frames of its stream.
-        sources: files, their bytes, or frames, uint8 RGB (H, W, 3). All are read before the first is classified.
+        sources: files, their bytes, or frames, uint8 RGB (H, W, 3).
         task: index into the manifest's tasks, from 0 (on the command line the first task is 1): only its classes
             compete. None: all of them do.
         top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
+        skip_unreadable: name what cannot be read in "unreadable": [{"image", "reason"}] and classify the others.
 
     Returns: {"backend", "precision", "definitions", "predictions": [{"image", "label", "index", "probability",
         "confidence", "unknown", "task", "task_posterior", "prompts": {"selected", "weights"}, "path", "top"}]}: "index"
@@ -44,7 +48,8 @@ def predict(
         bundle has no threshold), "task" the index of the most probable one of "task_posterior", "path" a key of
         runtime.policy.PATHS, "top" only if asked.
 
-    Raises: InputError for no picture, an unreadable one (named), a task that is not there, or top < 1.
+    Raises: InputError for no picture, an unreadable one (named; with skip_unreadable only where all are), a task that
+        is not there, top < 1, or a student whose answer is no number.
     """
     bundle = student.bundle
     competing = _competing(bundle.tasks, len(bundle.classes), task)
@@ -52,22 +57,32 @@ def predict(
         raise InputError("top is out of range", got=top, expected="1 or more")
     if not sources:
         raise InputError("no image to classify", fix="name at least one image")
-    preprocessing = bundle.preprocessing
-    pixels = np.stack([preprocessing.read(source) for source in sources])
-
     predictions: list[dict[str, Any]] = []
-    for start in range(0, len(pixels), CHUNK):
-        step = _step(student, pixels[start : start + CHUNK])
+    unreadable: list[dict[str, str]] = []
+    for start in range(0, len(sources), CHUNK):
+        names, pixels = [], []
+        for position, source in enumerate(sources[start : start + CHUNK], start):
+            name = f"image {position}" if isinstance(source, (bytes, np.ndarray)) else str(source)
+            try:
+                pixels.append(bundle.preprocessing.read(source))
+                names.append(name)
+            except UnreadableImage as error:
+                unreadable.append({"image": name, "reason": " ".join(str(error).split())})
+                if not skip_unreadable or len(unreadable) == len(sources):  # none is left
+                    raise
+        if not pixels:
+            continue
+        step = _step(student, np.stack(pixels))
+        check_finite(bundle, step.logits, names[0])
         share = probabilities(step.logits[:, competing])  # (b, len(competing))
         order = np.argsort(-share, axis=1, kind="stable")[:, :top]
-        for i in range(len(share)):
+        for i, name in enumerate(names):
             ranked = [
                 {"label": bundle.classes[competing[j]], "index": int(competing[j]), "probability": float(share[i, j])}
                 for j in order[i]
             ]
-            source = sources[start + i]
             prediction = {
-                "image": f"image {start + i}" if isinstance(source, (bytes, np.ndarray)) else str(source),
+                "image": name,
                 **ranked[0],
                 "confidence": float(step.probabilities[i, competing[order[i, 0]]]),
                 "unknown": None if step.unknown is None else bool(step.unknown[i]),
@@ -82,6 +97,7 @@ def predict(
         "backend": about["backend"],
         "precision": about["precision"],
         "predictions": predictions,
+        **({"unreadable": unreadable} if skip_unreadable else {}),
         "definitions": DEFINITIONS,
     }
 
@@ -98,6 +114,17 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis, in float64 so that a row sums to 1."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def check_finite(bundle: Bundle, logits: np.ndarray, name: str) -> None:
+    """Raises: InputError where the answer to the images from `name` on is no number: it would pass for a label."""
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"{bundle.path}: the student's answer to {name} is no number",
+            got="nan or inf among the logits",
+            expected="finite logits",
+            fix="its weights are not finite: train again with a smaller --learning-rate, and export again",
+        )
 
 
 def _competing(tasks: Sequence[Sequence[int]], classes: int, task: int | None) -> np.ndarray:

@@ -23,8 +23,8 @@ SEEDS = (0, 1, 2)
 VARIED = ("out", "learner", "distill", "query", "seed", "extend")
 "options of train that the grid sets, or that make no sense in one"
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in VARIED)
-ELSEWHERE = ("out", "devices", "teachers")
-"options of train that change where something runs or lies, and no number"
+ELSEWHERE = ("out", "devices", "teachers", "data")
+"options of train that change where something runs or lies, and no number; the images are compared by their bytes"
 
 Key = tuple[str, str, str, str]
 "(pair, learner, distiller, query): a row of the table, a cell of it for each seed"
@@ -251,7 +251,7 @@ def _departures(preset: Preset, settings: Mapping[str, Any], pairs: tuple[Pair, 
     """What is not as published: settings that differ from the preset's, other backbones."""
     usual = TrainConfig(data="", out="").to_json() | dict(preset.settings)
     # compat is no departure: the paper's code is one thing, its text the other. The table says which it was.
-    names = [k for k in SETTINGS if k not in (*ELSEWHERE, "data", "teacher", "student", "precision", "compat")]
+    names = [k for k in SETTINGS if k not in (*ELSEWHERE, "teacher", "student", "precision", "compat")]
     lines = [*preset.unlike]
     lines += [f"{k.replace('_', '-')} {settings[k]} (there {usual[k]})" for k in names if settings[k] != usual[k]]
     if settings["data"].partition(":")[0] != preset.data:

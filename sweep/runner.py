@@ -18,15 +18,11 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from ..cores import usable_cores
 from ..errors import InputError
+from ..files import hold
 from ..runtime.machine import read_line
 
 if TYPE_CHECKING:
     from .grid import Cell  # which imports all of training
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing guards against two sweeps in one folder
-    fcntl = None  # type: ignore[assignment]
 
 PAUSE_S = 0.1
 "between two looks at the running cells"
@@ -180,19 +176,6 @@ def _end_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return call
-
-
-def hold(path: Path) -> IO[str] | None:
-    """Lock a file for as long as the stream, or a process that inherits it, lives; None when somebody else holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = open(path, "a")  # noqa: SIM115 (closed by the caller)
-    try:
-        if fcntl is not None:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        stream.close()
-        return None
-    return stream
 
 
 @contextlib.contextmanager

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..data import load_dataset
+from ..data import Dataset, Fingerprint, absolute, load_dataset
 from ..errors import InputError
-from ..files import write_json, write_text
+from ..files import hold, write_json, write_text
 from ..report.sweep import write_sweep_report
 from ..train.config import TrainConfig
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
 from .grid import ELSEWHERE, SETTINGS, Cell, Key, Plan, differing, make_plan
 from .markdown import markdown
-from .runner import Process, Schedule, Slot, alone, hold, last_lines, make_slots, run_cells
+from .runner import Process, Schedule, Slot, alone, last_lines, make_slots, run_cells
 from .table import DEFINITIONS, METRICS, Summary, make_tables, summarise
 
 SCHEMA = 1
@@ -44,17 +44,18 @@ def sweep(
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"--{name} is out of range", got=repr(value), expected="a number of 1 or more")
     plan = make_plan(Path(out), _as_begun(Path(out), options))
-    load_dataset(plan.settings["data"])  # a wrong path is one message now, and not one for each cell
-    _check_folder(plan)
+    dataset = load_dataset(plan.settings["data"])  # a wrong path is one message now, and not one for each cell
+    say(dataset.line)
+    _check_folder(plan, dataset)
     with alone(plan.out):
-        return _Sweep(plan, say).run(parallel, threads)
+        return _Sweep(plan, dataset, say).run(parallel, threads)
 
 
 class _Sweep:
     """What is known of the cells while they run."""
 
-    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
-        self.plan, self.say = plan, say
+    def __init__(self, plan: Plan, dataset: Dataset, say: Callable[[str], None]) -> None:
+        self.plan, self.dataset, self.say = plan, dataset, say
         self.metrics: dict[str, dict[str, Any]] = {}
         "metrics.json of each finished cell, by its name"
         self.failures: dict[str, str] = {}
@@ -124,7 +125,10 @@ class _Sweep:
         return succeeded
 
     def _find(self, cell: Cell) -> None:
-        """Take over what an earlier sweep has left. Raises: InputError when that was started with other options."""
+        """Take over what an earlier sweep has left.
+
+        Raises: InputError when that was started with other options or learnt from other images.
+        """
         if (cell.run / "config.json").is_file():
             changed = differing(cell.config, TrainConfig.stored(_read_json(cell.run / "config.json")))
             if changed:
@@ -134,6 +138,9 @@ class _Sweep:
                     fix="give the same options, or choose another --out",
                 )
             self._read(cell)
+            record = self.metrics.get(cell.name, {}).get("data")
+            if record is not None:
+                _check_images(cell.run, record, self.dataset)
 
     def _read(self, cell: Cell) -> None:
         """metrics.json, if the cell has finished."""
@@ -160,6 +167,7 @@ class _Sweep:
             "schema": SCHEMA,
             "out": str(plan.out),
             "settings": dict(plan.settings),
+            "data": self.dataset.record,
             "grid": {
                 "pairs": [{"name": p.name, **{k: getattr(p, k) for k in names}} for p in plan.pairs],
                 "learners": list(plan.learners),
@@ -230,8 +238,19 @@ def _as_begun(out: Path, options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"decoder": settings.get("decoder", 1) if isinstance(settings, dict) else 1, **options}
 
 
-def _check_folder(plan: Plan) -> None:
-    """Raises: InputError when the folder holds something else, or a sweep with other options."""
+def _check_images(path: Path, record: Mapping[str, Any], dataset: Dataset) -> None:
+    """record: "data" of what has run. Raises: InputError where that learnt from other images."""
+    if changes := Fingerprint.from_json(record["fingerprint"]).changes(dataset.fingerprint):
+        raise InputError(
+            f"{dataset.source}: not the images that {path} was started with",
+            got=changes,
+            expected="the same class names, file names and bytes: a paired test over old and new would mean nothing",
+            fix="bring these images back, or choose another --out",
+        )
+
+
+def _check_folder(plan: Plan, dataset: Dataset) -> None:
+    """Raises: InputError when the folder holds something else, or a sweep with other options or images."""
     path = plan.out / "sweep.json"
     if not path.is_file():
         if plan.out.exists() and not plan.out.is_dir():
@@ -255,6 +274,9 @@ def _check_folder(plan: Plan) -> None:
         raise InputError(f"{path}: damaged", got=repr(error), expected="a file written by sweep") from error
     # The grid may grow, shrink, or get another seed: only what all runs share must stay.
     changed = [k for k in mine if k in theirs and mine[k] != theirs[k] and k not in ELSEWHERE]
+    record = stored.get("data")
+    if record is None and absolute(mine["data"]) != absolute(theirs["data"]):  # of an early version: no fingerprint
+        changed.append("data")
     if changed:
         raise InputError(
             f"{plan.out}: was started with other options",
@@ -262,6 +284,8 @@ def _check_folder(plan: Plan) -> None:
             expected=", ".join(f"{k or 'backbones'}={theirs[k]!r}" for k in changed),
             fix="give the same options, or choose another --out",
         )
+    if record is not None:
+        _check_images(plan.out, record, dataset)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -351,9 +351,45 @@ def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
     (tmp_path / "letter.jpg").write_text("dear aunt")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("letter.jpg", "empty.png", "missing.png"):
-        cli("predict", bundle[0], good, tmp_path / name, "--json").assert_refused(name, "not a readable image")
+        cli("predict", bundle[0], tmp_path / name, "--json").assert_refused(name, "not a readable image")
+        answer = cli("predict", bundle[0], good, tmp_path / name, "--json")
+        assert answer.code == 1 and f"left out: {tmp_path / name}: not a readable image" in answer.err
+        assert [p["image"] for p in answer.json["predictions"]] == [str(good)]
+        assert [u["image"] for u in answer.json["unreadable"]] == [str(tmp_path / name)]
     Image.new("1", (7000, 6000)).save(tmp_path / "huge.png")
     cli("predict", bundle[0], tmp_path / "huge.png").assert_refused("too large")
+
+
+def test_predict_a_folder(cli, bundle, photo, tmp_path):
+    root = tmp_path / "photos"
+    files = [photo(root / "b" / "1.png", 1), photo(root / "a.png", 2), photo(root / "a" / "2.png", 3)]
+    photo(root / ".trash" / "old.png", 4)
+    (root / "notes.txt").write_text("x")
+    answer = cli("predict", bundle[0], root, "--json")
+    assert answer.code == 0 and answer.err.startswith("3 image(s), 2 left out (1 ")
+    assert [p["image"] for p in answer.json["predictions"]] == sorted(map(str, files), key=lambda n: n.split("/"))
+    assert answer.json["data"] == {"images": 3, "left_out": {"hidden": 1, "of type .txt": 1}}
+    assert answer.json["unreadable"] == []
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.txt").write_text("x")
+    cli("predict", bundle[0], tmp_path / "empty").assert_refused("no picture in this folder", "1 of type .txt")
+
+
+def test_what_is_read_is_said_first_and_in_json(cli, bundle, trained, tmp_path):
+    counts = json.loads((trained[0] / "metrics.json").read_text())["data"]
+    first = f"digits: 10 classes, {counts['train']} train, {counts['validation']} validation, 0 left out"
+    summary = {"classes": 10, "train": counts["train"], "validation": counts["validation"], "left_out": {}}
+    assert trained[1].err.splitlines()[0] == bundle[1].err.splitlines()[0] == first
+    assert trained[1].json["data"] == {"given": "digits", **summary} and bundle[1].json["data"] == summary
+    for source in (trained[0], bundle[0]):
+        answer = cli("evaluate", source, "--data", "digits", "--limit-per-class", 1, "--json")
+        assert answer.err.splitlines()[:2] == [first, "scored: validation images"]
+        assert answer.json["data"] == summary and answer.json["split"] == "validation images"
+
+
+def test_a_folder_without_its_kind_gets_a_hint(cli, trained, tmp_path):
+    (tmp_path / "photos").mkdir()
+    cli("evaluate", trained[0], "--data", tmp_path / "photos").assert_refused(f"give folder:{tmp_path / 'photos'}")
 
 
 def test_predict_within_a_task(cli, bundle, photo, tmp_path):

@@ -26,6 +26,8 @@ BASE = (
     "images.py",
     "files.py",
     "data.py",
+    "folders.py",
+    "splits.py",
     "ranges.py",
     "packing.py",
 )

@@ -5,6 +5,7 @@ It stands beside every result: prompts and distillation have to beat it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -53,16 +54,16 @@ class FrozenBaseline:
             part = ClassStatistics.of(map, x, images.labels - first, classes)
             self.keeper.add(f"frozen-{head}", task + 1, part)
 
-    def measure(self, val: list[Images]) -> dict[str, Any]:
+    def measure(self, val: Iterable[Images]) -> dict[str, Any]:
         """{"head", "average_accuracy", "heads": {...}}: in %, mean over tasks, of the better of both heads."""
-        features = [self.features(images) for images in val]
+        measured = [(self.features(images), images.labels) for images in val]
         found: dict[str, float] = {}
         for head, map in self.maps.items():
             made = CLOSED_FORM[head][1](self.keeper.totals[f"frozen-{head}"])
             right = []
-            for x, images in zip(features, val, strict=True):
+            for x, labels in measured:
                 answers = (map.apply(x) @ made.weight.T + made.bias).argmax(axis=1)
-                right.append(100.0 * float((answers == images.labels).mean()))
+                right.append(100.0 * float((answers == labels).mean()))
             found[head] = sum(right) / len(right)
         best = max(found, key=lambda h: found[h])
         return {"head": best, "average_accuracy": found[best], "heads": found}

@@ -18,6 +18,8 @@ from .student import PromptedViT
 
 KEPT_BYTES = 2_000_000_000
 "what a task's images give is kept in memory up to this size, computed again otherwise"
+VALIDATION_BYTES = 1_000_000_000
+"validation images of all tasks are kept in memory up to this size, read again for each measurement otherwise"
 CROP_AREA = (0.5, 1.0)
 "share of the image that a random crop shows"
 COMPAT_CROP_AREA = (0.08, 1.0)
@@ -74,6 +76,17 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of what is kept: pixels, inputs, queries."""
+        kept = (*self._pixels.values(), *self._inputs.values(), *self._queries.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+    def forget(self) -> None:
+        """Keep the pixels only."""
+        self._inputs.clear()
+        self._queries.clear()
 
     def querying(self, name: str) -> str | None:
         """The model whose bare pass gives the query of model `name`: the student in two passes, itself as reference."""
@@ -182,3 +195,23 @@ class Images:
             boxes = augment.random_boxes(len(step), generator, area) if augmented else None
             mine, weight = share.of(len(step))
             yield self.batch(step[mine], names, precision, boxes[mine] if boxes is not None else None, weight)
+
+
+class Validation:
+    """The validation images of the tasks, which are measured again after every task."""
+
+    def __init__(self, read: Callable[[int], Images], limit_bytes: int = VALIDATION_BYTES) -> None:
+        """read: the images of a task. limit_bytes: what may be kept; beyond it pixels only, then nothing."""
+        self.read, self.limit_bytes = read, limit_bytes
+        self.kept: dict[int, Images] = {}
+
+    def each(self, tasks: int) -> Iterator[Images]:
+        """The images of tasks 0.. in their order; those that do not fit are read again each time."""
+        for task in range(tasks):
+            images = self.kept.pop(task) if task in self.kept else self.read(task)
+            yield images
+            room = self.limit_bytes - sum(other.size_bytes for other in self.kept.values())
+            if images.size_bytes > room:
+                images.forget()
+            if images.size_bytes <= room:
+                self.kept[task] = images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import load_dataset
-from ..errors import InputError
+from ..data import find_scored
 from .batches import Images, Side
 from .engine import Engine, Share
 from .metrics import DEFINITIONS
@@ -57,41 +57,53 @@ def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None)
     return 100.0 * total / len(images)
 
 
-def evaluate_run(path: Path, source: str, limit_per_class: int | None = None) -> dict[str, Any]:
+def evaluate_run(
+    path: Path,
+    source: str,
+    limit_per_class: int | None = None,
+    split: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Accuracy per task of a finished run's student in torch; the same document as `runtime.evaluate`.
 
-    Raises: InputError when the source lacks a class of the run.
+    split: one of data.SCORED. say: told what is read. Raises: InputError when the source has no class of the run.
     """
     run = load_run(path)
-    dataset = load_dataset(source, learning=False)
     names = run.metrics["classes"]
-    missing = sorted(set(names) - set(dataset.classes))
-    if missing:
-        raise InputError(
-            f"{source}: class count mismatch: {len(missing)} of the run's {len(names)} classes are missing",
-            got="without " + ", ".join(missing[:8]),
-            expected="every class of the run, by name",
-        )
-    val = dataset.val if limit_per_class is None else dataset.val.limited(limit_per_class, run.config.seed)
-    order = tuple(dataset.classes.index(n) for n in names)
+    found = find_scored(source, split, run.metrics, names, say)
+    chosen = found.images if limit_per_class is None else found.images.limited(limit_per_class, run.config.seed)
+    # A class that is missing has no image: it may have any number that is nobody else's.
+    number = {name: index for index, name in enumerate(found.dataset.classes)}
+    order = tuple(number.setdefault(name, len(number)) for name in names)
     scenario = Scenario(order, tuple(tuple(t) for t in run.metrics["tasks"]))
     device = torch.device("cpu")
     sides = {"student": Side(run.student, run.preprocessing, device)}
-    per_task, count, skipped = [], 0, []
+    per_task: list[float | None] = []
+    count, skipped = 0, []
     for task in range(len(scenario.tasks)):
-        images = Images(scenario.split(val, task), sides, device)
-        per_task.append(accuracy(images, "student", len(names)))
-        count += len(images)
-        skipped += list(images.skipped)
+        part = scenario.split(chosen, task)
+        images = Images(part, sides, device) if len(part) else None
+        per_task.append(accuracy(images, "student", len(names)) if images is not None else None)
+        count += len(images) if images is not None else 0
+        skipped += list(images.skipped) if images is not None else []
     matrix = run.metrics["student"]["matrix"]
-    drops = [matrix[i][i] - a for i, a in enumerate(per_task)]
+    measured = [a for a in per_task if a is not None]
+    drops = [matrix[i][i] - a for i, a in enumerate(measured)]
     return {
-        "average_accuracy": sum(per_task) / len(per_task),
-        "forgetting": sum(drops) / len(drops),
+        "average_accuracy": sum(measured) / len(measured),
+        # With classes missing, the accuracy of the training run was measured on something else.
+        "forgetting": None if found.missing else sum(drops) / len(drops),
         "per_task": per_task,
         "images": count,
         "backend": "torch",
         "precision": "fp32",
         "skipped": skipped,
+        "left_out": {
+            "classes": len(set(found.dataset.classes) - set(names)),
+            "images": int((~np.isin(chosen.labels, order)).sum()),
+        },
+        "missing": list(found.missing),
+        "split": found.which,
+        "data": found.dataset.summary,
         "definitions": {k: DEFINITIONS[k] for k in ("average_accuracy", "forgetting")},
     }

@@ -81,7 +81,8 @@ class Origin:
 
         Raises: InputError where a class of the run is missing, nothing is new, or a new class has nothing to learn.
         """
-        missing = [c for c in self.classes if c not in set(dataset.classes)]
+        measured = {dataset.classes[c] for c in set(dataset.val.labels.tolist())}
+        missing = [c for c in self.classes if c not in measured]
         if missing:
             raise InputError(
                 f"{dataset.source}: {len(missing)} of the {len(self.classes)} classes that {self.path} has learnt are "
@@ -99,13 +100,15 @@ class Origin:
                 expected="these and at least one more",
             )
         train = dataset.train.of_classes([dataset.classes.index(c) for c in new])
-        absent = [c for c in new if dataset.classes.index(c) not in set(train.labels.tolist())]
+        learnt = {dataset.classes[c] for c in set(train.labels.tolist())}
+        absent = [c for c in new if c not in learnt or c not in measured]
         if absent:
+            part, kind = ("val", "validation") if absent[0] in learnt else ("train", "training")
             raise InputError(
-                f"{dataset.source}: {len(absent)} new class(es) without a training image",
+                f"{dataset.source}: {len(absent)} new class(es) without a {kind} image",
                 got=", ".join(absent[:8]),
                 expected="training and validation images of every new class",
-                fix=f"add train/{absent[0]} with at least one image, or remove val/{absent[0]}",
+                fix=f"add {part}/{absent[0]} with at least one image, or remove the class",
             )
         return replace(dataset, train=train)
 

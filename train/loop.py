@@ -19,19 +19,21 @@ import torch
 from tqdm import tqdm
 
 from ..class_statistics import ClassStatistics
-from ..data import Dataset, Split, load_dataset
+from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import write_json
+from ..splits import Split, joined
 from .backbone import Backbone, load_backbone
 from .baseline import FrozenBaseline
-from .batches import Images, Side
-from .checkpoint import load_state, save_state
+from .batches import Images, Side, Validation
+from .checkpoint import keep_before, load_state, remove_kept, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
 from .engine import Engine
 from .evaluate import accuracy, features_of
 from .extend import Origin
+from .folder import RunFolder
 from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
@@ -54,7 +56,7 @@ def train(config: TrainConfig, resume: bool = False, quiet: bool = False, keep_t
     try:
         return training.run()
     finally:
-        training.engine.close()
+        training.close()
 
 
 class _Training:
@@ -63,6 +65,7 @@ class _Training:
     def __init__(self, config: TrainConfig, resume: bool, quiet: bool, keep_threads: bool = False) -> None:
         self.quiet, self.keep_threads = quiet, keep_threads
         self.out = Path(config.out)
+        self.folder = RunFolder(self.out, self._say)
         if resume and (self.out / "config.json").is_file():  # pixels stay as they were when the run was started
             begun = TrainConfig.stored(json.loads((self.out / "config.json").read_text()))
             config = replace(config, decoder=begun.decoder)
@@ -70,16 +73,20 @@ class _Training:
         auto = config.compat and config.precision == "auto"
         self.engine = Engine(config.devices, "fp32" if auto else config.precision)
         self.origin = Origin(config) if config.extend is not None else None
-        dataset = load_dataset(config.data, learning=self.origin is None)
+        early = held_out_early(self.origin.metrics if self.origin else None)
+        dataset = load_dataset(config.data, learning=self.origin is None, early=early)
         if self.origin is not None:
             dataset, tasks = self.origin.new_images(dataset), config.tasks or 1
             self.scenario = self.origin.scenario(dataset, tasks, config.seed, shuffle=not config.compat)
         else:
             tasks = config.tasks or 1
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
-        dataset, self.tasks = _limited(dataset, config), len(self.scenario.tasks)
+        self._say(dataset.line)
+        whole, self.tasks = dataset, len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
-        self.config = config = replace(config, tasks=tasks, tau=kind.tau if config.tau is None else config.tau)
+        self.config = config = replace(
+            config, data=absolute(config.data), tasks=tasks, tau=kind.tau if config.tau is None else config.tau
+        )
         self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
         if kind.needs_teacher:
             self.backbones["teacher"] = load_backbone(config.teacher)
@@ -89,9 +96,13 @@ class _Training:
             split.check_readable(dataset.classes)
         by_default = dataset.source != "digits" and config.head == "learned"
         self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and by_default)
+        self.data = dataset.record
+        "what is learnt from, for checkpoints and metrics.json"
+        if config.limit_per_class is not None:
+            dataset = replace(dataset, train=dataset.train.limited(config.limit_per_class, config.seed))
         self.dataset = dataset
         self.teachers = self._teachers()
-        self.engine.on_main(lambda: self._claim(resume))  # nothing is written before this line
+        self.engine.on_main(lambda: self.folder.claim(config, resume, whole))  # nothing is written before this line
         self.models: dict[str, PromptedViT] = {}
         self.sides: dict[str, Side] = {}
         teacher = self.backbones.get("teacher")
@@ -128,7 +139,7 @@ class _Training:
         self.optimiser_state: dict[str, Any] | None = None
         learnt = self.origin.metrics["images"]["train"] if self.origin else 0
         self.image_counts = {"train": learnt + len(self.dataset.train), "val": len(self.dataset.val)}
-        self.val: list[Images] = []
+        self.val = Validation(self._validation)
 
     def _distill_spec(self) -> DistillSpec:
         student, teacher = self.backbones["student"], self.backbones.get("teacher")
@@ -156,7 +167,8 @@ class _Training:
             return None
         asks_student = LEARNERS[config.learner].needs_query and config.query == "two-pass"
         key = TeacherKey(
-            data=self.dataset.fingerprint(),
+            data=self.data["fingerprint"]["sha256"],
+            limit_per_class=config.limit_per_class,
             classes=tuple(self.scenario.classes_of(self.dataset)),
             tasks=self.tasks,
             teacher=backbones["teacher"].identity,
@@ -221,7 +233,7 @@ class _Training:
         if not kept or task == 0:
             return own
         drawn = self.dataset.train.limited(kept, self.config.seed)
-        return own.joined(*(self.scenario.split(drawn, t) for t in range(task)))
+        return joined([own, *(self.scenario.split(drawn, t) for t in range(task))])
 
     def _pass_over(self, task: int, names: list[str], images: Images) -> list[str]:
         """A task in which no prompt learns; nobody is left to train."""
@@ -314,19 +326,17 @@ class _Training:
 
     def _measure(self, task: int, taught: TaughtTask | None, answers: Answers | None, count: int) -> None:
         """A row of each matrix; keeps a teacher that was trained here. count: training images of the task."""
-        for t in range(len(self.val), task + 1):
-            images = Images(self.scenario.split(self.dataset.val, t), self.sides, self.engine.device)
-            self._note_skipped(images)
-            self.val.append(images)
         teacher = self.models.get("teacher")
         state = {k: v.clone() for k, v in teacher.state_dict().items()} if teacher and self.teachers else {}
         if teacher is not None and self.config.compat:
             teacher.learner.end_task(task)
+        rows: dict[str, list[float]] = {name: [] for name in self.matrices}
+        for images in self.val.each(task + 1):
+            for name, row in rows.items():
+                if name != "teacher" or taught is None:
+                    row.append(accuracy(images, name, self.scenario.seen(task), self.engine))
         for name, matrix in self.matrices.items():
-            if name == "teacher" and taught is not None:
-                matrix.add(taught.row)
-            else:
-                matrix.add([accuracy(images, name, self.scenario.seen(task), self.engine) for images in self.val])
+            matrix.add(taught.row if name == "teacher" and taught is not None else rows[name])
             self._say(
                 f"task {task + 1}/{self.tasks} {name}: average accuracy {matrix.accuracy_after(task):.2f} %, "
                 f"forgetting {matrix.forgetting_after(task):.2f} points over {self.scenario.seen(task)} classes"
@@ -339,35 +349,24 @@ class _Training:
 
     # -- start, stop, end ---------------------------------------------------------------------------------------------
 
-    def _claim(self, resume: bool) -> None:
-        """Make the folder ours, or refuse."""
-        stored = self.out / "config.json"
-        if not stored.exists():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise InputError(f"{self.out}: exists and is not a run", expected="a new or empty folder for --out")
-        elif not resume:
-            raise InputError(f"{self.out}: a run is there already", fix="add --resume, or choose another --out")
-        else:
-            old = TrainConfig.stored(json.loads(stored.read_text()))
-            mine, theirs = self.config.to_json(), old.to_json()
-            differing = [k for k in mine if mine[k] != theirs[k] and k not in ("out", "devices", "teachers")]
-            if differing:
-                raise InputError(
-                    f"{self.out}: was started with other options",
-                    got=", ".join(f"{k}={mine[k]!r}" for k in differing),
-                    expected=", ".join(f"{k}={theirs[k]!r}" for k in differing),
-                    fix="give the same options, or choose another --out",
-                )
-        for leftover in self.out.glob(".*.part"):  # of a write that was killed
-            leftover.unlink()
-        write_json(stored, self.config.to_json())
+    def _validation(self, task: int) -> Images:
+        images = Images(self.scenario.split(self.dataset.val, task), self.sides, self.engine.device)
+        self._note_skipped(images)
+        return images
+
+    def close(self) -> None:
+        """Let another training into the folder, leave the group of processes."""
+        self.folder.release()
+        self.engine.close()
 
     def _checkpoint(self, started: float, optimiser: torch.optim.Optimizer | None) -> None:
         if not self.engine.is_main:
             return
+        keep_before(self.folder.checkpoint)
         save_state(
-            self.out / "checkpoint.safetensors",
+            self.folder.checkpoint,
             {
+                "data": self.data,
                 "models": {n: m.state_dict() for n, m in self.models.items()},
                 "distiller": self.distiller.state_dict(),
                 "backbones": {n: b.identity for n, b in self.backbones.items()},
@@ -388,7 +387,7 @@ class _Training:
 
     def _restore(self) -> float:
         """Continue from the checkpoint, if there is one; returns the seconds spent before."""
-        path = self.out / "checkpoint.safetensors"
+        path = self.folder.checkpoint
         resumed = path.exists()
         if resumed:
             state = load_state(path)
@@ -455,8 +454,9 @@ class _Training:
         metrics |= {
             "seconds": seconds,
             "images": self.image_counts,
+            "data": self._data_read(),
             "skipped": self.skipped,
-            "baseline": self.baseline.measure(self.val),
+            "baseline": self.baseline.measure(self.val.each(self.tasks)),
             "definitions": DEFINITIONS,
             "backbones": {
                 n: {"source": b.source, "identity": b.identity, "width": b.width, "depth": b.depth}
@@ -481,7 +481,12 @@ class _Training:
             save_learnt(self.out / f"{name}.safetensors", self.models[name], self.backbones[name])
         self.statistics.finish(self.tasks)
         write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
-        (self.out / "checkpoint.safetensors").unlink(missing_ok=True)
+        remove_kept(self.folder.checkpoint)
+
+    def _data_read(self) -> dict[str, Any]:
+        """`data`, with the files that turned out to be unreadable."""
+        unreadable = {"unreadable": len(self.skipped)} if self.skipped else {}
+        return {**self.data, "left_out": {**self.data["left_out"], **unreadable}}
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -496,10 +501,3 @@ class _Training:
     def _say(self, line: str) -> None:
         if not self.quiet and self.engine.is_main:
             tqdm.write(line, file=sys.stderr)
-
-
-def _limited(dataset: Dataset, config: TrainConfig) -> Dataset:
-    if config.limit_per_class is None:
-        return dataset
-    limited = dataset.train.limited(config.limit_per_class, config.seed)
-    return Dataset(dataset.source, dataset.classes, limited, dataset.val)

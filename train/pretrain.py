@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import load_dataset
+from ..data import Fingerprint, load_dataset
 from ..errors import InputError, choose
 from ..files import write_json
 from ..images import Preprocessing
 from . import augment
 from .backbone import Architecture, StemSpec, save_backbone
-from .checkpoint import load_state, save_state
+from .checkpoint import keep_before, load_kept, load_state, save_state
 from .convnet import ConvNet
+from .folder import check_images
 
 WIDE_STEM: StemSpec = ((48, 4, 2, 0), (80, 3, 2, 1), (80, 3, 1, 1), (160, 3, 2, 1), (160, 3, 1, 1))
 NARROW_STEM: StemSpec = ((24, 4, 2, 0), (48, 3, 2, 1), (48, 3, 1, 1), (96, 3, 2, 1), (96, 3, 1, 1), (96, 3, 2, 1))
@@ -68,16 +69,17 @@ class PretrainConfig:
 
 
 def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, object]:
-    """Train, print a line an epoch, write the weights; returns {"val_accuracy", "epochs", "seconds", "out"}.
+    """Train, print a line an epoch, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
-    Raises: InputError for unknown names, or a checkpoint of another configuration.
+    Raises: InputError for unknown names, or a checkpoint of another configuration or other images.
     """
     choose("architecture", config.arch, ARCHITECTURES)
     out = Path(config.out)
     checkpoint, curve_file = out.with_suffix(".checkpoint"), out.with_suffix(".curve.json")
-    signature = json.dumps({k: v for k, v in vars(config).items() if k != "out"}, sort_keys=True)
+    signature = json.dumps({k: v for k, v in vars(config).items() if k not in ("out", "data")}, sort_keys=True)
 
     dataset = load_dataset(config.data)
+    say(dataset.line)
     preprocessing = Preprocessing(64, 64, "bicubic", MEAN, STD)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
@@ -96,11 +98,13 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
         raise InputError(f"{out}: is there already", fix="add --resume, or choose another --out")
     epoch, curve, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state["signature"] != signature:
+        state = load_kept(checkpoint, say)
+        if "data" not in state or state["signature"] != signature:
             raise InputError(
-                f"{checkpoint}: from another configuration", fix="give the same options, or start without --resume"
+                f"{checkpoint}: from another configuration, or an earlier version",
+                fix="give the same options, or choose another --out",
             )
+        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]
@@ -144,11 +148,20 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
         seconds += time.perf_counter() - started
         curve.append({"epoch": epoch, "loss": total / steps, "val_accuracy": accuracy, "seconds": seconds})
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-        save_state(checkpoint, {**state, "epoch": epoch, "curve": curve, "seconds": seconds, "signature": signature})
+        state |= {"signature": signature, "data": dataset.fingerprint.to_json()}
+        keep_before(checkpoint)
+        save_state(checkpoint, {**state, "epoch": epoch, "curve": curve, "seconds": seconds})
         write_json(curve_file, {"config": vars(config), "curve": curve})
         say(f"epoch {epoch}/{config.epochs}  loss {total / steps:.3f}  val {accuracy:.2f} %  {seconds:.0f} s")
 
-    result = {"val_accuracy": curve[-1]["val_accuracy"], "epochs": epoch, "seconds": seconds, "out": str(out)}
+    data = {**dataset.summary, **({"unreadable": len(skipped)} if skipped else {})}
+    result = {
+        "val_accuracy": curve[-1]["val_accuracy"],
+        "epochs": epoch,
+        "seconds": seconds,
+        "out": str(out),
+        "data": data,
+    }
     if isinstance(model, ConvNet):
         save_state(out, {"model": model.half().state_dict()})
         return result

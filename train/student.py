@@ -295,7 +295,7 @@ class PromptedViT(nn.Module):
         )
 
     def combine(self, output: StudentOutput) -> Tensor:
-        """Logits (B, C) of the head made from statistics; else (1 - a) head(CLS) + a kd_head(KD token), or of one head."""
+        """Logits (B, C) of the head made from statistics; else (1 - a) head(CLS) + a kd_head(KD token), or of one."""
         if self.statistics_head is not None and output.features is not None:
             return self.statistics_head(output.features)
         if output.kd_logits is None:

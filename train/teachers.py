@@ -23,7 +23,9 @@ class TeacherKey:
     """Everything a trained teacher depends on."""
 
     data: str
-    "fingerprint of the images, see Dataset.fingerprint"
+    "fingerprint of the images and their names, see Dataset.fingerprint"
+    limit_per_class: int | None
+    "training images of each class that are taken of them"
     classes: tuple[str, ...]
     "in learned order"
     tasks: int

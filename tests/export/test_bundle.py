@@ -220,6 +220,76 @@ def test_parity_takes_training_images_when_the_validation_images_are_few(make_ru
     assert sha256(tmp_path / "bundle" / "manifest.json") == before
 
 
+@pytest.fixture
+def moved(make_run, image_folder, tmp_path):
+    """(a run, its images, the same images in another place)."""
+    data = image_folder(tmp_path / "data", train=dict.fromkeys("ab", 4), val=dict.fromkeys("ab", 3))
+    source = load_run(make_run(learner="apt", distill="kdp")).config
+    config = TrainConfig(
+        f"folder:{data}", str(tmp_path / "run"), source.teacher, source.student, "apt", tasks=2, epochs=1
+    )
+    train(config, quiet=True)
+    return tmp_path / "run", data, Path(shutil.copytree(data, tmp_path / "elsewhere"))
+
+
+def exchange(folder: Path) -> None:
+    one, two = folder / "a" / "000.png", folder / "b" / "000.png"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+def test_images_that_have_moved_are_named_anew(moved, tmp_path):
+    run, data, elsewhere = moved
+    first = export(run, tmp_path / "first")
+    shutil.rmtree(data)
+    shutil.rmtree(elsewhere / "train" / "a")  # they are not needed, nor are other classes in the way
+    shutil.copytree(elsewhere / "val" / "a", elsewhere / "val" / "c")
+    lines: list[str] = []
+    again = export(run, tmp_path / "again", data=f"folder:{elsewhere}", say=lines.append)
+    assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data}"
+    assert lines == [f"folder:{elsewhere}: 3 classes, 4 train, 9 validation, 0 left out"]
+
+
+def test_other_images_are_refused(moved, tmp_path):
+    run, data, elsewhere = moved
+    exchange(elsewhere / "val")
+    with pytest.raises(InputError, match="not the images that the run was trained with") as caught:
+        export(run, tmp_path / "bundle", data=f"folder:{elsewhere}")
+    assert "other pictures of a, b in validation" in str(caught.value)
+    exchange(data / "val")  # also where the run itself says they are
+    with pytest.raises(InputError, match="not the images that the run was trained with"):
+        export(run, tmp_path / "bundle")
+    shutil.rmtree(data / "val" / "b")
+    with pytest.raises(InputError, match="without b"):
+        export(run, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_from_another_working_directory(moved, make_run, image_folder, tmp_path, monkeypatch):
+    _, data, _ = moved
+    source = load_run(make_run(learner="apt", distill="kdp")).config
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig("folder:data", "typed", source.teacher, source.student, "apt", tasks=2, epochs=1)
+    train(config, quiet=True)
+    # Another place that has another `data`.
+    image_folder(tmp_path / "other" / "data", train=dict.fromkeys("ab", 3), val=dict.fromkeys("ab", 9))
+    monkeypatch.chdir(tmp_path / "other")
+    assert export(tmp_path / "typed", tmp_path / "bundle")["accuracy"]["images"] == 6
+    manifest = (tmp_path / "bundle" / "manifest.json").read_text()
+    assert str(data) not in manifest  # a bundle goes out of the house
+    training = json.loads(manifest)["training"]
+    assert training["config"]["data"] == training["data"]["given"] == "folder:data"
+    assert set(training["data"]["fingerprint"]) == {"sha256", "val"}
+
+
+def test_a_run_of_an_early_version_has_no_fingerprint(moved, tmp_path):
+    run, _, elsewhere = moved
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({k: v for k, v in metrics.items() if k != "data"}))
+    assert export(run, tmp_path / "bundle", data=f"folder:{elsewhere}")["accuracy"]["images"] == 6
+
+
 def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
     """From now on one constant of what is built is wrong."""
     assemble = module.assemble

@@ -72,6 +72,26 @@ def test_an_unreadable_image_stops_before_the_first_inference(runner, tiny, tmp_
     assert calls == []
 
 
+def test_an_unreadable_image_among_many_is_named_and_left_out(runner, tiny, tmp_path):
+    good = [tiny.png((255, 0, 0))] * (CHUNK - 1)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    report = predict(runner, [*good, broken, *good], skip_unreadable=True)
+    assert len(report["predictions"]) == 2 * (CHUNK - 1)
+    assert [p["image"] for p in report["predictions"]][CHUNK - 2 : CHUNK] == [f"image {CHUNK - 2}", f"image {CHUNK}"]
+    assert [u["image"] for u in report["unreadable"]] == [str(broken)] and "broken.png" in report["unreadable"][0][
+        "reason"
+    ]
+    with pytest.raises(InputError, match=r"broken\.png"):  # nothing is left to classify
+        predict(runner, [broken, broken], skip_unreadable=True)
+
+
+def test_an_answer_that_is_no_number(make_bundle, tiny):
+    bundle = make_bundle(graph={"bias": np.full(4, np.nan, np.float32)})
+    with load(bundle, threads=1) as runner, pytest.raises(InputError, match="is no number"):
+        predict(runner, [tiny.png((0, 0, 0))])
+
+
 def test_wrong_arguments(runner, tiny):
     with pytest.raises(InputError, match="no image"):
         predict(runner, [])

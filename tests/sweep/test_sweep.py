@@ -43,7 +43,7 @@ def test_a_sweep(run_sweep, fakes, tmp_path):
     assert {"average_accuracy", "forgetting", "incremental_accuracy", "±", "p", "p (Holm)"} <= set(
         document["definitions"]
     )
-    assert "8 runs, 0 of them finished; 2 at a time with 1 thread(s) each" in lines[0]
+    assert "8 runs, 0 of them finished; 2 at a time with 1 thread(s) each" in lines[1]
     assert re.match(r"\[8/8\] \S+: accuracy \d+\.\d\d %, forgetting -?\d+\.\d\d points, 12 s", lines[-1])
     text = (out / "sweep.md").read_text()
     assert "8 of 8 runs finished, 0 failed; seeds 0, 1, baseline none." in text
@@ -67,6 +67,46 @@ def test_data_that_changed_in_between_are_noted(run_sweep, tmp_path):
     document = run_sweep(**SMALL)
     assert len(document["notes"]) == 1 and "apt-kdp-1" in document["notes"][0]
     assert "apt-kdp-1" in (tmp_path / "sweep" / "sweep.md").read_text()
+
+
+@pytest.fixture
+def photos(tmp_path, image_folder):
+    return image_folder(tmp_path / "photos", train=dict.fromkeys("abcd", 2), val=dict.fromkeys("abcd", 1))
+
+
+@pytest.mark.parametrize("known_by", ["sweep.json", "metrics.json"])
+def test_a_sweep_whose_pictures_have_changed_is_refused(run_sweep, fakes, tmp_path, photos, known_by):
+    options = {**SMALL, "data": f"folder:{photos}"}
+    record = run_sweep(**options)["data"]
+    assert record["source"] == f"folder:{photos}" and len(record["fingerprint"]["sha256"]) == 64
+    if known_by == "metrics.json":
+        path = tmp_path / "sweep" / "runs" / "apt-kdp-1" / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": record}))
+        (tmp_path / "sweep" / "sweep.json").unlink()
+    one, two = photos / "train" / "a" / "000.png", photos / "train" / "b" / "000.png"
+    one.rename(tmp_path / "x")  # exchanged: the same names and numbers of files
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    fakes.started.clear()
+    refused(lambda: run_sweep(**{**options, "seeds": "0,1,2"}), "not the images that", "other pictures of a, b")
+    assert fakes.started == []
+
+
+def test_a_sweep_whose_pictures_have_moved_goes_on(run_sweep, fakes, tmp_path, photos):
+    lines = []
+    run_sweep(**{**SMALL, "data": f"folder:{photos}"})
+    fakes.started.clear()
+    moved = photos.rename(tmp_path / "elsewhere")
+    assert run_sweep(lines=lines, **{**SMALL, "data": f"folder:{moved}"})["failed"] == [] and fakes.started == []
+    assert lines[0] == f"folder:{moved}: 4 classes, 8 train, 4 validation, 0 left out"
+
+
+def test_a_sweep_of_an_early_version_keeps_its_source(run_sweep, tmp_path, photos):
+    run_sweep(**{**SMALL, "data": f"folder:{photos}"})
+    path = tmp_path / "sweep" / "sweep.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "data"}))
+    refused(lambda: run_sweep(**SMALL), "was started with other options", "data='digits'")
+    assert run_sweep(**{**SMALL, "data": f"folder:{photos}"})["failed"] == []
 
 
 def test_finished_cells_are_not_run_again(run_sweep, fakes):
@@ -129,7 +169,7 @@ def test_a_cell_that_ends_well_without_results_has_failed(run_sweep, fakes, tmp_
 def test_left_out_combinations_are_said_first(run_sweep, fakes):
     lines = []
     document = run_sweep(lines=lines, learners="l2p,apt", distillers="none,cdl-prompt", seeds="0")
-    assert lines[0].startswith("left out: apt with cdl-prompt, two-pass: ")
+    assert lines[1].startswith("left out: apt with cdl-prompt, two-pass: ")
     assert document["refused"][0]["distiller"] == "cdl-prompt" and "apt-cdl-prompt-0" not in fakes.started
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from cdl_edge.errors import InputError
-from cdl_edge.train.checkpoint import load_state, save_state
+from cdl_edge.train.checkpoint import before, keep_before, load_kept, load_state, save_state
 
 
 def same(a, b):
@@ -87,6 +87,51 @@ def test_a_failing_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_state(path, {"epoch": 2})
     assert load_state(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_bit_anywhere_never_comes_back_as_something_else(tmp_path):
+    path = tmp_path / "a"
+    state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16), "n": 3, "flag": True}
+    save_state(path, state)
+    whole = path.read_bytes()
+    refused_at = 0
+    for position in range(0, len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        try:
+            got = load_state(path)
+        except InputError:
+            refused_at += 1
+        else:  # a space between the header and the tensors, or the name of the checksum
+            assert same(state, got), position
+    assert refused_at > 0.8 * len(whole)
+    flipped = bytearray(whole)
+    flipped[-3] ^= 16
+    path.write_bytes(flipped)
+    with pytest.raises(InputError, match="damaged since it was written"):
+        load_state(path)
+
+
+def test_a_file_of_an_early_version_has_no_checksum(tmp_path):
+    tree = '{"__dict__": [["w", {"__tensor__": "0"}]]}'
+    save_file({"0": torch.ones(2)}, tmp_path / "a", metadata={"tree": tree})
+    assert same(load_state(tmp_path / "a"), {"w": torch.ones(2)})
+
+
+def test_the_one_before_is_kept(tmp_path):
+    path, lines = tmp_path / "a.safetensors", []
+    for epoch in range(3):
+        keep_before(path)
+        save_state(path, {"epoch": epoch})
+    assert load_state(path) == {"epoch": 2} and load_state(before(path)) == {"epoch": 1}
+    path.write_bytes(b"no")
+    assert load_kept(path, lines.append) == {"epoch": 1} == load_state(path)
+    assert len(lines) == 1 and not before(path).exists()
+    path.write_bytes(b"no")
+    refused(path)
+    with pytest.raises(InputError):
+        load_kept(path, lines.append)
 
 
 def refused(path):

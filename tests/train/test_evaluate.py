@@ -52,11 +52,22 @@ def test_classes_go_by_name_and_others_do_not_matter(finished, photos, tmp_path,
     )
 
 
-def test_a_class_that_is_missing(finished, tmp_path, image_folder):
-    root = image_folder(tmp_path, train=dict.fromkeys("abx", 1), val=dict.fromkeys("abx", 1))
-    with pytest.raises(InputError) as info:
-        evaluate_run(finished[0], f"folder:{root}")
-    assert "2 of the run's 4 classes are missing" in str(info.value) and "without c, d" in str(info.value)
+def test_classes_that_are_missing(finished, tmp_path, image_folder):
+    root = image_folder(tmp_path / "p", val=dict.fromkeys("abx", 2))  # no train/ is needed
+    lines = []
+    got = evaluate_run(finished[0], f"folder:{root}", say=lines.append)
+    assert got["images"] == 4 and sorted(got["missing"]) == ["c", "d"]
+    assert got["forgetting"] is None and "2 of the 4 classes have no image here" in lines[-1]
+    assert got["left_out"] == {"classes": 1, "images": 2}
+    other = image_folder(tmp_path / "q", val={"x": 1})
+    with pytest.raises(InputError, match="none of the 4 classes"):
+        evaluate_run(finished[0], f"folder:{other}")
+
+
+def test_of_a_test_set_in_class_folders_all_images_count(finished, tmp_path, image_folder):
+    root = image_folder(tmp_path / "p", unsplit=dict.fromkeys("abcd", 5))
+    assert evaluate_run(finished[0], f"folder:{root}")["images"] == 20
+    assert evaluate_run(finished[0], f"folder:{root}", split="val")["images"] == 4
 
 
 def test_corrupt_validation_images_are_named(finished, photos, tmp_path):

@@ -374,11 +374,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(tmp_path, make_config, m
 @pytest.mark.parametrize(("distill", "tau", "expected"), [("kdp", None, 2.0), ("dkd", None, 4.0), ("dkd", 1.5, 1.5)])
 def test_the_temperature_is_the_distillers_own_unless_given(tmp_path, make_config, distill, tau, expected):
     made = _Training(make_config(tmp_path / "run", distill=distill, tau=tau), False, True)
+    made.close()
     assert made.config.tau == made.distiller.spec.tau == expected
     assert json.loads((tmp_path / "run" / "config.json").read_text())["tau"] == expected
     # Given again as it was given, or as it was stored, it is the same run.
     for same in {tau, expected}:
-        _Training(make_config(tmp_path / "run", distill=distill, tau=same), True, True)
+        _Training(make_config(tmp_path / "run", distill=distill, tau=same), True, True).close()
 
 
 def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):

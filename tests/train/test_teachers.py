@@ -177,11 +177,14 @@ def test_the_regulariser_belongs_to_one_pass_teachers(key):
     assert key(query="one-pass", query_regulariser=0.1).name != key(query="one-pass").name
 
 
-def test_images_are_part_of_it(key, photos, tmp_path, photo):
+def test_images_are_part_of_it(key, photos, tmp_path):
     base = key()
     moved = shutil.copytree(photos, tmp_path / "moved")
     assert key(data=f"folder:{moved}").name == base.name  # the same images elsewhere
-    photo(moved / "train" / "b" / "more.png", 99)
+    one, two = moved / "train" / "a" / "000.png", moved / "train" / "b" / "000.png"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())  # exchanged: the same names
+    two.write_bytes(content)
     assert key(data=f"folder:{moved}").name != base.name
 
 
