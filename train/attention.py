@@ -56,10 +56,16 @@ def queries_keys_values(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def ready(attention: Attention, norm: nn.Module, x: Tensor) -> Tensor:
-    """Queries or keys (B, N, D) behind their norm (over each head's channels) and turned, where there is either."""
-    if not isinstance(norm, nn.Identity):
-        x = norm(x.unflatten(-1, (attention.num_heads, -1))).flatten(2).to(x.dtype)
+    """Queries or keys (B, N, D) behind their norm and turned, where there is either."""
+    x = head_normed(attention, norm, x)
     return attention.turn(x) if isinstance(attention, RotaryAttention) else x
+
+
+def head_normed(attention: Attention, norm: nn.Module, x: Tensor) -> Tensor:
+    """(B, N, D), each head's channels normalised where the ViT does so."""
+    if isinstance(norm, nn.Identity):
+        return x
+    return norm(x.unflatten(-1, (attention.num_heads, -1))).flatten(2).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def output_norm(attention: Attention) -> nn.Module:
