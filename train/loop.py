@@ -22,7 +22,7 @@ from ..class_statistics import ClassStatistics
 from ..data import Dataset, Split, load_dataset
 from ..errors import InputError
 from ..files import write_json
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone
 from .baseline import FrozenBaseline
 from .batches import Images, Side
 from .checkpoint import load_state, save_state
@@ -36,10 +36,11 @@ from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
-from .run import SCHEMA, build_model, preprocessing_of, save_learnt
+from .run import SCHEMA, backbone_of, build_model, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
+from .tokens import registers
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -74,9 +75,10 @@ class _Training:
         dataset, self.tasks = _limited(dataset, config), len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
         self.config = config = replace(config, tasks=tasks, tau=kind.tau if config.tau is None else config.tau)
-        self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
+        self.backbones: dict[str, Backbone] = {"student": backbone_of(config, "student")}
         if kind.needs_teacher:
-            self.backbones["teacher"] = load_backbone(config.teacher)
+            self.backbones["teacher"] = backbone_of(config, "teacher")
+            _check_tail(config, self.backbones["teacher"])
         if self.origin is not None:
             self.origin.check(config, {n: b.identity for n, b in self.backbones.items()})
         for split in (dataset.train, dataset.val):
@@ -476,3 +478,14 @@ def _limited(dataset: Dataset, config: TrainConfig) -> Dataset:
         return dataset
     limited = dataset.train.limited(config.limit_per_class, config.seed)
     return Dataset(dataset.source, dataset.classes, limited, dataset.val)
+
+
+def _check_tail(config: TrainConfig, teacher: Backbone) -> None:
+    """Refuse a distiller that puts the student's tokens into the teacher where the teacher wants registers among them."""
+    if DISTILLERS[config.distill].needs_tail and registers(teacher.model):
+        raise InputError(
+            f"--distill {config.distill} does not work with this teacher: its blocks expect register tokens, which the "
+            "student has none of",
+            got=f"{config.teacher} with {registers(teacher.model)} register tokens",
+            expected="a teacher without register tokens",
+        )
