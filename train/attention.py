@@ -65,7 +65,7 @@ def head_normed(attention: Attention, norm: nn.Module, x: Tensor) -> Tensor:
     """(B, N, D), each head's channels normalised where the ViT does so."""
     if isinstance(norm, nn.Identity):
         return x
-    return norm(x.unflatten(-1, (attention.num_heads, -1))).flatten(2).to(x.dtype)  # type: ignore[no-any-return]
+    return norm(x.unflatten(-1, (attention.num_heads, -1))).flatten(2).to(x.dtype)
 
 
 def output_norm(attention: Attention) -> nn.Module:

@@ -30,7 +30,7 @@ def plain_vit(model: nn.Module) -> VisionTransformer:
     for block in vit.blocks:
         block.mlp = _packed(block.mlp)
     if vit.dynamic_img_size:  # images of a run have one size: patches come as a list
-        vit.dynamic_img_size = False  # type: ignore[misc]
+        vit.dynamic_img_size = False
         vit.patch_embed.flatten, vit.patch_embed.output_fmt = True, Format.NCHW
         vit.patch_embed.strict_img_size = True
     return vit
@@ -138,7 +138,7 @@ def _from_eva(model: Eva) -> VisionTransformer:
         )
     for name in ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre", "norm"):
         setattr(vit, name, getattr(model, name))
-    vit.dynamic_img_size = model.dynamic_img_size  # type: ignore[misc]
+    vit.dynamic_img_size = model.dynamic_img_size
     vit.blocks = nn.Sequential(*(_block(b, t) for b, t in zip(model.blocks, _rotations(model), strict=True)))
     vit.pretrained_cfg = vit.default_cfg = model.pretrained_cfg  # type: ignore[assignment]
     return vit

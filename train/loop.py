@@ -481,7 +481,7 @@ def _limited(dataset: Dataset, config: TrainConfig) -> Dataset:
 
 
 def _check_tail(config: TrainConfig, teacher: Backbone) -> None:
-    """Refuse a distiller that puts the student's tokens into the teacher where the teacher wants registers among them."""
+    """Refuse a distiller that puts the student's tokens into a teacher that wants registers among them."""
     if DISTILLERS[config.distill].needs_tail and registers(teacher.model):
         raise InputError(
             f"--distill {config.distill} does not work with this teacher: its blocks expect register tokens, which the "

@@ -149,6 +149,7 @@ def fetch(source: str, repository: str, name: str) -> Path | None:
     )
 
     repository, _, revision = repository.partition("@")
+    login = "check the name; a private or gated repository needs `hf auth login`, or HF_TOKEN"
     fix = "check the network (HF_ENDPOINT names a mirror), or use file:PATH.safetensors or builtin:student"
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
@@ -157,12 +158,13 @@ def fetch(source: str, repository: str, name: str) -> Path | None:
         if constants.HF_HUB_OFFLINE:
             fix = "it is not in the hub's cache and HF_HUB_OFFLINE is set: " + fix
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason = error
-        fix = "check the name; a private or gated repository needs `hf auth login`, or HF_TOKEN"
+        reason, fix = error, login
     except EntryNotFoundError:
         return None
     except Exception as error:  # the libraries below it change: their errors have no common class
         reason = error
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            fix = login
     text = " ".join(str(reason).split())
     raise InputError(
         f"{source}: the weights could not be fetched from {constants.ENDPOINT}/{repository}",

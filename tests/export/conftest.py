@@ -209,3 +209,14 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """Makes students, exports them, tells the truth."""
     return Lab(tmp_path_factory.mktemp("graphs"), itertools.count())
+
+
+@pytest.fixture(scope="session")
+def lab_backbone() -> Any:
+    """The ViT with weights large enough that every one of them matters, frozen."""
+
+    def make(vit: VisionTransformer) -> VisionTransformer:
+        randomise(vit, 0)
+        return vit.eval().requires_grad_(False)
+
+    return make
