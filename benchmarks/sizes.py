@@ -39,7 +39,7 @@ def made(size: int, out: Path, options: dict[str, Any], profile: str) -> dict[st
         "bundle": str(bundle),
         "average_accuracy": accuracy["average_accuracy"],
         "forgetting": accuracy["forgetting"],
-        "parity_max": manifest["parity"]["max"],
+        "parity_max": manifest["parity"]["max_abs_error"],
         "backbone": manifest["backbone"]["source"],
     }
 

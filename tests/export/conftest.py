@@ -146,6 +146,11 @@ class Lab:
         """`make_backbone`."""
         return make_backbone(*arguments, **options)
 
+    def randomise(self, vit: VisionTransformer) -> VisionTransformer:
+        """Weights large enough that every one of them matters; frozen."""
+        randomise(vit, 0)
+        return vit.eval().requires_grad_(False)
+
     def student(self, *arguments: Any, **options: Any) -> PromptedViT:
         """`make_student`."""
         return make_student(*arguments, **options)
@@ -209,14 +214,3 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """Makes students, exports them, tells the truth."""
     return Lab(tmp_path_factory.mktemp("graphs"), itertools.count())
-
-
-@pytest.fixture(scope="session")
-def lab_backbone() -> Any:
-    """The ViT with weights large enough that every one of them matters, frozen."""
-
-    def make(vit: VisionTransformer) -> VisionTransformer:
-        randomise(vit, 0)
-        return vit.eval().requires_grad_(False)
-
-    return make

@@ -31,7 +31,7 @@ PASSES += [("dualprompt", (12, 6), "openvino"), ("l2p", None, "ort")]
 
 
 @pytest.fixture(scope="module")
-def family(lab_backbone):
+def family(lab):
     """name -> a small ViT with parts that matter."""
     made = {}
 
@@ -39,7 +39,7 @@ def family(lab_backbone):
         if (name, patch) not in made:
             architecture, changes = FAMILIES[name]
             sizes = {"img_size": 32, "patch_size": patch, "depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
-            made[name, patch] = lab_backbone(plain_vit(timm.create_model(architecture, **{**sizes, **changes})))
+            made[name, patch] = lab.randomise(plain_vit(timm.create_model(architecture, **{**sizes, **changes})))
         return made[name, patch]
 
     return make
