@@ -127,7 +127,7 @@ def _from_eva(model: Eva) -> VisionTransformer:
     with torch.device("meta"):
         vit = VisionTransformer(
             img_size=model.patch_embed.img_size,
-            patch_size=model.patch_embed.patch_size,  # type: ignore[arg-type]
+            patch_size=model.patch_embed.patch_size,
             num_classes=0,
             embed_dim=model.embed_dim,
             depth=1,
@@ -140,7 +140,7 @@ def _from_eva(model: Eva) -> VisionTransformer:
         setattr(vit, name, getattr(model, name))
     vit.dynamic_img_size = model.dynamic_img_size
     vit.blocks = nn.Sequential(*(_block(b, t) for b, t in zip(model.blocks, _rotations(model), strict=True)))
-    vit.pretrained_cfg = vit.default_cfg = model.pretrained_cfg  # type: ignore[assignment]
+    vit.pretrained_cfg = vit.default_cfg = model.pretrained_cfg
     return vit
 
 

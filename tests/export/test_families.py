@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import timm
+import torch
 
 from cdl_edge.export.graph import LAST_TOKENS
 from cdl_edge.export.profiles import PROFILES
+from cdl_edge.train.closed_form import StatisticsHead
 from cdl_edge.train.families import plain_vit
 
 TOLERANCE = 1e-4
@@ -73,6 +75,15 @@ def test_many_tokens_and_any_batch(lab, family, name):
     assert vit.patch_embed.num_patches >= LAST_TOKENS
     assert_equal(lab, lab.student("coda", (12, 6), backbone=vit), batch=None)
     assert_equal(lab, lab.student("apt", (12, 6), backbone=vit))
+
+
+@pytest.mark.parametrize("head", ["ncm", "ranpac"])
+def test_heads_from_statistics_do_not_read_registers(lab, family, head):
+    student = lab.student("coda", (12, 6), backbone=family("registers, DINOv2"))
+    student.statistics_head = StatisticsHead(head, 32, True, lab.classes, 0)
+    weight = student.statistics_head.weight
+    weight.normal_(generator=torch.Generator().manual_seed(0)).div_(weight.shape[1] ** 0.5)
+    assert_equal(lab, student)
 
 
 def test_blocks_that_turn_alike_share_their_table(lab, family):
