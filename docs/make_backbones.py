@@ -39,7 +39,7 @@ MODULES = (
     *("vision_transformer_sam", "naflexvit", "vitamin", "cait", "xcit", "crossvit", "convit", "volo", "tnt", "pit"),
 )
 "of timm: its Vision Transformers and what is often taken for one"
-SIDE_PATCHES, DEPTH, WIDTH, HEADS = 3, 2, 64, 4
+SIDE_PATCHES, DEPTH, WIDTHS, HEADS = 3, 2, (64, 96), 4
 TOLERANCE = 1e-4
 FULL = (
     *("deit3_small_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"),
@@ -60,12 +60,14 @@ def small(name: str) -> Any:
     for part in name.split("_"):
         if part.startswith("patch") and part[5:].isdigit():
             patch = int(part[5:])
-    sizes = {"img_size": SIDE_PATCHES * patch, "depth": DEPTH, "embed_dim": WIDTH, "num_heads": HEADS, "num_classes": 0}
-    try:
-        return timm.create_model(name, **sizes)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError):
-        with torch.device("meta"):
-            return timm.create_model(name, num_classes=0)
+    sizes = {"img_size": SIDE_PATCHES * patch, "depth": DEPTH, "num_heads": HEADS, "num_classes": 0}
+    for width in WIDTHS:
+        try:
+            return timm.create_model(name, embed_dim=width, **sizes)
+        except (TypeError, ValueError, RuntimeError, AssertionError, KeyError):
+            continue
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=0)
 
 
 @torch.no_grad()
