@@ -135,7 +135,7 @@ def load_backbone(
     or `random:NAME` (untrained).
     image_size: side of the images, pixels; positions are resampled as timm does. None: what it was trained with.
     architecture: timm model of a `file:` that does not say its sizes.
-    identity: of the weights that a run was trained on, where there is one: a builtin of an earlier release is found by it.
+    identity: of the weights that a run was trained on: a builtin of an earlier release is found by it. None: any.
 
     Raises: InputError for an unknown name, an unreachable hub, weights that do not fit, a ViT with parts that prompts
     and export do not support, or a size that its patches do not divide.
