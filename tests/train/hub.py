@@ -45,6 +45,9 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         """One request."""
+        if self._stop.is_set():  # a connection that was kept open
+            request.close_connection = True
+            return None
         self.requests.append((request.command, request.path))
         parts = request.path.split("?")[0].strip("/").split("/")
         if parts[0] == "cdn":
