@@ -133,8 +133,16 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     "fifth of each class held out) | cifar100[:PATH] | imagenet-r:PATH; needed, here or in --config",
 )
 @click.option("--out", help="run folder to write; needed, here or in --config")
-@click.option("--teacher", help="full timm tag | file:PATH.safetensors | builtin:teacher [default: builtin:teacher]")
+@click.option(
+    "--teacher",
+    help="full timm tag | hf-hub:ORG/NAME | local-dir:PATH | file:PATH.safetensors | builtin:teacher "
+    "[default: builtin:teacher]",
+)
 @click.option("--student", help="likewise [default: builtin:student]")
+@click.option("--teacher-arch", help="timm model that a file is of [default: the file or its config.json says so]")
+@click.option("--student-arch", help="likewise [default: the file or its config.json says so]")
+@click.option("--image-size", type=int, help="side of the images, pixels [default: each backbone's own]")
+@click.option("--teacher-image-size", type=int, help="of the teacher's images [default: --image-size]")
 @click.option("--learner", help="frozen (no prompts) | l2p | dualprompt | coda | apt | finetune [default: coda]")
 @click.option(
     "--distill",

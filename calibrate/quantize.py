@@ -245,6 +245,8 @@ class _Editor:
             if not layers or any(la is None for la in layers):
                 continue  # somebody else reads it too
             unit = next(la.unit for la in layers if la is not None)
+            if unit not in smoothing.factors:
+                continue  # a norm inside an MLP or behind attention: its channels are not known
             factor = smoothing.factors[unit]
             for position, what in ((1, "weight"), (2, "bias")):
                 values = self._constant(node.input[position]) / factor

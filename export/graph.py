@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
+from ..train.attention import RotaryAttention, head_normed, output_norm
 from ..train.closed_form import StatisticsHead
 from ..train.student import SPREAD_EPS, PromptedViT
+from ..train.tokens import token_count
+from .layers import activation, head_norm, turned
 from .nodes import FROZEN, LEARNT, Graph
 from .profiles import PROFILES, Profile
 from .prompts import PromptRows, Rows
@@ -51,16 +54,26 @@ class StudentGraph:
         self.g = Graph(batch, profile, precision)
         self.width = int(self.vit.embed_dim)
         self.depth = len(self.vit.blocks)
-        self.tokens = int(self.vit.pos_embed.shape[1])
+        self.prefix, self.tokens = int(self.vit.num_prefix_tokens), token_count(self.vit)
         self.stem = Stem(self.g, self.vit, preprocessing, rewrites.input)
 
     # -- one block ----------------------------------------------------------------------------------------------------
 
+    def folds_scale(self, index: int) -> bool:
+        """Whether the attention scale of a block lies in the weights of Q: not if a norm would take it away again."""
+        return self.rewrites.scale and isinstance(self.vit.blocks[index].attn.q_norm, nn.Identity)
+
+    def is_plain(self, index: int) -> bool:
+        """Whether scores and answers of a block's attention are linear in its weights."""
+        attention = self.vit.blocks[index].attn
+        norms = (attention.q_norm, attention.k_norm, output_norm(attention))
+        return not isinstance(attention, RotaryAttention) and all(isinstance(n, nn.Identity) for n in norms)
+
     def qkv_weights(self, index: int) -> tuple[Tensor, Tensor]:
-        """(3D, D) and (3D,), with the attention scale in Q."""
+        """(3D, D) and (3D,), with the attention scale in Q where it can lie there."""
         attention = self.vit.blocks[index].attn
         factor = torch.ones(3 * self.width, 1)
-        if self.rewrites.scale:
+        if self.folds_scale(index):
             factor[: self.width] = attention.scale
         bias = attention.qkv.bias if attention.qkv.bias is not None else torch.zeros(3 * self.width)
         return attention.qkv.weight * factor, bias * factor[:, 0]
@@ -70,7 +83,7 @@ class StudentGraph:
         gamma = getattr(scale, "gamma", None)
         weight = layer.weight
         lacking = (weight.double() @ shift.double()).float() if shift is not None else 0
-        bias = layer.bias + lacking
+        bias = (layer.bias if layer.bias is not None else torch.zeros(len(weight))) + lacking
         if gamma is None or not self.rewrites.scale:
             x = self.g.linear(name, x, weight, bias)
             return x if gamma is None else self.g.op("Mul", x, self.g.weight(f"{name}.gamma", gamma, FROZEN))
@@ -86,7 +99,7 @@ class StudentGraph:
         if self.student.query_of == "class":
             return self.pick(x, count, [0])
         g = self.g
-        patches = g.slice(g.reshape(g.single(x), -1, count, self.width), 1, self.tokens, 1)
+        patches = g.slice(g.reshape(g.single(x), -1, count, self.width), self.prefix, self.tokens, 1)
         mean = g.op("ReduceMean", patches, g.indices(1), keepdims=1)
         away = g.op("Sub", patches, mean)
         variance = g.op("ReduceMean", g.op("Mul", away, away), g.indices(1), keepdims=1)
@@ -109,8 +122,20 @@ class StudentGraph:
             rows, number = h, count
             if part == "q" and keep is not None:
                 rows, number = self.pick(h, count, keep), len(keep)
-            parts.append(g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b), -1, number, width))
+            rows = g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b), -1, number, width)
+            parts.append(self.ready(index, part, rows, number) if part in "qk" else rows)
         return tuple(parts)
+
+    def ready(self, index: int, part: str, x: str, count: int) -> str:
+        """Queries or keys (B, count, D) behind their norm and turned, where the ViT does so."""
+        attention = self.vit.blocks[index].attn
+        x = head_norm(self.g, f"blocks.{index}.{part}_norm", x, getattr(attention, f"{part}_norm"), attention.num_heads)
+        # A choice of rows has no patch among them.
+        if isinstance(attention, RotaryAttention) and count >= self.tokens:
+            first = self.vit.blocks[0].attn
+            alike = torch.equal(first.rope_sin, attention.rope_sin) and torch.equal(first.rope_cos, attention.rope_cos)
+            x = turned(self.g, "rope" if alike else f"blocks.{index}.rope", x, attention, count)
+        return x
 
     def first_rows(self, name: str, row: Tensor, count: int) -> str:
         """A row (1, D) for the class token and zeros for the others: (count, D), made by the engine when it loads."""
@@ -127,7 +152,7 @@ class StudentGraph:
         if rows is not None and rows.keys:
             k, v = g.op("Concat", k, *rows.keys, axis=1), g.op("Concat", v, *rows.values, axis=1)
         attention = self.vit.blocks[index].attn
-        scale = 1.0 if self.rewrites.scale else float(attention.scale)
+        scale = 1.0 if self.folds_scale(index) else float(attention.scale)
         return g.attention(q, k, v, attention.num_heads, self.width, scale, few)
 
     def last(self, index: int, x: str, count: int, rows: Rows | None, keep: list[int]) -> tuple[str, Tensor]:
@@ -183,18 +208,24 @@ class StudentGraph:
         g, block, width = self.g, self.vit.blocks[index], self.width
         name, shift = f"blocks.{index}", None
         read = keep if self.rewrites.last_rows else None
-        if qkv is None and read is not None and self.rewrites.last_products and self.tokens >= LAST_TOKENS:
+        products = self.rewrites.last_products and self.tokens >= LAST_TOKENS and self.is_plain(index)
+        if qkv is None and read is not None and products:
             mixed, shift = self.last(index, x, count, rows, read)
         else:
             mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows, read is not None)
         if read is not None:
             x = self.pick(x, count, read)
-        added = self.scaled(f"{name}.proj", g.reshape(mixed, -1, width), block.attn.proj, block.ls1, shift)
-        x = g.op("Add", x, added)
+        mixed = self.maybe_norm(f"{name}.attn_norm", g.reshape(mixed, -1, width), output_norm(block.attn))
+        x = g.op("Add", x, self.scaled(f"{name}.proj", mixed, block.attn.proj, block.ls1, shift))
         h = g.compute(g.norm(f"{name}.norm2", x, block.norm2))
-        h = g.gelu(g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias))
+        h = activation(g, g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias), block.mlp)
+        h = self.maybe_norm(f"{name}.mlp_norm", h, block.mlp.norm)
         x = g.op("Add", x, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2))
         return x if keep is None or read is not None else self.pick(x, count, keep)
+
+    def maybe_norm(self, name: str, x: str, norm: nn.Module) -> str:
+        """A LayerNorm that few ViTs have, in the graph's precision."""
+        return self.g.compute(self.g.norm(name, x, norm)) if isinstance(norm, nn.LayerNorm) else x
 
     def flat(self, x: str) -> str:
         """(B, N, D) -> (B * N, D)."""
@@ -245,9 +276,7 @@ class StudentGraph:
             token = student.kd.token.detach().cpu()
             x = g.op("Concat", x, g.rows("kd.token", token, tokens), axis=1)
             if shared is not None:
-                weight, bias = self.qkv_weights(0)
-                row = torch.nn.functional.linear(self.vit.blocks[0].norm1(token), weight, bias)
-                added = (g.rows(f"kd.token.{p}", r, tokens) for p, r in zip("qkv", row.chunk(3, dim=2), strict=True))
+                added = (g.rows(f"kd.token.{p}", r, tokens) for p, r in zip("qkv", self.kd_rows(token), strict=True))
                 qkv = tuple(g.op("Concat", s, r, axis=1) for s, r in zip(shared, added, strict=True))
             count += 1
         x = self.flat(x)
@@ -272,7 +301,7 @@ class StudentGraph:
         """Mean of the normalised patches in front of the last block: (B * count, D) -> (B, D) in fp32."""
         g = self.g
         normed = g.reshape(g.norm("norm", x, self.vit.norm), -1, count, self.width)
-        patches = g.slice(normed, 1, self.tokens, 1)
+        patches = g.slice(normed, self.prefix, self.tokens, 1)
         return g.op("ReduceMean", patches, g.indices(1), keepdims=0)
 
     def statistics_head(self, head: StatisticsHead, x: str, rows: int, patches: str) -> None:
@@ -290,6 +319,13 @@ class StudentGraph:
         if classes > self.classes:
             logits = g.slice(logits, 0, self.classes, 1)
         g.output("logits", logits, self.classes)
+
+    def kd_rows(self, token: Tensor) -> list[Tensor]:
+        """Query, key and value (1, 1, D) of the KD token in block 0: constants."""
+        weight, bias = self.qkv_weights(0)
+        q, k, v = torch.nn.functional.linear(self.vit.blocks[0].norm1(token), weight, bias).chunk(3, dim=2)
+        attention = self.vit.blocks[0].attn
+        return [head_normed(attention, attention.q_norm, q), head_normed(attention, attention.k_norm, k), v]
 
     def heads(self, x: str, rows: int) -> None:
         """(B * rows, D) in fp32 -> `logits` (B, C) in fp32."""

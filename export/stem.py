@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..images import Preprocessing
+from ..train.tokens import patch_count, rows_in_front
 from ..train.trunk import Residual, same_padding
 from .nodes import FROZEN, TYPES, Graph
 
 
 class Stem:
-    """The patch embedding or convolutional stem of a ViT, with class token and positions."""
+    """The patch embedding or convolutional stem of a ViT, with class token, registers and positions."""
 
     def __init__(self, g: Graph, vit: VisionTransformer, preprocessing: Preprocessing, fold: bool) -> None:
         """fold: the normalisation into the weights; otherwise it is done on the pixels."""
         self.g, self.vit, self.preprocessing, self.fold = g, vit, preprocessing, fold
-        self.width, self.patches_count = int(vit.embed_dim), int(vit.pos_embed.shape[1]) - 1
+        self.width, self.patches_count = int(vit.embed_dim), patch_count(vit)
         # Graphs of other precisions share the file of constants: what differs needs a name of its own.
         self.name = "stem.fp16" if g.precision == "fp16" and fold else "stem"
 
     def tokens(self) -> str:
-        """uint8 (B, S, S, 3) -> (B, N, D) tokens with positions."""
+        """uint8 (B, S, S, 3) -> (B, N, D) tokens with positions: class token, registers, patches."""
         g, vit = self.g, self.vit
         layers = self.layers()
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.preprocessing.mean, self.preprocessing.std))
@@ -47,9 +48,11 @@ class Stem:
             x = self.patches(pixels, first, scale, shift)
         else:
             x = self.convolutions(pixels, layers, scale, shift)
-        x = g.op("Add", x, g.weight("pos_embed", vit.pos_embed[:, 1:], FROZEN))
-        first_row = g.rows("cls_token", vit.cls_token + vit.pos_embed[:, :1], x, FROZEN)
-        return g.op("Concat", first_row, x, axis=1)
+        rows, positions = rows_in_front(vit)
+        if positions is not None:
+            x = g.op("Add", x, g.weight("pos_embed", positions, FROZEN))
+        x = g.op("Concat", g.rows("cls_token", rows, x, FROZEN), x, axis=1)
+        return x if isinstance(vit.norm_pre, nn.Identity) else g.compute(g.norm("norm_pre", x, vit.norm_pre))
 
     def layers(self) -> list[Any]:
         """Convolutions and activations. Raises: InputError for a stem of another kind."""

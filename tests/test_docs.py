@@ -16,7 +16,7 @@ from cdl_edge.runtime.machine import cuda_driver
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(p.name for p in DOCS.glob("*.md"))
-GUIDES = ("README.md", "methods.md", "bundle.md", "precision.md", "jetson.md", "security.md")
+GUIDES = ("README.md", "backbones.md", "methods.md", "bundle.md", "precision.md", "jetson.md", "security.md")
 SECTIONS = ("Options", "In and out", "Exit codes", "JSON", "What goes wrong")
 QUICK = {
     "train": ("--epochs", "1", "--limit-per-class", "4", "--threads", "1"),

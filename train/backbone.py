@@ -1,24 +1,25 @@
-"""The frozen Vision Transformer: any timm ViT by its full tag, a safetensors file, or the pair shipped here."""
+"""The frozen Vision Transformer: one of timm's, a safetensors file, or the pair shipped here."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import HybridEmbed, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import InputError, choose
 from ..files import atomic_file, sha256
 from ..images import Preprocessing
+from .families import plain_vit, refusal
+from .sources import from_file, from_folder, from_hub, from_tag, has_own_metadata, random_model
 from .trunk import Residual, build_trunk
 
 BUILTIN = {
@@ -104,7 +105,7 @@ class Backbone:
     source: str
     "as the user named it"
     identity: str
-    "full timm tag, or sha256 of the weight file: what a run was trained on"
+    "full timm tag, or sha256 of the weight file, and the image size if not its own: what a run was trained on"
     model: VisionTransformer
     "in eval mode, no parameter wants a gradient"
     preprocessing: Preprocessing
@@ -117,7 +118,7 @@ class Backbone:
     @property
     def grid(self) -> int:
         """Patches along a side of the image."""
-        return round((self.model.pos_embed.shape[1] - 1) ** 0.5)
+        return int(self.model.patch_embed.grid_size[0])
 
     @property
     def depth(self) -> int:
@@ -125,92 +126,85 @@ class Backbone:
         return len(self.model.blocks)
 
 
-def load_backbone(source: str, identity: str | None = None) -> Backbone:
-    """Load `builtin:teacher|student`, `file:PATH.safetensors`, a full timm tag, or `random:NAME` (untrained).
+def load_backbone(
+    source: str, image_size: int | None = None, architecture: str | None = None, identity: str | None = None
+) -> Backbone:
+    """A frozen ViT by name.
 
-    Raises: InputError for an unknown name, an unreachable hub, a file without our metadata, or a ViT with parts that
-    prompts and export do not support.
+    source: `builtin:teacher|student`, a full timm tag, `hf-hub:ORG/NAME`, `local-dir:PATH`, `file:PATH.safetensors`,
+    or `random:NAME` (untrained).
+    image_size: side of the images, pixels; positions are resampled as timm does. None: what it was trained with.
+    architecture: timm model of a `file:` that does not say its sizes.
+    identity: of the weights that a run was trained on: a builtin of an earlier release is found by it. None: any.
 
-    identity: of the weights that a run was trained on, where there is one; it finds a builtin of an earlier release.
+    Raises: InputError for an unknown name, an unreachable hub, weights that do not fit, a ViT with parts that prompts
+    and export do not support, or a size that its patches do not divide.
     """
     kind, _, rest = source.partition(":")
+    if architecture is not None and kind != "file":
+        raise InputError(f"{source}: says itself which ViT it is", got=architecture, fix="leave --...-arch out")
     if kind == "builtin":
         path = BUILTIN[choose("builtin backbone", rest, BUILTIN)]
-        if identity is not None and identity != "sha256:" + sha256(path):  # an earlier one of this name
-            path = next((p for p in BUILTIN.values() if "sha256:" + sha256(p) == identity), path)
+        wanted = identity.partition(" at ")[0] if identity is not None else None  # without the image size
+        if wanted is not None and wanted != "sha256:" + sha256(path):  # an earlier one of this name
+            path = next((p for p in BUILTIN.values() if "sha256:" + sha256(p) == wanted), path)
         model, preprocessing = load_file(path)
         identity = "sha256:" + sha256(path)
     elif kind == "file":
         path = Path(rest).expanduser()
         if not path.is_file():
-            raise InputError(f"{path}: no such file", expected="file:PATH.safetensors made by `cdl-edge pretrain`")
-        model, preprocessing = load_file(path)
+            raise InputError(f"{path}: no such file", expected="file:PATH.safetensors")
+        if architecture is None and has_own_metadata(path):
+            model, preprocessing = load_file(path)
+        else:
+            model, preprocessing = from_file(path, architecture)
         identity = "sha256:" + sha256(path)
-    else:
+    elif kind == "hf-hub":
+        model, preprocessing, identity = from_hub(source, rest)
+    elif kind == "local-dir":
+        model, preprocessing, identity = from_folder(source, Path(rest).expanduser())
+    elif kind == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # "untrained" must be the same weights again when the run is exported
-            model, preprocessing = _load_timm(rest if kind == "random" else source, pretrained=kind != "random")
+            model, preprocessing = random_model(rest)
+        identity = source
+    else:
+        model, preprocessing = from_tag(source)
         identity = source
     _check_supported(source, model)
-    model.eval().requires_grad_(False)
-    return Backbone(source, identity, model, preprocessing)
+    if image_size is not None and image_size != preprocessing.size:
+        preprocessing = _resized(source, model, preprocessing, image_size)
+        identity += f" at {image_size} pixels"
+    vit = plain_vit(model)
+    vit.eval().requires_grad_(False)
+    return Backbone(source, identity, vit, preprocessing)
 
 
-def _load_timm(tag: str, pretrained: bool) -> tuple[VisionTransformer, Preprocessing]:
-    name = tag.split(".")[0]
-    choose("timm model", name, timm.list_models("*vit*") + timm.list_models("deit*"))
-    if pretrained and "." not in tag:
-        tags = timm.list_pretrained(f"{name}.*")
+def _resized(source: str, model: nn.Module, preprocessing: Preprocessing, size: int) -> Preprocessing:
+    """Make the model one for images of another size; the share of an image that is seen stays what it was."""
+    step = int(model.patch_embed.feat_ratio())  # type: ignore[operator,union-attr]
+    if size < 1 or size % step:
+        near = max(1, size // step) * step
         raise InputError(
-            f"{tag}: the tag is missing, and timm's default changes between releases",
-            expected="a full tag: " + (", ".join(tags) or "none is published"),
+            f"{source}: its patches do not divide the image size",
+            got=f"{size} pixels",
+            expected=f"a multiple of {step} pixels",
+            fix=f"--image-size {near} or {near + step}",
         )
-    if pretrained:
-        choose("timm tag", tag, timm.list_pretrained(f"{name}.*"))
-    try:
-        model = timm.create_model(tag, pretrained=pretrained, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        # Hub failures arrive as OSError subclasses (connection, HTTP) or RuntimeError (no source): one line for all.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{tag}: the weights could not be fetched",
-            got=reason,
-            fix="check the network, or use file:PATH.safetensors or builtin:student",
-        ) from error
-    config = timm.data.resolve_model_data_config(model)
-    size = int(config["input_size"][-1])
-    crop = float(config["crop_pct"])
-    return model, Preprocessing(
-        size, int(size / crop), config["interpolation"], tuple(config["mean"]), tuple(config["std"])
-    )
+    model.set_input_size(img_size=(size, size))  # type: ignore[operator]
+    return replace(preprocessing, size=size, resize=max(size, size * preprocessing.resize // preprocessing.size))
 
 
 def _check_supported(source: str, model: nn.Module) -> None:
     """Prompts are inserted block by block and the graph is written by hand: refuse what either would get wrong."""
-    found = None
-    if not isinstance(model, VisionTransformer):
-        found = type(model).__name__
-    elif not _plain_stem(model.patch_embed):
+    found = refusal(model)
+    if found is None and not _plain_stem(model.patch_embed):  # type: ignore[arg-type]
         found = f"a {type(model.patch_embed).__name__} that is more than convolutions and ReLUs"
-    elif model.cls_token is None or model.num_prefix_tokens != 1:
-        found = "a ViT without exactly one class token"
-    elif not isinstance(model.norm_pre, nn.Identity):
-        found = "a ViT with a norm before its blocks"
-    elif model.no_embed_class or model.pos_embed is None:
-        found = "a ViT whose class token has no position"
-    elif not isinstance(model.norm, nn.LayerNorm):
-        found = "a ViT that normalises after pooling"
-    elif not all(isinstance(block, Block) for block in model.blocks):
-        found = f"a ViT of {type(model.blocks[0]).__name__}"
-    elif not isinstance(getattr(model.blocks[0].attn, "q_norm", None), nn.Identity):
-        found = "a ViT with normalised queries"
-    elif not isinstance(getattr(model.blocks[0].mlp, "act", None), nn.GELU):
-        found = "a ViT whose MLP is not fc1-GELU-fc2"
     if found:
         raise InputError(
             f"{source}: this backbone is not supported",
             got=found,
-            expected="a plain timm ViT (vit_tiny/small/base/large_patch*, deit_*)",
+            expected="a plain timm ViT with a class token; docs/backbones.md lists them",
         )
 
 

@@ -42,7 +42,8 @@ class FrozenBaseline:
             tokens = images.bare_tokens("student", np.arange(start, min(start + CHUNK, len(images))))
             for i, block in enumerate(vit.blocks):
                 last = i == len(vit.blocks) - 1
-                patches = vit.norm(tokens[:, 1:]).mean(dim=1)  # of the last block: in front of it, as students do
+                # Of the last block: in front of it, as students do.
+                patches = vit.norm(tokens[:, int(vit.num_prefix_tokens) :]).mean(dim=1)
                 tokens = run_block(block, tokens, keep=[0] if last else None)
             parts.append(torch.cat([vit.norm(tokens)[:, 0], patches], dim=1).float().cpu())
         return torch.cat(parts).numpy()

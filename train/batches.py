@@ -15,6 +15,7 @@ from ..images import Preprocessing
 from . import augment
 from .engine import Share
 from .student import PromptedViT
+from .tokens import token_count
 
 KEPT_BYTES = 2_000_000_000
 "what a task's images give is kept in memory up to this size, computed again otherwise"
@@ -119,7 +120,8 @@ class Images:
         side = self.sides[name]
         if side.model.learner.whole_network:
             return 12 * side.preprocessing.size**2
-        return 4 * int(side.model.backbone.pos_embed[0].numel())
+        vit = side.model.backbone
+        return 4 * token_count(vit) * int(vit.embed_dim)
 
     @torch.no_grad()
     def prepare(self, name: str, index: np.ndarray) -> Tensor:

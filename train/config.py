@@ -33,9 +33,17 @@ class TrainConfig:
     out: str
     "run folder"
     teacher: str = "builtin:teacher"
-    "backbone of the teacher: full timm tag | file:PATH.safetensors | builtin:teacher"
+    "backbone: full timm tag | hf-hub:ORG/NAME | local-dir:PATH | file:PATH.safetensors | builtin:teacher"
     student: str = "builtin:student"
     "backbone of the student, likewise"
+    teacher_arch: str | None = None
+    "timm model whose weights `teacher` is; for a file that does not say so itself"
+    student_arch: str | None = None
+    "likewise of `student`"
+    image_size: int | None = None
+    "side of the images of teacher and student, pixels; None: what each backbone was trained with"
+    teacher_image_size: int | None = None
+    "of the teacher's images alone; None: image_size"
     learner: str = "coda"
     "prompt learner, of teacher and student"
     distill: str = "auto"
@@ -131,7 +139,8 @@ class TrainConfig:
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
         choose("value of pruned weights", self.pruned, PRUNED)
-        for name in ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks"):
+        counts = ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks")
+        for name in (*counts, "image_size", "teacher_image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is too small", got=value, expected="at least 1")

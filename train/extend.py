@@ -29,7 +29,7 @@ OWN = ("data", "out", "tasks", "teachers", "devices", "extend")
 "options that are never the old run's"
 FREE = ("epochs", "batch_size", "learning_rate", "seed", "limit_per_class", "augment", "precision", "range_images")
 "options that are the old run's unless they are given; all others must be its"
-BY_IDENTITY = ("teacher", "student")
+BY_IDENTITY = ("teacher", "student", "teacher_arch", "student_arch")
 "options that may name the same weights in another place"
 
 

@@ -23,7 +23,7 @@ from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import write_json
 from ..splits import Split, joined
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone
 from .baseline import FrozenBaseline
 from .batches import Images, Side, Validation
 from .checkpoint import keep_before, load_state, remove_kept, save_state
@@ -38,10 +38,11 @@ from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
-from .run import SCHEMA, build_model, preprocessing_of, save_learnt
+from .run import SCHEMA, backbone_of, build_model, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
+from .tokens import registers
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False, keep_threads: bool = False) -> dict[str, Any]:
@@ -87,9 +88,10 @@ class _Training:
         self.config = config = replace(
             config, data=absolute(config.data), tasks=tasks, tau=kind.tau if config.tau is None else config.tau
         )
-        self.backbones: dict[str, Backbone] = {"student": load_backbone(config.student)}
+        self.backbones: dict[str, Backbone] = {"student": backbone_of(config, "student")}
         if kind.needs_teacher:
-            self.backbones["teacher"] = load_backbone(config.teacher)
+            self.backbones["teacher"] = backbone_of(config, "teacher")
+            _check_tail(config, self.backbones["teacher"])
         if self.origin is not None:
             self.origin.check(config, {n: b.identity for n, b in self.backbones.items()})
         for split in (dataset.train, dataset.val):
@@ -501,3 +503,14 @@ class _Training:
     def _say(self, line: str) -> None:
         if not self.quiet and self.engine.is_main:
             tqdm.write(line, file=sys.stderr)
+
+
+def _check_tail(config: TrainConfig, teacher: Backbone) -> None:
+    """Refuse a distiller that puts the student's tokens into a teacher that wants registers among them."""
+    if DISTILLERS[config.distill].needs_tail and registers(teacher.model):
+        raise InputError(
+            f"--distill {config.distill} does not work with this teacher: its blocks expect register tokens, which the "
+            "student has none of",
+            got=f"{config.teacher} with {registers(teacher.model)} register tokens",
+            expected="a teacher without register tokens",
+        )

@@ -33,6 +33,17 @@ class Run:
     preprocessing: Preprocessing
 
 
+def backbone_of(config: TrainConfig, side: str, identity: str | None = None) -> Backbone:
+    """The backbone of "teacher" or "student" as a run's options describe it. Raises: InputError.
+
+    identity: see load_backbone.
+    """
+    size = config.image_size
+    if side == "teacher" and config.teacher_image_size is not None:
+        size = config.teacher_image_size
+    return load_backbone(getattr(config, side), size, getattr(config, f"{side}_arch"), identity)
+
+
 def preprocessing_of(backbone: Backbone, config: TrainConfig) -> Preprocessing:
     """The backbone's own. The authors' code feeds raw [0, 1] whatever the weights expect, and scales bilinearly.
 
@@ -116,7 +127,7 @@ def load_run(path: Path) -> Run:
     path = Path(path)
     config, metrics = read_run(path)
     state = load_state(path / "student.safetensors")
-    backbone = load_backbone(config.student, state["backbone"])
+    backbone = backbone_of(config, "student", state["backbone"])
     if state["backbone"] != backbone.identity:
         raise InputError(
             f"{path}: the student was trained on another backbone",

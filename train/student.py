@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .attention import output_norm, queries_keys_values
 from .closed_form import StatisticsHead
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
 from .learners.base import uniform
 from .learners.mapped import MappedPrompts
+from .tokens import embed, without_registers
 
 
 class LinearHead(nn.Linear):
@@ -213,17 +215,18 @@ class PromptedViT(nn.Module):
 
     @torch.no_grad()
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised images -> (B, 1 + P, D) tokens with positions, by the backbone as it was given."""
+        """(B, 3, S, S) normalised images -> (B, 1 + R + P, D) tokens with positions, by the backbone as it was given.
+
+        R of them are registers, in most backbones none.
+        """
         return self._tokens(x, self.pretrained)
 
     def _tokens(self, x: Tensor, vit: VisionTransformer | None = None) -> Tensor:
-        vit = vit or self.backbone
-        tokens = vit.patch_embed(x)
-        return torch.cat([vit.cls_token.expand(len(x), -1, -1), tokens], dim=1) + vit.pos_embed
+        return embed(vit or self.backbone, x)
 
     @torch.no_grad()
     def query(self, tokens: Tensor) -> Tensor:
-        """The final class token of the bare backbone, (B, 1 + P, D) -> (B, D)."""
+        """The final class token of the bare backbone, (B, 1 + R + P, D) -> (B, D)."""
         vit = self.backbone
         for i, block in enumerate(vit.blocks):
             tokens = run_block(block, tokens, keep=[0] if i == len(vit.blocks) - 1 else None)
@@ -252,7 +255,9 @@ class PromptedViT(nn.Module):
             x = torch.cat([x, self.kd.token.expand(len(x), -1, -1)], dim=1)
         last = len(self.backbone.blocks) - 1
         for i in range(start, last + 1):
-            own = OWN_QUERY[self.query_of](x[:, :count]) if self.one_pass and self.learner.needs_query else None
+            own = None
+            if self.one_pass and self.learner.needs_query:
+                own = OWN_QUERY[self.query_of](without_registers(self.backbone, x[:, :count]))
             q = (own if self.one_pass else query) if self.learner.needs_query else None
             prompt = self.learner.at_block(i, q, training)
             if prompt is not None and prompt.loss is not None:
@@ -266,7 +271,7 @@ class PromptedViT(nn.Module):
                 references += [term] if term is not None else []
             if i == last and self.statistics_head is not None and not training:
                 # In front of the last block, which then answers for one or two rows only.
-                patches = self.backbone.norm(x[:, 1:count]).float().mean(dim=1)
+                patches = self.backbone.norm(x[:, int(self.backbone.num_prefix_tokens) : count]).float().mean(dim=1)
             rows = None
             if i == last and not hidden:  # only these rows are read behind it
                 rows = [0] if self.kd is None else [0, x.shape[1] - 1]
@@ -274,7 +279,7 @@ class PromptedViT(nn.Module):
                 self.backbone.blocks[i], x, prompt, self.kd.at_block(i) if self.kd is not None else None, rows
             )
             if hidden:
-                kept.append(x[:, :count])
+                kept.append(without_registers(self.backbone, x[:, :count]))
         x = self.backbone.norm(x)
         features = None
         if self.statistics_head is not None and not training:
@@ -319,10 +324,9 @@ def run_block(
     keep: the token rows whose output is wanted (the last block's others are never read).
     """
     attention: Any = block.attn
-    batch, count, width = x.shape
+    batch, _, width = x.shape
     heads = attention.num_heads
-    qkv = attention.qkv(block.norm1(x)).reshape(batch, count, 3, width)  # type: ignore[operator]
-    q, k, v = qkv.unbind(2)
+    q, k, v = queries_keys_values(attention, block.norm1(x))  # type: ignore[operator]
     if prompt is not None and prompt.cls_key is not None and prompt.cls_value is not None:
         k = torch.cat([k[:, :1] + prompt.cls_key, k[:, 1:]], dim=1)
         v = torch.cat([v[:, :1] + prompt.cls_value, v[:, 1:]], dim=1)
@@ -339,7 +343,8 @@ def run_block(
         return joined.reshape(batch, -1, heads, width // heads).transpose(1, 2)
 
     mixed = _attend(split([q]), split(keys), split(values), attention.scale)
-    x = x + block.ls1(attention.proj(mixed.transpose(1, 2).reshape(batch, -1, width)))  # type: ignore[operator]
+    mixed = output_norm(attention)(mixed.transpose(1, 2).reshape(batch, -1, width))
+    x = x + block.ls1(attention.proj(mixed))  # type: ignore[operator]
     return x + block.ls2(block.mlp(block.norm2(x)))  # type: ignore[operator]
 
 

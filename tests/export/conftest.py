@@ -146,6 +146,11 @@ class Lab:
         """`make_backbone`."""
         return make_backbone(*arguments, **options)
 
+    def randomise(self, vit: VisionTransformer) -> VisionTransformer:
+        """Weights large enough that every one of them matters; frozen."""
+        randomise(vit, 0)
+        return vit.eval().requires_grad_(False)
+
     def student(self, *arguments: Any, **options: Any) -> PromptedViT:
         """`make_student`."""
         return make_student(*arguments, **options)

@@ -126,7 +126,7 @@ def rewrite(source, target, drop=(), tensors=None, **metadata):
 def test_metadata_missing(tmp_path, tiny_vit):
     refused(rewrite(tiny_vit(), tmp_path / "a", drop=("depth", "mean")), "metadata is missing", "depth, mean")
     save_file({"w": torch.ones(1)}, tmp_path / "b")
-    refused(f"file:{tmp_path}/b", "metadata is missing", "cdl-edge pretrain")
+    refused(f"file:{tmp_path}/b", "metadata is missing", "cdl-edge pretrain", "--student-arch")
 
 
 @pytest.mark.parametrize(
@@ -183,16 +183,19 @@ def test_a_name_without_its_tag_lists_the_tags():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("vit_small_patch14_reg4_dinov2", "class token"),  # register tokens
         ("vit_tiny_patch16_224", None),
+        ("vit_small_patch14_reg4_dinov2", None),
+        ("deit3_small_patch16_224", None),
+        ("vit_base_patch32_clip_224", None),
         ("vit_tiny_r_s16_p8_224", "HybridEmbed"),  # a ViT behind a small ResNet: not exported
         ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
-        ("vit_base_patch16_clip_224", "norm before its blocks"),
-        ("vit_base_patch16_siglip_224", "class token"),
-        ("vit_base_patch16_rpn_224", "class token"),
+        ("vit_base_patch16_siglip_224", "without a class token"),
+        ("vit_base_patch16_rpn_224", "ResPostBlock"),
+        ("eva02_tiny_patch14_224", "normalises after pooling"),
+        ("beit_base_patch16_224", "Beit"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
-        ("deit_tiny_distilled_patch16_224", "class token"),
-        ("mobilevit_xxs", "ByobNet"),
+        ("deit_tiny_distilled_patch16_224", "VisionTransformerDistilled"),
+        ("resnet18", "ResNet"),
     ],
 )
 def test_what_is_supported(name, part):

@@ -1,0 +1,51 @@
+"""From an image to the tokens in front of the first block: class token, register tokens, patches, with positions."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+
+def registers(vit: VisionTransformer) -> int:
+    """Register tokens (arXiv 2309.16588), which stand between the class token and the patches."""
+    return int(vit.num_prefix_tokens) - 1
+
+
+def patch_count(vit: VisionTransformer) -> int:
+    """Patches of an image."""
+    return int(vit.patch_embed.num_patches)
+
+
+def token_count(vit: VisionTransformer) -> int:
+    """Class token, registers and patches."""
+    return int(vit.num_prefix_tokens) + patch_count(vit)
+
+
+def rows_in_front(vit: VisionTransformer) -> tuple[Tensor, Tensor | None]:
+    """What no image changes: class and register tokens with their positions (1, 1 + R, D), positions of the patches.
+
+    The latter are (1, P, D), or None for a ViT that has rotary ones only.
+    """
+    register = getattr(vit, "reg_token", None)
+    rows = vit.cls_token if register is None else torch.cat([vit.cls_token, register], dim=1)
+    if vit.pos_embed is None or vit.no_embed_class:
+        return rows, vit.pos_embed
+    count = rows.shape[1]
+    return rows + vit.pos_embed[:, :count], vit.pos_embed[:, count:]
+
+
+def embed(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """(B, 3, S, S) normalised images -> (B, 1 + R + P, D) tokens for the first block."""
+    rows, positions = rows_in_front(vit)
+    patches = vit.patch_embed(x)
+    if positions is not None:
+        patches = patches + positions
+    tokens: Tensor = vit.norm_pre(torch.cat([rows.expand(len(x), -1, -1), patches], dim=1))
+    return tokens
+
+
+def without_registers(vit: VisionTransformer, tokens: Tensor) -> Tensor:
+    """(B, 1 + R + P, D) -> (B, 1 + P, D): what distillers compare and what one-pass queries are made of."""
+    count = registers(vit)
+    return torch.cat([tokens[:, :1], tokens[:, 1 + count :]], dim=1) if count else tokens
