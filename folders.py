@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .errors import InputError
 from .images import EXTENSIONS
 
@@ -167,15 +169,17 @@ def _has_pictures_itself(folder: Path) -> bool:
     return any(p.is_file() and _reason(p) is None for p in folder.iterdir())
 
 
-def named_pictures(sources: Sequence[Path | str | bytes]) -> tuple[list[Path | str | bytes], LeftOut]:
+def named_pictures(
+    sources: Sequence[Path | str | bytes | np.ndarray],
+) -> tuple[list[Path | str | bytes | np.ndarray], LeftOut]:
     """The sources as they are, but in place of a folder the pictures below it; and what was left out of folders.
 
     Raises: InputError for a folder without a picture.
     """
     left_out: LeftOut = Counter()
-    found: list[Path | str | bytes] = []
+    found: list[Path | str | bytes | np.ndarray] = []
     for source in sources:
-        if isinstance(source, bytes) or not Path(source).is_dir():
+        if isinstance(source, (bytes, np.ndarray)) or not Path(source).is_dir():
             found.append(source)
             continue
         below = pictures_below(Path(source), left_out)

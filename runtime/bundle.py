@@ -145,7 +145,7 @@ class Bundle:
                     content = np.fromfile(stream, np.uint8, min(size, entry["bytes"] + 1))
             except OSError as error:
                 raise InputError(f"{self.path / name}: cannot be read", got=error.strerror, fix=AGAIN) from error
-            _check_content(self.path / name, entry, len(content), hashlib.sha256(content).hexdigest())
+            _check_content(self.path / name, entry, len(content), hashlib.sha256(content.data).hexdigest())
             content.flags.writeable = False
             self._contents[name] = content
         return content

@@ -246,7 +246,8 @@ def _check_signatures(at: Path, manifest: Mapping[str, Any]) -> None:
             raise _contradiction(at, f"signature of {name!r}", f"{signature!r:.200}", "shapes of inputs and outputs")
         if parts[0].get(images, [0])[1:] != side:
             raise _contradiction(at, f"signature of {name!r}", f"{parts[0]!r:.200}", f"the input {images!r}")
-    logits = (signatures or {}).get("student", own)["outputs"].get("logits", [0])
+    answered: Mapping[str, Any] = (signatures or {}).get("student") or own
+    logits = answered["outputs"].get("logits", [0])
     if logits[1:] != [len(manifest["classes"])]:
         raise _contradiction(at, "signature of 'student'", f"logits {logits}", f"[1, {len(manifest['classes'])}]")
 
