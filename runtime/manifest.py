@@ -241,7 +241,7 @@ def _check_signatures(at: Path, manifest: Mapping[str, Any]) -> None:
     images, side = manifest["input"].get("name", "images"), manifest["input"]["shape"][1:]
     own = {"inputs": {images: manifest["input"]["shape"]}, "outputs": manifest["outputs"]}
     for name, signature in {"student": own, **(signatures or {})}.items():
-        parts = [signature.get(k) for k in ("inputs", "outputs")] if isinstance(signature, dict) else []
+        parts: list[Any] = [signature.get(k) for k in ("inputs", "outputs")] if isinstance(signature, dict) else []
         if not parts or not all(isinstance(p, dict) and p and all(map(_is_shape, p.values())) for p in parts):
             raise _contradiction(at, f"signature of {name!r}", f"{signature!r:.200}", "shapes of inputs and outputs")
         if parts[0].get(images, [0])[1:] != side:
