@@ -171,6 +171,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     help="learned | ncm | slda | ranpac | aligned: what answers; all but the first are made from class statistics "
     "after each task [default: ranpac; learned with --compat or finetune]",
 )
+@click.option("--random-features", type=int, help="of --head ranpac [default: 2000]")
 @click.option(
     "--prompt-tasks",
     type=int,

@@ -26,8 +26,8 @@ RIDGE_SCALE = 6.0
 "likewise for ranpac, whose outputs estimate 0 or 1"
 RIDGES = 10.0 ** np.arange(-7, 2.1, 0.5)
 "candidates, in units of the mean eigenvalue of the second moment"
-PROJECTION = 2000
-"random features of ranpac: on held-out classes 5,000 gave at most half a point more, at six times the memory"
+RANDOM_FEATURES = 2000
+"of ranpac, unless another number is given: more are a little better and cost memory and time (square and cube)"
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,12 @@ CLOSED_FORM: dict[str, tuple[str, Callable[[ClassStatistics], LinearMap]]] = {
 "name -> kind of its feature map, and how it is made"
 
 
-def feature_map(head: str, parts: tuple[str, ...], width: int, seed: int = 0) -> FeatureMap:
+def feature_map(
+    head: str, parts: tuple[str, ...], width: int, seed: int = 0, random_features: int = RANDOM_FEATURES
+) -> FeatureMap:
     """The features that a head of CLOSED_FORM (or `aligned`, which reads plain ones) reads.
 
-    parts: see FeatureMap. width: of their concatenation.
+    parts: see FeatureMap. width: of their concatenation. random_features: of ranpac, L.
     """
     kind = CLOSED_FORM[head][0] if head in CLOSED_FORM else "plain"
-    return FeatureMap(parts, width, kind, PROJECTION if kind == "random" else 0, seed)
+    return FeatureMap(parts, width, kind, random_features if kind == "random" else 0, seed)

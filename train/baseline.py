@@ -16,6 +16,7 @@ from ..heads import CLOSED_FORM, feature_map
 from .backbone import Backbone
 from .batches import Images
 from .closed_form import StatisticsKeeper
+from .config import TrainConfig
 from .student import run_block
 
 HEADS = ("slda", "ranpac")
@@ -25,9 +26,12 @@ CHUNK = 128
 class FrozenBaseline:
     """Learns the classes of a run task by task, as the run does, and answers for its validation images."""
 
-    def __init__(self, backbone: Backbone, seed: int, keeper: StatisticsKeeper) -> None:
+    def __init__(self, backbone: Backbone, config: TrainConfig, keeper: StatisticsKeeper) -> None:
         self.backbone, self.keeper = backbone, keeper
-        self.maps = {h: feature_map(h, ("class", "patches"), 2 * backbone.width, seed) for h in HEADS}
+        self.maps = {
+            h: feature_map(h, ("class", "patches"), 2 * backbone.width, config.seed, config.random_features)
+            for h in HEADS
+        }
 
     @property
     def sides(self) -> list[str]:

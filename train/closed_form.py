@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..class_statistics import ClassStatistics, FeatureMap
-from ..heads import CLOSED_FORM, LinearMap, feature_map
+from ..heads import CLOSED_FORM, RANDOM_FEATURES, LinearMap, feature_map
 from .aligned import align
 
 STATISTICS_HEADS = (*CLOSED_FORM, "aligned")
@@ -26,12 +26,14 @@ def feature_parts(kd_token: bool) -> tuple[str, ...]:
 class StatisticsHead(nn.Module):
     """Logits of features by a linear map that was made from class statistics; nothing here learns by gradient."""
 
-    def __init__(self, kind: str, width: int, kd_token: bool, classes: int, seed: int) -> None:
+    def __init__(
+        self, kind: str, width: int, kd_token: bool, classes: int, seed: int, random_features: int = RANDOM_FEATURES
+    ) -> None:
         """width: of a token, D; the features are two or three of them. classes: of all tasks, C."""
         super().__init__()
         parts = feature_parts(kd_token)
         self.kind, self.classes = kind, classes
-        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), seed)
+        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), seed, random_features)
         self.weight: Tensor
         self.bias: Tensor
         self.projection: Tensor | None

@@ -77,6 +77,8 @@ class TrainConfig:
     head: str = "auto"
     """what answers: learned (the heads that the prompts learn with, as in the papers), or made from class statistics
     after each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and for a whole network"""
+    random_features: int = 2000
+    "of --head ranpac, and of the frozen baseline; statistics grow with their square, time with their cube"
     prompt_tasks: int | None = None
     """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which
     would otherwise grow stale (first-session adaptation: APER, RanPAC)"""
@@ -139,7 +141,7 @@ class TrainConfig:
         if self.kd_length % 2 or self.kd_length < 0:
             raise InputError("KD rows are half keys, half values", got=self.kd_length, expected="an even --kd-length")
         choose("value of pruned weights", self.pruned, PRUNED)
-        counts = ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks")
+        counts = ("tasks", "epochs", "batch_size", "kd_blocks", "limit_per_class", "prompt_tasks", "random_features")
         for name in (*counts, "image_size", "teacher_image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

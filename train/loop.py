@@ -133,7 +133,7 @@ class _Training:
         if config.range_images and self.engine.is_main:
             self.ranges = RangeKeeper(self.out / "ranges.npz", config.range_images)
         self.statistics = StatisticsKeeper(self.out, self.engine.is_main)
-        self.baseline = FrozenBaseline(self.backbones["student"], config.seed, self.statistics)
+        self.baseline = FrozenBaseline(self.backbones["student"], config, self.statistics)
         self.skipped: list[str] = []
         self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
@@ -183,7 +183,7 @@ class _Training:
             batch_size=config.batch_size,
             learning_rate=float(config.learning_rate or 0),
             min_steps=config.min_steps or 0,
-            head=config.head,
+            head=f"{config.head} {config.random_features}",
             seed=config.seed,
             augmented=self.augmented,
             compat=config.compat,

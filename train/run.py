@@ -96,6 +96,7 @@ def build_model(
         compat=config.as_authors,
         apt_momentum=config.apt_momentum,
         head=config.head,
+        random_features=config.random_features,
     )
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..heads import RANDOM_FEATURES
 from .attention import output_norm, queries_keys_values
 from .closed_form import StatisticsHead
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
@@ -154,6 +155,7 @@ class PromptedViT(nn.Module):
         compat: bool = False,
         apt_momentum: float = 0.7,
         head: str = "learned",
+        random_features: int = RANDOM_FEATURES,
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
@@ -164,6 +166,7 @@ class PromptedViT(nn.Module):
         kd_head: key of HEADS, or learner: the kind of the learner's own head.
         compat, apt_momentum: see LearnerSpec; compat is also of heads, KD prompts and the sum of key losses.
         head: learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads.
+        random_features: of `ranpac`.
         """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
@@ -186,7 +189,9 @@ class PromptedViT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.kd = KDPrompts(width, min(kd[0], depth), kd[1], generator, compat) if kd else None
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
-        self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed) if head != "learned" else None
+        self.statistics_head: StatisticsHead | None = None
+        if head != "learned":
+            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed, random_features)
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -51,7 +51,7 @@ class TeacherKey:
     min_steps: int
     "of a task"
     head: str
-    "what answers"
+    "what answers, and with how many random features"
     seed: int
     "of initial values, batches, augmentation"
     augmented: bool
