@@ -99,8 +99,7 @@ def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None
 @click.option(
     "--arch",
     required=True,
-    help="hybrid-student | hybrid-teacher (behind a pretrained trunk) | convnet | teacher | student | teacher-plain | "
-    "student-plain",
+    help="hybrid-student | hybrid-teacher | convnet | teacher | student | teacher-plain | student-plain",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help=".safetensors file to write")
 @click.option("--epochs", type=click.IntRange(1), help="passes over the images [default: 40; hybrids 5]")
@@ -143,11 +142,11 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--student-arch", help="likewise [default: the file or its config.json says so]")
 @click.option("--image-size", type=int, help="side of the images, pixels [default: each backbone's own]")
 @click.option("--teacher-image-size", type=int, help="of the teacher's images [default: --image-size]")
-@click.option("--learner", help="frozen (no prompts) | l2p | dualprompt | coda | apt | finetune [default: coda]")
+@click.option("--learner", help="l2p | dualprompt | coda | apt | finetune | frozen [default: coda]; frozen: no prompts")
 @click.option(
     "--distill",
     help="none | kd | dkd | fitnets | reviewkd | two-heads | kd-token | kdp | cdl-prompt | blockwise | m2kd "
-    "[default: kdp; none for --learner frozen]",
+    "[default: kdp]; none with --learner frozen",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"

@@ -38,11 +38,10 @@ from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
-from .run import SCHEMA, backbone_of, build_model, preprocessing_of, save_learnt
+from .run import SCHEMA, backbone_of, build_model, check_tail, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
-from .tokens import registers
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False, keep_threads: bool = False) -> dict[str, Any]:
@@ -91,7 +90,7 @@ class _Training:
         self.backbones: dict[str, Backbone] = {"student": backbone_of(config, "student")}
         if kind.needs_teacher:
             self.backbones["teacher"] = backbone_of(config, "teacher")
-            _check_tail(config, self.backbones["teacher"])
+            check_tail(config, self.backbones["teacher"])
         if self.origin is not None:
             self.origin.check(config, {n: b.identity for n, b in self.backbones.items()})
         for split in (dataset.train, dataset.val):
@@ -503,14 +502,3 @@ class _Training:
     def _say(self, line: str) -> None:
         if not self.quiet and self.engine.is_main:
             tqdm.write(line, file=sys.stderr)
-
-
-def _check_tail(config: TrainConfig, teacher: Backbone) -> None:
-    """Refuse a distiller that puts the student's tokens into a teacher that wants registers among them."""
-    if DISTILLERS[config.distill].needs_tail and registers(teacher.model):
-        raise InputError(
-            f"--distill {config.distill} does not work with this teacher: its blocks expect register tokens, which the "
-            "student has none of",
-            got=f"{config.teacher} with {registers(teacher.model)} register tokens",
-            expected="a teacher without register tokens",
-        )

@@ -16,6 +16,7 @@ from .checkpoint import load_state, save_state
 from .config import TrainConfig
 from .distill import DISTILLERS
 from .student import PromptedViT
+from .tokens import registers
 
 SCHEMA = 1
 
@@ -146,3 +147,14 @@ def load_run(path: Path) -> Run:
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
         backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
     return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config))
+
+
+def check_tail(config: TrainConfig, teacher: Backbone) -> None:
+    """Refuse a distiller that puts the student's tokens into a teacher that wants registers among them."""
+    if DISTILLERS[config.distill].needs_tail and registers(teacher.model):
+        raise InputError(
+            f"--distill {config.distill} does not work with this teacher: its blocks expect register tokens, which the "
+            "student has none of",
+            got=f"{config.teacher} with {registers(teacher.model)} register tokens",
+            expected="a teacher without register tokens",
+        )

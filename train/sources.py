@@ -151,26 +151,27 @@ def fetch(source: str, repository: str, name: str) -> Path | None:
     repository, _, revision = repository.partition("@")
     login = "check the name; a private or gated repository needs `hf auth login`, or HF_TOKEN"
     fix = "check the network (HF_ENDPOINT names a mirror), or use file:PATH.safetensors or builtin:student"
+
+    def refused(reason: BaseException, fix: str = fix) -> InputError:
+        text = " ".join(str(reason).split())
+        return InputError(
+            f"{source}: the weights could not be fetched from {constants.ENDPOINT}/{repository}",
+            got=(text[:200] or type(reason).__name__),
+            fix=fix,
+        )
+
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except LocalEntryNotFoundError as error:  # a subclass of the next one with another meaning
-        reason: BaseException = error.__cause__ or error
-        if constants.HF_HUB_OFFLINE:
-            fix = "it is not in the hub's cache and HF_HUB_OFFLINE is set: " + fix
+        cached = "it is not in the hub's cache and HF_HUB_OFFLINE is set: " if constants.HF_HUB_OFFLINE else ""
+        raise refused(error.__cause__ or error, cached + fix) from error
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason, fix = error, login
+        raise refused(error, login) from error
     except EntryNotFoundError:
         return None
     except Exception as error:  # the libraries below it change: their errors have no common class
-        reason = error
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            fix = login
-    text = " ".join(str(reason).split())
-    raise InputError(
-        f"{source}: the weights could not be fetched from {constants.ENDPOINT}/{repository}",
-        got=(text[:200] or type(reason).__name__),
-        fix=fix,
-    ) from reason
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        raise refused(error, login if status in (401, 403) else fix) from error
 
 
 def _first_of(source: str, repository: str, names: tuple[str, ...] | list[str]) -> Path:

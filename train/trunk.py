@@ -12,6 +12,8 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
@@ -21,6 +23,9 @@ TRUNKS = {"efficientnet_lite0": 320, "efficientnet_lite2": 352}
 "name -> channels of its output"
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 "pixels are expected from -1 to 1"
+
+CONVERT = """convert the .pth once: python -c "import torch, safetensors.torch as s; d = torch.load('FILE.pth', \
+weights_only=True); s.save_file({f'{i:04d}': v for i, v in enumerate(d.values()) if v.ndim}, 'FILE.safetensors')\""""
 
 
 class Residual(nn.Sequential):
@@ -42,15 +47,17 @@ def build_trunk(name: str) -> nn.Sequential:
 def load_trunk(name: str, path: Path) -> tuple[nn.Sequential, nn.Module]:
     """The trunk with the weights of a published checkpoint, and the whole network as timm has it, in eval mode.
 
-    path: a state dict of the network (.pth, read with weights_only, or .safetensors). The names of its tensors may be
-    other than timm's as long as their order and shapes are the same (efficientnet-lite-pytorch's are).
+    path: a state dict of the network as .safetensors. Its tensors may have other names than timm's as long as their
+    order and shapes are the same; a file converted from efficientnet-lite-pytorch's has numbers for names.
 
     Raises: InputError for a file that does not fit.
     """
     network = _network(name)
     state = _read(path)
     own = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    given = [v for k, v in state.items() if not k.endswith("num_batches_tracked")]
+    given = [v for k, v in sorted(state.items()) if not k.endswith("num_batches_tracked")]
+    if set(own) <= set(state):  # timm's own names
+        given = [state[k] for k in own]
     shapes = [tuple(v.shape) for v in own.values()]
     if [tuple(v.shape) for v in given] != shapes:
         raise InputError(
@@ -65,17 +72,17 @@ def load_trunk(name: str, path: Path) -> tuple[nn.Sequential, nn.Module]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"{path}: no such file", expected="a checkpoint of the trunk (.pth or .safetensors)")
+        raise InputError(f"{path}: no such file", expected="the published weights of the trunk as .safetensors")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(str(path))
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception as error:  # unpickling raises whatever it likes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a checkpoint", got=reason, expected="a state dict") from error
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        # A pickle is a program: whoever trusts it converts it once.
+        raise InputError(
+            f"{path}: not a safetensors file",
+            got=" ".join(str(error).split()),
+            expected="the published weights of the trunk as .safetensors, in the order of their layers",
+            fix=CONVERT,
+        ) from error
 
 
 def _network(name: str) -> Any:

@@ -221,7 +221,7 @@ def make_version(tmp_path: Path) -> Callable[..., Path]:
             "outputs": {"logits": [1, count], "prompt_weights": [1, BLOCKS, ENTRIES]},
             "selftest": "selftest.npz",
         }
-        return write_bundle(tmp_path / f"v{number}-{salt}", make_manifest(**fields, **changes), files).path
+        return write_bundle(tmp_path / f"v{number}-{salt}", make_manifest(**fields, **changes), files, True).path
 
     return make
 

@@ -105,25 +105,27 @@ def test_compat_sums_the_key_loss_and_counts_it_twice(bench, learner, terms):
 
 def test_rate():
     config = TrainConfig("digits", "x", epochs=4, learning_rate=0.5)
-    rates = [rate(config, e, s, 10) for e in range(4) for s in range(10)]
+    rates = [rate(config, e, 4, s, 10) for e in range(4) for s in range(10)]
     assert rates[0] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[-1] < 0.01
     assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_compat_is_the_authors_quarter_of_a_cosine():
     config = TrainConfig("digits", "x", epochs=20, learning_rate=1e-3, compat=True)
-    rates = [rate(config, e, 3, 10) for e in range(20)]
+    rates = [rate(config, e, 20, 3, 10) for e in range(20)]
     # By a schedule of the authors' kind, run elsewhere: epoch 1 repeats epoch 0, the last one is far from 0.
     assert rates[0] == rates[1] == 1e-3
     assert [round(1e6 * r, 2) for r in (rates[2], rates[10], rates[11], rates[19])] == [996.65, 740.74, 683.34, 97.4]
     assert sum(rates) / 20 == pytest.approx(0.6850887e-3, abs=1e-9)
-    assert rate(config, 5, 0, 10) == rate(config, 5, 9, 10)  # one value an epoch
-    assert rate(TrainConfig("digits", "x", epochs=1, compat=True), 0, 0, 10) == 1e-3
+    assert rate(config, 5, 20, 0, 10) == rate(config, 5, 20, 9, 10)  # one value an epoch
+    assert rate(TrainConfig("digits", "x", epochs=1, compat=True), 0, 1, 0, 10) == 1e-3
 
 
 def test_the_rate_of_retraining_starts_again_at_a_tenth():
-    config = TrainConfig("digits", "x", "m", "m", "finetune", "m2kd", epochs=4, learning_rate=0.5, retrain_epochs=2)
-    rates = [rate(config, e, s, 10) for e in (4, 5) for s in range(10)]
+    config = TrainConfig(
+        "digits", "x", learner="finetune", distill="m2kd", epochs=4, learning_rate=0.5, retrain_epochs=2
+    )
+    rates = [rate(config, e, 4, s, 10) for e in (4, 5) for s in range(10)]
     assert rates[0] == pytest.approx(0.05) and rates[10] == pytest.approx(0.025) and 0 < rates[-1] < 0.001
 
 
@@ -146,7 +148,7 @@ def test_the_rate_reaches_the_optimiser(bench, monkeypatch):
     real = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: seen.append(self.param_groups[0]["lr"]) or real(self))
     list(at.phase.epochs(at.images(), 0, None))
-    assert seen == [rate(at.made.config, e, s, 3) for e in range(2) for s in range(3)]
+    assert seen == [rate(at.made.config, e, 2, s, 3) for e in range(2) for s in range(3)]
 
 
 # -- what the teacher is asked ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 
 from cdl_edge.data import Dataset, Split
 from cdl_edge.errors import InputError
-from cdl_edge.train.scenario import Scenario, default_tasks, make_scenario
+from cdl_edge.train.scenario import Scenario, make_scenario
 
 NAMES = [f"c{i}" for i in range(10)]
 
@@ -79,8 +79,3 @@ def test_classes_that_were_never_learnt_are_in_no_task():
     assert sorted(set((first.items.ravel() % 10).tolist())) == [2, 9]
     assert [{9: 0, 2: 1}[i % 10] for i in first.items.ravel()] == first.labels.tolist()
     assert set(second.labels) == {2} and set((second.items.ravel() % 10).tolist()) == {5}
-
-
-@pytest.mark.parametrize(("classes", "tasks"), [(100, 10), (10, 5), (3, 1), (1, 1)])
-def test_default_number_of_tasks(classes, tasks):
-    assert default_tasks(classes) == tasks
