@@ -154,7 +154,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--tasks", type=int, help="tasks the classes are cut into [default: 1]")
 @click.option("--epochs", type=int, help="passes over a task's images, for each side [default: 20]")
 @click.option("--batch-size", type=int, help="images of one step, over all processes [default: 64]")
-@click.option("--learning-rate", type=float, help="Adam's peak [default: 0.005; 0.001 with --compat]")
+@click.option("--learning-rate", type=float, help="Adam's peak [default: 0.005]; 0.001 with --compat")
 @click.option("--seed", type=int, help="of class order, initial values, batches [default: 0]")
 @click.option("--limit-per-class", type=int, help="training images a class [default: all]")
 @click.option(

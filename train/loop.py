@@ -29,7 +29,7 @@ from .batches import Images, Side, Validation
 from .checkpoint import keep_before, load_state, remove_kept, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
-from .distill import DISTILLERS, DistillSpec
+from .distill import DISTILLERS
 from .engine import Engine
 from .evaluate import accuracy, features_of
 from .extend import Origin
@@ -38,7 +38,7 @@ from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
-from .run import SCHEMA, backbone_of, build_model, check_tail, preprocessing_of, save_learnt
+from .run import SCHEMA, backbone_of, build_model, check_tail, distill_spec, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, TeacherKey, Teachers
@@ -120,7 +120,9 @@ class _Training:
             ).to(self.engine.device)
             self.models[name] = model
             self.sides[name] = Side(model, preprocessing_of(backbone, config), self.engine.device)
-        self.distiller = kind(self._distill_spec()).to(self.engine.device)
+        spans = tuple((t[0], t[-1] + 1) for t in self.scenario.tasks)
+        spec = distill_spec(config, self.backbones["student"], teacher, len(dataset.classes), spans)
+        self.distiller = kind(spec).to(self.engine.device)
         self.matrices = {name: AccuracyMatrix(self.tasks) for name in self.models}
         self.losses: dict[str, list[list[float]]] = {name: [] for name in self.models}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.models}
@@ -141,25 +143,6 @@ class _Training:
         learnt = self.origin.metrics["images"]["train"] if self.origin else 0
         self.image_counts = {"train": learnt + len(self.dataset.train), "val": len(self.dataset.val)}
         self.val = Validation(self._validation)
-
-    def _distill_spec(self) -> DistillSpec:
-        student, teacher = self.backbones["student"], self.backbones.get("teacher")
-        return DistillSpec(
-            alpha=self.config.alpha,
-            tau=self.config.tau or 1.0,
-            student_width=student.width,
-            student_depth=student.depth,
-            student_grid=student.grid,
-            teacher_width=teacher.width if teacher else 0,
-            teacher_depth=teacher.depth if teacher else 0,
-            teacher_grid=teacher.grid if teacher else 0,
-            classes=len(self.dataset.classes),
-            spans=tuple((t[0], t[-1] + 1) for t in self.scenario.tasks),
-            seed=self.config.seed,
-            compat=self.config.as_authors,
-            exemplars=self.config.exemplars > 0,
-            pruned=self.config.pruned,
-        )
 
     def _teachers(self) -> Teachers | None:
         """The kept teachers of this run's kind."""

@@ -14,7 +14,7 @@ from ..images import Preprocessing
 from .backbone import Backbone, load_backbone
 from .checkpoint import load_state, save_state
 from .config import TrainConfig
-from .distill import DISTILLERS
+from .distill import DISTILLERS, DistillSpec
 from .student import PromptedViT
 from .tokens import registers
 
@@ -147,6 +147,28 @@ def load_run(path: Path) -> Run:
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
         backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
     return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config))
+
+
+def distill_spec(
+    config: TrainConfig, student: Backbone, teacher: Backbone | None, classes: int, spans: tuple[tuple[int, int], ...]
+) -> DistillSpec:
+    """What a run's distiller is built for. spans: first and last + 1 learned class position of each task."""
+    return DistillSpec(
+        alpha=config.alpha,
+        tau=config.tau or 1.0,
+        student_width=student.width,
+        student_depth=student.depth,
+        student_grid=student.grid,
+        teacher_width=teacher.width if teacher else 0,
+        teacher_depth=teacher.depth if teacher else 0,
+        teacher_grid=teacher.grid if teacher else 0,
+        classes=classes,
+        spans=spans,
+        seed=config.seed,
+        compat=config.as_authors,
+        exemplars=config.exemplars > 0,
+        pruned=config.pruned,
+    )
 
 
 def check_tail(config: TrainConfig, teacher: Backbone) -> None:

@@ -104,13 +104,9 @@ def test_no_picture(client, tiny, content):
     good(client, tiny)
 
 
-@pytest.mark.parametrize("size", [(8192, 6144), (60000, 60000), (2**31 - 1, 1)])
+@pytest.mark.parametrize("size", [(20000, 20000), (60000, 60000), (2**31 - 1, 1)])
 def test_a_large_picture_and_a_decompression_bomb(client, tiny, size):
-    content = (
-        blank_png(*size)
-        if size[0] < 60000
-        else blank_png(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", *size))
-    )
+    content = blank_png(8, 8).replace(struct.pack(">II", 8, 8), struct.pack(">II", *size))
     assert len(content) < 100_000
     answer = client.post("/predict", content=content, headers=PNG)
     assert answer.status_code == 400 and "got:" in answer.json()["error"]
