@@ -28,13 +28,13 @@ class CODAPrompt(Learner):
 
         def each(*shape: int) -> nn.ParameterDict:
             # Filled by begin_task: the components of later tasks do not exist yet for anyone who reads these.
-            return nn.ParameterDict({str(b): nn.Parameter(torch.zeros(total, *shape)) for b in BLOCKS})
+            return nn.ParameterDict({str(b): nn.Parameter(torch.zeros(total, *shape)) for b in self.blocks()})
 
         self.prompt, self.key, self.attention = each(LENGTH, spec.width), each(spec.key_width), each(spec.key_width)
 
     def blocks(self) -> tuple[int, ...]:
-        """Blocks 0-4."""
-        return BLOCKS
+        """Blocks 0-4, or as many as there are."""
+        return tuple(b for b in BLOCKS if b < self.spec.depth)
 
     def components(self) -> int:
         """Components in use."""
@@ -45,7 +45,7 @@ class CODAPrompt(Learner):
         super().begin_task(task)
         generator = self.generator(task)
         for table in (self.prompt, self.key, self.attention):
-            for b in BLOCKS:
+            for b in self.blocks():
                 rows = table[str(b)].data.flatten(1)
                 first = task * self.per_task
                 for i in range(first, first + self.per_task):
@@ -53,7 +53,7 @@ class CODAPrompt(Learner):
 
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
         """Key rows and value rows, (B, 4, D) each."""
-        if block not in BLOCKS:
+        if block not in self.blocks():
             return None
         assert query is not None
         prompt, key, attention = (self._rows(t[str(block)], training) for t in (self.prompt, self.key, self.attention))

@@ -26,22 +26,22 @@ class DualPrompt(Learner):
         generator = self.generator(0)
 
         def each(blocks: tuple[int, ...], *shape: int) -> nn.ParameterDict:
-            return nn.ParameterDict({str(b): uniform(shape, generator) for b in blocks})
+            return nn.ParameterDict({str(b): uniform(shape, generator) for b in blocks if b < spec.depth})
 
         self.general = each(GENERAL_BLOCKS, GENERAL_LENGTH, spec.width)
         self.expert = each(EXPERT_BLOCKS, spec.tasks, EXPERT_LENGTH, spec.width)
         self.key = each(EXPERT_BLOCKS, spec.tasks, spec.key_width)
 
     def blocks(self) -> tuple[int, ...]:
-        """The blocks with expert entries."""
-        return EXPERT_BLOCKS
+        """The blocks with expert entries, 2-4 or as many as there are."""
+        return tuple(b for b in EXPERT_BLOCKS if b < self.spec.depth)
 
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
         """General rows (1, 3, D) for everyone, or expert rows (B, 10, D) of one entry."""
         if block in GENERAL_BLOCKS:
             keys, values = halves(self.general[str(block)])
             return BlockPrompt(keys[None], values[None])
-        if block not in EXPERT_BLOCKS:
+        if block not in self.blocks():
             return None
         assert query is not None
         current = self.learnt - 1
