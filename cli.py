@@ -215,9 +215,9 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
     data = {k: v for k, v in (metrics.get("data") or {}).items() if k not in ("source", "fingerprint")} or None
+    found, baseline = metrics["student"]["average_accuracy"], metrics.get("baseline")
     document = {**sides, "baseline": baseline, "seconds": metrics["seconds"], "data": data}
     document |= {"run": out, "report": str(report)}
-    found, baseline = metrics["student"]["average_accuracy"], metrics.get("baseline")
     lines = [accuracy_table(metrics), "", baseline_line(found, baseline), forgetting_line(metrics["student"]), ""]
     text = "\n".join(line for line in lines if line is not None)
     if (warning := baseline_warning(found, baseline, metrics["config"])) is not None and first_process():

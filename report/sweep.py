@@ -40,7 +40,9 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
                 "name": pair["name"],
                 "plots": plots,
                 "tables": [t for t in (_table(averages, several), _table(rows, several, frozen)) if t],
-                "queries": _queries([r for r in document["queries"] if r["pair"] == pair["name"]], grid["queries"][0], several),
+                "queries": _queries(
+                    [r for r in document["queries"] if r["pair"] == pair["name"]], grid["queries"][0], several
+                ),
                 "paper": [_beside(r) for r in document["paper"] if r["pair"] == pair["name"]],
             }
         )
@@ -55,7 +57,8 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "failed": [c for c in cells if c["state"] == "failed"],
         "missing": [c["name"] for c in cells if c["state"] in ("waiting", "running")],
         "refused": [
-            {**r, "name": f"{_learner(r['learner'])}, {_distiller(r['distiller'])}, {_head(r['head'])}"} for r in document["refused"]
+            {**r, "name": f"{_learner(r['learner'])}, {_distiller(r['distiller'])}, {_head(r['head'])}"}
+            for r in document["refused"]
         ],
         "notes": document["notes"],
         "settings": [("Data", document["settings"]["data"]), *labelled(settings)],

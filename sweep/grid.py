@@ -118,8 +118,8 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
 
     Args:
         out: sweep folder.
-        options: learners, distillers, queries, heads, seeds (each a list, or text with commas), baseline, preset, and options
-            of train.
+        options: learners, distillers, queries, heads, seeds (each a list, or text with commas), baseline, preset, and
+            options of train.
 
     Raises: InputError for anything unknown, and when no combination is left.
     """

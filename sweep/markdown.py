@@ -30,7 +30,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     if failed := [c for c in document["cells"] if c["state"] == "failed"]:
         parts.append("## Failed\n\n" + "\n".join(f"- {c['name']}: {c['reason']} (log: {c['log']})" for c in failed))
     if document["refused"]:
-        lines = [f"- {r['learner']}, {r['distiller']}, {r['query']}, {r['head']}: {r['reason']}" for r in document["refused"]]
+        lines = [
+            f"- {r['learner']}, {r['distiller']}, {r['query']}, {r['head']}: {r['reason']}" for r in document["refused"]
+        ]
         parts.append("## Left out\n\n" + "\n".join(lines))
     if document["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {n}" for n in document["notes"]))

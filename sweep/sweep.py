@@ -207,7 +207,13 @@ class _Sweep:
         return {
             "name": cell.name,
             **{"pair": cell.pair.name, "learner": config.learner, "distiller": config.distill},
-            **{"query": config.query, "head": config.head, "seed": config.seed, "run": config.out, "log": str(self._log_of(cell))},
+            **{
+                "query": config.query,
+                "head": config.head,
+                "seed": config.seed,
+                "run": config.out,
+                "log": str(self._log_of(cell)),
+            },
             "state": state,
             "reason": self.failures.get(cell.name),
             **(summarise(metrics) if metrics else empty),

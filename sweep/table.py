@@ -107,7 +107,9 @@ def make_tables(plan: Plan, results: Results) -> dict[str, list[dict[str, Any]]]
         rows.append(row)
         if query != plan.queries[0]:
             other = _difference(mine, results.get((pair, learner, distiller, plan.queries[0], head), {}))
-            queries.append({**{k: row[k] for k in ("pair", "learner", "distiller", "query", "head")}, "difference": other})
+            queries.append(
+                {**{k: row[k] for k in ("pair", "learner", "distiller", "query", "head")}, "difference": other}
+            )
     for label, learners in _families(plan):
         for at in (
             (p.name, query, head, distiller)

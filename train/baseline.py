@@ -86,7 +86,7 @@ def baseline_of(run: Run) -> FrozenBaseline | None:
     """
     keeper, tasks = StatisticsKeeper(run.path, write=False), len(run.metrics["tasks"])
     bare = replace(run.backbone, model=run.student.pretrained)  # a whole network has learnt: not that one
-    baseline = FrozenBaseline(bare, run.config.seed, keeper)
+    baseline = FrozenBaseline(bare, run.config, keeper)
     if run.metrics.get("baseline") is None or not keeper.holds(baseline.sides, tasks):
         return None
     keeper.restore(baseline.sides, tasks)

@@ -1,4 +1,4 @@
-"""What a head forgets although nothing it was made from is stale: the part of forgetting that comes with more classes."""
+"""What a head forgets although no statistic is stale: the part of forgetting that comes with more classes."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ def document() -> dict[str, Any]:
             *(cell("l2p", "kdp", s, "finished") for s in range(3)),
             *(cell("apt", "kdp", s, state) for s, state in enumerate(("failed", "running", "waiting"))),
         ],
-        "refused": [{"learner": "apt", "distiller": "kd", "query": "two-pass", "head": "ranpac", "reason": "<i>because</i>"}],
+        "refused": [
+            {"learner": "apt", "distiller": "kd", "query": "two-pass", "head": "ranpac", "reason": "<i>because</i>"}
+        ],
         "frozen": [
             {"pair": "", "heads": ["slda"], "n": 2, "seeds": [0, 1], "average_accuracy": measure([58.25, 58.75])}
         ],
@@ -224,6 +226,7 @@ def test_queries_pairs_and_published_figures(
     ]
     document["rows"] = [make_row("l2p", d, [50.0, 51.0], pair=p) for p in "ab" for d in ("none", "kdp")]
     document["averages"] = []
+    document["frozen"] = [{**document["frozen"][0], "pair": name} for name in "ab"]
     document["queries"] = [make_row("l2p", "kdp", [50.0, 51.0], pair="a", query="one-pass")]
     document["preset"] = {"name": "paper-x", "source": "arXiv 1", "departures": ["epochs 1 (there 20)"]}
     value = {"ours": 50.5, "std": 0.5, "published": 79.64, "difference": -29.14}

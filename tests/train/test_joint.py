@@ -27,7 +27,9 @@ def test_learnt_heads_have_none(tmp_path, make_config):
 
 
 def test_prompts_that_go_on_learning_are_measured_against_the_final_student(tmp_path, make_config):
-    config = make_config(tmp_path / "run", head="slda", distill="none", learner="apt", prompt_tasks=2, learning_rate=0.5)
+    config = make_config(
+        tmp_path / "run", head="slda", distill="none", learner="apt", prompt_tasks=2, learning_rate=0.5
+    )
     metrics = train(config, quiet=True)
     own, joint = side(metrics)
     assert metrics["student"]["forgetting_of_joint_note"] == "measured"
