@@ -261,7 +261,8 @@ def _cells(
 
 def _departures(preset: Preset, settings: Mapping[str, Any], pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     """What is not as published: settings that differ from the preset's, other backbones."""
-    usual = TrainConfig(data="", out="").to_json() | dict(preset.settings)
+    # What compat brings with it is none of them either.
+    usual = TrainConfig(data="", out="", compat=settings["compat"]).to_json() | dict(preset.settings)
     # compat is no departure: the paper's code is one thing, its text the other. The table says which it was.
     names = [k for k in SETTINGS if k not in (*ELSEWHERE, "teacher", "student", "precision", "compat")]
     lines = [*preset.unlike]
