@@ -206,7 +206,7 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     """Train teacher and student on one task after another; write a RUN folder."""
     given = merged(config, options)
     from . import api
-    from .display import accuracy_table
+    from .display import accuracy_table, baseline_line, baseline_warning, forgetting_line
 
     with resumable(f"{given.get('out')}: the last whole epoch is kept; go on with the same command and --resume"):
         metrics = api.train(resume, threads=threads, **given)
@@ -215,18 +215,24 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
     data = {k: v for k, v in (metrics.get("data") or {}).items() if k not in ("source", "fingerprint")} or None
-    document = {**sides, "baseline": metrics["baseline"], "seconds": metrics["seconds"], "data": data}
+    found, baseline = metrics["student"]["average_accuracy"], metrics.get("baseline")
+    document = {**sides, "baseline": baseline, "seconds": metrics["seconds"], "data": data}
     document |= {"run": out, "report": str(report)}
-    text = f"{accuracy_table(metrics)}\n\n"
-    text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))
+    lines = [accuracy_table(metrics), "", baseline_line(found, baseline), forgetting_line(metrics["student"]), ""]
+    text = "\n".join(line for line in lines if line is not None)
+    if (warning := baseline_warning(found, baseline, metrics["config"])) is not None and first_process():
+        say(warning)
+    defined = [k for k in ("average_accuracy", "forgetting", "baseline") if k in metrics["definitions"]]
+    text += "\n" + "\n".join(f"{k}: {metrics['definitions'][k]}" for k in defined)
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
 
 
 @cli.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="sweep folder to write, or to continue")
-@click.option("--learners", help="names with commas [default: l2p,dualprompt,coda,apt]")
+@click.option("--learners", help="names with commas, frozen among them [default: l2p,dualprompt,coda,apt]")
 @click.option("--distillers", help="names with commas [default: none,kd,kdp]")
 @click.option("--queries", help="two-pass | one-pass | one-pass-patches, several with commas [default: two-pass]")
+@click.option("--heads", help="heads of train with commas [default: what train takes by itself: ranpac]")
 @click.option("--seeds", help="numbers with commas; each draws its own class order [default: 0,1,2]")
 @click.option("--baseline", help="distiller that the others are compared with [default: none, or the first]")
 @click.option("--preset", help="paper-cifar100 | paper-imagenet-r: a published table, ours beside it")
@@ -250,8 +256,8 @@ def sweep(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
 
 
 # What the grid does not vary is given as to train.
-VARIED = ("out", "learner", "distill", "query", "seed", "resume", "teachers", "extend", "threads", "as_json")
-sweep.params[7:7] = [p for p in train.params if p.name not in VARIED]
+VARIED = ("out", "learner", "distill", "query", "head", "seed", "resume", "teachers", "extend", "threads", "as_json")
+sweep.params[8:8] = [p for p in train.params if p.name not in VARIED]
 
 
 @cli.command()
@@ -369,6 +375,12 @@ def evaluate(
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "
     text += f"{result['backend']} in {result['precision']}\n"
+    if "baseline" in result:  # of a run
+        from .display import baseline_line, baseline_warning
+
+        text += f"{baseline_line(result['average_accuracy'], result['baseline'])}\n"
+        if (warning := baseline_warning(result["average_accuracy"], result["baseline"])) is not None:
+            say(warning)
     text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
     emit(result, as_json, text)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -35,6 +35,45 @@ def accuracy_table(metrics: dict[str, Any]) -> str:
         accuracies = [f"{metrics[s]['accuracy_after_task'][i]:.2f}" for s in sides]
         rows.append([i + 1, *accuracies, *(f"{metrics[s]['forgetting_after_task'][i]:.2f}" for s in sides)])
     return table(header, rows)
+
+
+def baseline_line(accuracy: float, baseline: Mapping[str, Any] | None) -> str:
+    """The student's average accuracy in % beside that of the frozen baseline, as metrics.json has it."""
+    if baseline is None:
+        return f"student {accuracy:.2f} %, frozen baseline unknown: the run is of a version without one"
+    other = baseline["average_accuracy"]
+    return (
+        f"student {accuracy:.2f} %, frozen baseline ({baseline['head']}) {other:.2f} %: {accuracy - other:+.2f} points"
+    )
+
+
+def baseline_warning(
+    accuracy: float, baseline: Mapping[str, Any] | None, config: Mapping[str, Any] | None = None
+) -> str | None:
+    """What to try where the student is below the frozen baseline; None where it is not.
+
+    config: of the run, so that nothing is proposed that it has already.
+    """
+    if baseline is None or (short := baseline["average_accuracy"] - accuracy) < 0.005:
+        return None
+    tried = config or {}
+    ideas = {"learner": "frozen", "head": baseline["head"]}
+    options = [f"--{name} {value}" for name, value in ideas.items() if tried.get(name) != value]
+    return (
+        f"warning: the student is {short:.2f} points below the frozen baseline, the bare backbone with a "
+        f"{baseline['head']} head, which trains in seconds. Try {', '.join([*options, 'more images of each class'])}"
+    )
+
+
+def forgetting_line(student: Mapping[str, Any]) -> str | None:
+    """Forgetting beside that of the same head made from all images at once; None where that is not known."""
+    joint = student.get("forgetting_of_joint")
+    if joint is None:
+        return None
+    return (
+        f"forgetting {student['forgetting']:.2f} points; the same head made from all images at once: {joint:.2f}, "
+        "which comes with more classes alone"
+    )
 
 
 def latency_table(profile: dict[str, Any]) -> str:

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .display import accuracy_table, latency_table, parity_line, quantisation_table
+from .display import (
+    accuracy_table,
+    baseline_line,
+    baseline_warning,
+    latency_table,
+    parity_line,
+    quantisation_table,
+)
 from .errors import InputError
 from .verb import make_callable
 
@@ -44,6 +51,8 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     # Scans of digits look like nothing the backbones have seen: five times the papers' rate, or minutes become many.
     config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, learning_rate=5e-3)
     metrics = train(config)
+    if warning := baseline_warning(metrics["student"]["average_accuracy"], metrics["baseline"], metrics["config"]):
+        say(warning)
     say("2/5 export: static ONNX graphs, compared with the trained student")
     exported = export(out / "run", out / "bundle", say=say)
     say("3/5 calibrate: 8 bits from the ranges kept while learning; images only measure what it costs")
@@ -57,6 +66,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     document = {
         "student": {k: metrics["student"][k] for k in ("average_accuracy", "forgetting", "matrix")},
         "teacher": {k: metrics["teacher"][k] for k in ("average_accuracy", "forgetting", "matrix")},
+        "baseline": metrics["baseline"],
         "data": {k: v for k, v in metrics["data"].items() if k not in ("source", "fingerprint")},
         "parity": exported["parity"],
         "evaluate": accuracy,
@@ -69,6 +79,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     text = "\n\n".join(
         [
             accuracy_table(metrics),
+            baseline_line(metrics["student"]["average_accuracy"], metrics["baseline"]),
             f"bundle on {accuracy['backend']}: average accuracy {accuracy['average_accuracy']:.2f} % "
             f"over {accuracy['images']} images",
             parity_line(exported["parity"]),

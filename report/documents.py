@@ -54,6 +54,9 @@ def check_metrics(document: object, where: str) -> dict[str, Any]:
     _check_side(_object(fields.get("student"), where, "student"), where, "student", len(tasks))
     if fields.get("teacher") is not None:
         _check_side(_object(fields["teacher"], where, "teacher"), where, "teacher", len(tasks))
+    _check_baseline(fields.get("baseline"), where)
+    if fields["student"].get("confusion") is not None:
+        _check_confusion(_object(fields["student"]["confusion"], where, "student.confusion"), where, len(classes))
     if fields.get("seconds") is not None:
         _number(fields["seconds"], where, "seconds")
     for key in ("versions", "definitions", "backbones"):
@@ -68,9 +71,45 @@ def check_metrics(document: object, where: str) -> dict[str, Any]:
     return fields
 
 
+def _check_baseline(found: object, where: str) -> None:
+    """Null in runs of early versions."""
+    if found is None:
+        return
+    fields = _object(found, where, "baseline")
+    if not isinstance(fields.get("head"), str):
+        raise _malformed(where, "baseline.head", fields.get("head"), "the name of a head")
+    if not 0 <= _number(fields.get("average_accuracy"), where, "baseline.average_accuracy") <= 100:
+        raise _malformed(where, "baseline.average_accuracy", fields["average_accuracy"], "an accuracy from 0 to 100 %")
+
+
+def _check_confusion(found: Mapping[str, Any], where: str, classes: int) -> None:
+    def counts(value: object, at: str, length: int) -> list[Any]:
+        values = _list(value, where, at)
+        if len(values) != length or not all(type(v) is int and v >= 0 for v in values):
+            raise _malformed(where, at, values, f"{length} counts")
+        return values
+
+    images = counts(found.get("images"), "student.confusion.images", classes)
+    right = counts(found.get("right"), "student.confusion.right", classes)
+    if any(r > n for r, n in zip(right, images, strict=True)):
+        raise _malformed(where, "student.confusion.right", right, "no more than the images of each class")
+    for pair in _list(found.get("pairs"), where, "student.confusion.pairs"):
+        true, answer, _ = counts(pair, "student.confusion.pairs", 3)
+        if max(true, answer) >= classes:
+            raise _malformed(where, "student.confusion.pairs", pair, f"classes below {classes}")
+    if found.get("matrix") is not None:
+        rows = _list(found["matrix"], where, "student.confusion.matrix")
+        if len(rows) != classes:
+            raise _malformed(where, "student.confusion.matrix", f"{len(rows)} rows", f"{classes} rows")
+        for row, total in zip(rows, images, strict=True):
+            if sum(counts(row, "student.confusion.matrix", classes)) != total:
+                raise _malformed(where, "student.confusion.matrix", row, f"a row of {total} images")
+
+
 def _check_side(side: Mapping[str, Any], where: str, name: str, tasks: int) -> None:
-    for key in ("average_accuracy", "forgetting", "incremental_accuracy"):
-        if key != "incremental_accuracy" or side.get(key) is not None:
+    optional = ("incremental_accuracy", "forgetting_of_joint")
+    for key in ("average_accuracy", "forgetting", *optional):
+        if key not in optional or side.get(key) is not None:
             _number(side.get(key), where, f"{name}.{key}")
     matrix = _list(side.get("matrix"), where, f"{name}.matrix")
     if len(matrix) != tasks:

@@ -22,6 +22,7 @@ from .documents import (
     check_recorded,
     read_metrics,
 )
+from .mistakes import mistakes_section, verdict
 from .quantisation import quantisation_section
 from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
 
@@ -91,6 +92,8 @@ def fill(template: str, **values: Any) -> str:
 def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None) -> str:
     """The page as text, from documents that have been checked."""
     sections = {
+        "verdict": verdict(metrics) if metrics else None,
+        "mistakes": mistakes_section(metrics) if metrics else None,
         "accuracy": accuracy_section(metrics) if metrics else None,
         "latency": latency_section(profile) if profile else None,
         "quantisation": quantisation_section(bundle) if bundle else None,

@@ -7,7 +7,9 @@ from typing import Any
 
 from ..runtime.bundle import Bundle
 from .charts import heat_cell, heat_domain, histogram_chart, line_chart
+from .mistakes import chance
 from .words import (
+    HEADS,
     PARITY,
     duration_text,
     flag_text,
@@ -75,6 +77,10 @@ def figures(
     accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
     if metrics:
         student, teacher = metrics["student"], metrics.get("teacher")
+        baseline = metrics.get("baseline")
+        if baseline:
+            head = HEADS.get(baseline["head"], baseline["head"])
+            add("Frozen baseline", f"{baseline['average_accuracy']:.2f}", "%", f"bare student, {head}, no training")
         gap = "no teacher"
         if teacher:
             behind = student["average_accuracy"] - teacher["average_accuracy"]
@@ -82,6 +88,8 @@ def figures(
             gap = f"teacher {teacher['average_accuracy']:.2f} %, student {sign}{abs(behind):.2f}"
         add("Final average accuracy", f"{student['average_accuracy']:.2f}", "%", gap)
         note = f"teacher {teacher['forgetting']:.2f}" if teacher else "lower is better"
+        if student.get("forgetting_of_joint") is not None:
+            note = f"{student['forgetting_of_joint']:.2f} with all images at once"
         add("Forgetting", f"{student['forgetting']:.2f}", "points", note)
         if student.get("incremental_accuracy") is not None:
             add("Incremental accuracy", f"{student['incremental_accuracy']:.2f}", "%", "mean over all stages")
@@ -157,7 +165,17 @@ def accuracy_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
         if side.get("seconds")
     ]
     definitions = metrics.get("definitions") or {}
+    baseline = metrics.get("baseline")
+    summary = [
+        (name.capitalize(), f"{side['average_accuracy']:.2f}", f"{side['forgetting']:.2f}") for name, side in sides
+    ]
+    if student_joint := _joint(metrics["student"]):
+        summary.append(("The student's head from all images at once", "–", student_joint))
+    if baseline:
+        head = HEADS.get(baseline["head"], baseline["head"])
+        summary.insert(0, (f"Frozen baseline ({head})", f"{baseline['average_accuracy']:.2f}", "–"))
     return {
+        "summary": summary,
         "heats": heats,
         "wide": len(metrics["tasks"]) > 11,
         "low": f"{low:.0f}",
@@ -167,6 +185,11 @@ def accuracy_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "columns": columns,
         "tasks": len(metrics["tasks"]),
     }
+
+
+def _joint(student: Mapping[str, Any]) -> str | None:
+    value = student.get("forgetting_of_joint")
+    return None if value is None else f"{value:.2f}"
 
 
 def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,8 +347,7 @@ def _precision_line(metrics: Mapping[str, Any]) -> list[str]:
     images = counts.get("val") if isinstance(counts, dict) else None
     if not images:
         return []
-    share = min(max(metrics["student"]["average_accuracy"] / 100, 0.5 / images), 1 - 0.5 / images)
-    points = 196 * (share * (1 - share) / images) ** 0.5
+    points = chance(metrics["student"]["average_accuracy"], images)
     return [
         f"The accuracy was measured on {images:,} images: chance alone moves it by {points:.1f} points to either side "
         "(95 % interval)."

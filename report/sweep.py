@@ -8,10 +8,12 @@ from typing import Any
 
 from .charts import ticks
 from .page import fill, write_page
-from .words import DISTILLERS, LEARNERS, duration_text, labelled, p_text, signed_text, source_text, spread_text
+from .words import DISTILLERS, HEADS, LEARNERS, duration_text, labelled, p_text, signed_text, source_text, spread_text
 
 TEMPLATE = "sweep.html.j2"
 Row = Mapping[str, Any]
+COLUMNS = 12
+"of numbers, in the table of all rows"
 
 
 def write_sweep_report(out: Path, document: Mapping[str, Any]) -> Path:
@@ -23,21 +25,24 @@ def write_sweep_report(out: Path, document: Mapping[str, Any]) -> Path:
 def view(document: Mapping[str, Any]) -> dict[str, Any]:
     """What the template lays out: texts and geometry only."""
     grid, cells = document["grid"], document["cells"]
-    several = len(grid["queries"]) > 1
+    several = [k for k, many in (("query", "queries"), ("head", "heads")) if len(grid[many]) > 1]
     pairs = []
     for pair in grid["pairs"]:
         rows = [r for r in document["rows"] if r["pair"] == pair["name"]]
         averages = [r for r in document["averages"] if r["pair"] == pair["name"]]
-        low, high = _domain([*rows, *averages])
+        frozen = next(f for f in document["frozen"] if f["pair"] == pair["name"])
+        low, high = _domain([*rows, *averages], frozen["average_accuracy"])
         panels = (*_panels(averages, several), *_panels(rows, several))
-        plots = [dot_plot(title, of, grid["baseline"], low, high) for title, of in panels]
+        plots = [dot_plot(title, of, grid["baseline"], low, high, frozen["average_accuracy"]) for title, of in panels]
         pairs.append(
             {
                 "title": f"{pair['teacher']} → {pair['student']}",
                 "name": pair["name"],
                 "plots": plots,
-                "tables": [t for t in (_table(averages, several), _table(rows, several)) if t],
-                "queries": _queries([r for r in document["queries"] if r["pair"] == pair["name"]], grid["queries"][0]),
+                "tables": [t for t in (_table(averages, several), _table(rows, several, frozen)) if t],
+                "queries": _queries(
+                    [r for r in document["queries"] if r["pair"] == pair["name"]], grid["queries"][0], several
+                ),
                 "paper": [_beside(r) for r in document["paper"] if r["pair"] == pair["name"]],
             }
         )
@@ -52,7 +57,8 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
         "failed": [c for c in cells if c["state"] == "failed"],
         "missing": [c["name"] for c in cells if c["state"] in ("waiting", "running")],
         "refused": [
-            {**r, "name": f"{_learner(r['learner'])}, {_distiller(r['distiller'])}"} for r in document["refused"]
+            {**r, "name": f"{_learner(r['learner'])}, {_distiller(r['distiller'])}, {_head(r['head'])}"}
+            for r in document["refused"]
         ],
         "notes": document["notes"],
         "settings": [("Data", document["settings"]["data"]), *labelled(settings)],
@@ -61,11 +67,14 @@ def view(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def dot_plot(title: str, rows: Sequence[Row], baseline: str, low: float, high: float) -> dict[str, Any]:
+def dot_plot(
+    title: str, rows: Sequence[Row], baseline: str, low: float, high: float, frozen: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Geometry of one panel: a line for each distiller with its mean, its standard deviation and every seed.
 
     Args:
         rows: of one learner and query; one of them may be the baseline's.
+        frozen: accuracy of the frozen baseline, as in a row.
         low, high: ends of the scale in %, the same for all panels so that they can be compared.
     """
     width, left, right, top, step, bottom = 480, 132, 62, 14, 30, 44
@@ -107,16 +116,19 @@ def dot_plot(title: str, rows: Sequence[Row], baseline: str, low: float, high: f
         "top": top,
         "floor": floor,
         "baseline_x": at,
+        "frozen_x": x(frozen["mean"]) if frozen else None,
         "lines": lines,
         "x_ticks": [{"x": x(m), "text": f"{m:g}"} for m in marks],
         "alt": f"{title}: final average accuracy in %. "
+        + (f"Frozen baseline {frozen['mean']:.1f} %. " if frozen else "")
         + " ".join(f"{r['name']} {r['title'].partition(': ')[2] if 'title' in r else r['text']}." for r in lines),
     }
 
 
-def _domain(rows: Sequence[Row]) -> tuple[float, float]:
+def _domain(rows: Sequence[Row], frozen: Mapping[str, Any] | None) -> tuple[float, float]:
     """Ends of the scale in %: everything that is drawn is inside, and they are at least 4 points apart."""
     measures = [m for r in rows if (m := r["student"]["average_accuracy"]) is not None]
+    measures += [frozen] if frozen else []
     values = [v for m in measures for v in (*m["values"], m["mean"] - (m["std"] or 0), m["mean"] + (m["std"] or 0))]
     if not values:
         return 0.0, 100.0
@@ -124,26 +136,36 @@ def _domain(rows: Sequence[Row]) -> tuple[float, float]:
     return max(0.0, min(values) - missing), min(100.0, max(values) + missing)
 
 
-def _panels(rows: Sequence[Row], several: bool) -> list[tuple[str, list[Row]]]:
-    """(title, rows) of each learner or average, and of each query where there are several.
+def _panels(rows: Sequence[Row], several: Sequence[str]) -> list[tuple[str, list[Row]]]:
+    """(title, rows) of each learner or average, and of each query and head where there are several.
 
     An average that lacks a learner is no neighbour for one that has it: it stands in the table only.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if not row["without"]:
-            title = _learner(row["learner"]) + (f", {row['query']}" if several else "")
+            title = ", ".join([_learner(row["learner"]), *_which(row, several)])
             groups.setdefault(title, []).append(row)
     return list(groups.items())
 
 
-def _table(rows: Sequence[Row], several: bool) -> dict[str, Any] | None:
+def _which(row: Row, several: Sequence[str]) -> list[str]:
+    """Query and head of a row, each where the sweep has several of them."""
+    return [_head(row[k]) if k == "head" else row[k] for k in several]
+
+
+def _table(rows: Sequence[Row], several: Sequence[str], frozen: Row | None = None) -> dict[str, Any] | None:
     if not rows:
         return None
     average = len(rows[0]["learners"]) > 1
-    lines = []
+    lines: list[dict[str, Any]] = []
+    if frozen is not None and frozen["n"]:
+        heads = "bare student, " + ", ".join(map(_head, frozen["heads"]))
+        cells = [str(frozen["n"]), spread_text(frozen["average_accuracy"]), *[None] * (COLUMNS - 2)]
+        lines.append({"learner": "Frozen baseline", "distiller": heads, "which": ["" for _ in several], "cells": cells})
     for row in rows:
         student, teacher = row["student"], row["teacher"]
+        over = row["over_frozen"] or {}
         difference = row["difference"] or {}
         accuracy, forgetting = (difference.get(m) for m in ("average_accuracy", "forgetting"))
         name = _learner(row["learner"])
@@ -151,10 +173,12 @@ def _table(rows: Sequence[Row], several: bool) -> dict[str, Any] | None:
             {
                 "learner": name + (f" but {', '.join(map(_learner, row['without']))}" if row["without"] else ""),
                 "distiller": _distiller(row["distiller"]),
-                "query": row["query"] if several else None,
+                "which": _which(row, several),
                 "cells": [
                     str(row["n"]),
                     spread_text(student["average_accuracy"]),
+                    _minus(signed_text(over.get("mean"))),
+                    p_text(over.get("p_holm")),
                     _minus(signed_text(accuracy["mean"])) if accuracy else None,
                     p_text(accuracy["p"]) if accuracy else None,
                     p_text(accuracy["p_holm"]) if accuracy else None,
@@ -172,18 +196,20 @@ def _table(rows: Sequence[Row], several: bool) -> dict[str, Any] | None:
     notes += [f"{_learner(label)}: {', '.join(map(_learner, of))}." for label, of in families.items()]
     return {
         "title": "Average over learners" if average else "Every learner and distiller",
+        "which": [k.capitalize() for k in several],
         "rows": lines,
         "notes": notes,
     }
 
 
-def _queries(rows: Sequence[Row], first: str) -> dict[str, Any] | None:
+def _queries(rows: Sequence[Row], first: str, several: Sequence[str]) -> dict[str, Any] | None:
     if not rows:
         return None
     lines = []
     for row in rows:
         accuracy, forgetting = (row["difference"][m] for m in ("average_accuracy", "forgetting"))
-        cells: list[str | None] = [_learner(row["learner"]), _distiller(row["distiller"]), row["query"]]
+        name = ", ".join([_learner(row["learner"]), *_which(row, [k for k in several if k == "head"])])
+        cells: list[str | None] = [name, _distiller(row["distiller"]), row["query"]]
         cells += [_minus(signed_text(accuracy["mean"])), p_text(accuracy["p_holm"])] if accuracy else [None, None]
         lines.append([*cells, _minus(signed_text(forgetting["mean"])) if forgetting else None])
     return {"first": first, "rows": lines}
@@ -221,11 +247,15 @@ def _figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
             else "one class order (compat)",
         },
     ]
+    for frozen in (f for f in document["frozen"] if f["n"]):
+        heads = "bare student, " + ", ".join(map(_head, frozen["heads"]))
+        value = f"{frozen['average_accuracy']['mean']:.2f}"
+        tiles.append({"label": "Frozen baseline", "value": value, "unit": "%", "note": heads})
     rows = [r for r in document["rows"] if r["n"]]  # an average over learners is nothing that one could deploy
     if rows:
         best = max(rows, key=lambda r: r["student"]["average_accuracy"]["mean"])
         accuracy = best["student"]["average_accuracy"]
-        note = f"{_distiller(best['distiller'])}, {_learner(best['learner'])}"
+        note = f"{_distiller(best['distiller'])}, {_learner(best['learner'])}, {_head(best['head'])}"
         tiles.append({"label": "Best accuracy", "value": f"{accuracy['mean']:.2f}", "unit": "%", "note": note})
         gain = (best["difference"] or {}).get("average_accuracy")
         if gain:
@@ -253,6 +283,10 @@ def _seeds(count: int) -> str:
 def _learner(name: str) -> str:
     text = LEARNERS.get(name, name)
     return text[:1].upper() + text[1:]
+
+
+def _head(name: str) -> str:
+    return HEADS.get(name, name)
 
 
 def _distiller(name: str) -> str:

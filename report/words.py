@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-LEARNERS = {"l2p": "L2P", "dualprompt": "DualPrompt", "coda": "CODA-Prompt", "apt": "APT", "finetune": "Fine-tuning"}
+LEARNERS = {
+    "l2p": "L2P",
+    "dualprompt": "DualPrompt",
+    "coda": "CODA-Prompt",
+    "apt": "APT",
+    "finetune": "Fine-tuning",
+    "frozen": "frozen backbone",
+}
 DISTILLERS = {
     "none": "no distillation",
     "kd": "KD",
@@ -20,6 +27,7 @@ DISTILLERS = {
     "blockwise": "block-wise logits",
     "m2kd": "M2KD",
 }
+HEADS = {"learned": "learnt head", "ncm": "NCM", "slda": "SLDA", "ranpac": "RanPAC", "aligned": "aligned head"}
 FLAGS = {
     "unstable": "The standard deviation is more than 2.5 % of the mean: the machine was busy or its clock moved. Close "
     "other programs, fix the clock and measure again before comparing.",
@@ -55,6 +63,11 @@ WORDS = {
     "decoder": "Decoder rule",
     "tau": "Temperature (tau)",
     "alpha": "Distillation share (alpha)",
+    "head": "Head",
+    "prompt_tasks": "Tasks in which prompts learn",
+    "min_steps": "Steps of a task at least",
+    "baseline": "Frozen baseline",
+    "forgetting_of_joint": "Forgetting with all images at once",
 }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, choose
-from ..train.config import QUERIES, TrainConfig
+from ..train.config import HEAD_KINDS, QUERIES, TrainConfig
 from ..train.distill import DISTILLERS
 from ..train.learners import LEARNERS
 from .presets import PRESETS, Pair, Preset
@@ -17,19 +17,20 @@ LISTS: dict[str, tuple[str, Collection[str], tuple[str, ...]]] = {
     "learners": ("learner", LEARNERS, ("l2p", "dualprompt", "coda", "apt")),
     "distillers": ("distiller", DISTILLERS, ("none", "kd", "kdp")),
     "queries": ("query", QUERIES, ("two-pass",)),
+    "heads": ("head", HEAD_KINDS, ("auto",)),
 }
 "option -> (what one of them is called, which there are, default)"
 SEEDS = (0, 1, 2)
-VARIED = ("out", "learner", "distill", "query", "seed", "extend")
+VARIED = ("out", "learner", "distill", "query", "head", "seed", "extend")
 "options of train that the grid sets, or that make no sense in one"
 SETTINGS = tuple(f.name for f in fields(TrainConfig) if f.name not in VARIED)
 ELSEWHERE = ("out", "devices", "teachers", "data")
 "options of train that change where something runs or lies, and no number; the images are compared by their bytes"
 
-Key = tuple[str, str, str, str]
-"(pair, learner, distiller, query): a row of the table, a cell of it for each seed"
-Group = tuple[str, str, str, int]
-"(pair, learner, query, seed): cells that learn from the same teacher"
+Key = tuple[str, str, str, str, str]
+"(pair, learner, distiller, query, head): a row of the table, a cell of it for each seed"
+Group = tuple[str, str, str, str, int]
+"(pair, learner, query, head, seed): cells that learn from the same teacher"
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,20 @@ class Cell:
     """One run of train."""
 
     name: str
-    "[<pair>-]<learner>-<distiller>[-one-pass]-<seed>; pairs have names in presets only"
+    """[<pair>-]<learner>-<distiller>[-one-pass][-<head>]-<seed>; pairs have names in presets only, and the head that
+    train takes by itself is not named"""
     pair: Pair
     config: TrainConfig
 
     @property
     def key(self) -> Key:
         """Its row."""
-        return self.pair.name, self.config.learner, self.config.distill, self.config.query
+        return self.pair.name, self.config.learner, self.config.distill, self.config.query, self.config.head
 
     @property
     def group(self) -> Group:
         """Whose teacher it shares."""
-        return self.pair.name, self.config.learner, self.config.query, self.config.seed
+        return self.pair.name, self.config.learner, self.config.query, self.config.head, self.config.seed
 
     @property
     def needs_teacher(self) -> bool:
@@ -69,6 +71,7 @@ class Refused:
     learner: str
     distiller: str
     query: str
+    head: str
     reason: str
     "one line"
 
@@ -82,6 +85,8 @@ class Plan:
     learners: tuple[str, ...]
     distillers: tuple[str, ...]
     queries: tuple[str, ...]
+    heads: tuple[str, ...]
+    "as the cells have them: auto has become a name"
     seeds: tuple[int, ...]
     baseline: str
     "the distiller that the others are compared with"
@@ -98,10 +103,11 @@ class Plan:
         """The rows, in the order of the grid; without what was refused."""
         there = {c.key for c in self.cells}
         rows = [
-            (pair.name, learner, distiller, query)
+            (pair.name, learner, distiller, query, head)
             for pair in self.pairs
             for learner in self.learners
             for query in self.queries
+            for head in self.heads
             for distiller in self.distillers
         ]
         return [key for key in rows if key in there]
@@ -112,8 +118,8 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
 
     Args:
         out: sweep folder.
-        options: learners, distillers, queries, seeds (each a list, or text with commas), baseline, preset, and options
-            of train.
+        options: learners, distillers, queries, heads, seeds (each a list, or text with commas), baseline, preset, and
+            options of train.
 
     Raises: InputError for anything unknown, and when no combination is left.
     """
@@ -156,7 +162,7 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
         refused=refused,
         preset=preset,
         departures=_departures(preset, settings, pairs) if preset else (),
-        **lists,
+        **{**lists, "heads": tuple(dict.fromkeys(c.config.head for c in cells))},
     )
 
 
@@ -217,39 +223,46 @@ def _cells(
 ) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
     """Seed by seed, so that after the first one the table has a row for everything."""
     cells: list[Cell] = []
-    refused: dict[tuple[str, str, str], Refused] = {}
+    refused: dict[tuple[str, str, str, str], Refused] = {}
     grid = [
-        (seed, pair, learner, query, distiller)
+        (seed, pair, learner, query, head, distiller)
         for seed in seeds
         for pair in pairs
         for learner in lists["learners"]
         for query in lists["queries"]
+        for head in lists["heads"]
         for distiller in lists["distillers"]
     ]
-    for seed, pair, learner, query, distiller in grid:
+    names: set[str] = set()
+    for seed, pair, learner, query, head, distiller in grid:
         first = lists["queries"][0]
         if query != first and not LEARNERS[learner].needs_query:
             reason = f"{learner} has no query: the run would be the {first} one again"
-            refused[learner, distiller, query] = Refused(learner, distiller, query, reason)
+            refused[learner, distiller, query, head] = Refused(learner, distiller, query, head, reason)
             continue
-        suffix = () if query == "two-pass" else (query,)
-        name = "-".join([*([pair.name] if pair.name else []), learner, distiller, *suffix, str(seed)])
         options = {
             **settings,
-            **{"out": str(out / "runs" / name), "teacher": pair.teacher, "student": pair.student},
+            **{"out": "", "teacher": pair.teacher, "student": pair.student},
             **{"learner": learner, "distill": distiller, "query": query, "seed": seed},
         }
         try:
-            cells.append(Cell(name, pair, TrainConfig.from_json(options)))
+            config, usual = (TrainConfig.from_json({**options, "head": h}) for h in (head, "auto"))
         except InputError as error:
             reason = " ".join(str(error).split())
-            refused[learner, distiller, query] = Refused(learner, distiller, query, reason)
+            refused[learner, distiller, query, head] = Refused(learner, distiller, query, head, reason)
+            continue
+        suffix = [*([query] if query != "two-pass" else []), *([head] if config.head != usual.head else [])]
+        name = "-".join([*([pair.name] if pair.name else []), learner, distiller, *suffix, str(seed)])
+        if name not in names:  # auto is a head that may be named beside it
+            names.add(name)
+            cells.append(Cell(name, pair, replace(config, out=str(out / "runs" / name))))
     return tuple(cells), tuple(refused.values())
 
 
 def _departures(preset: Preset, settings: Mapping[str, Any], pairs: tuple[Pair, ...]) -> tuple[str, ...]:
     """What is not as published: settings that differ from the preset's, other backbones."""
-    usual = TrainConfig(data="", out="").to_json() | dict(preset.settings)
+    # What compat brings with it is none of them either.
+    usual = TrainConfig(data="", out="", compat=settings["compat"]).to_json() | dict(preset.settings)
     # compat is no departure: the paper's code is one thing, its text the other. The table says which it was.
     names = [k for k in SETTINGS if k not in (*ELSEWHERE, "teacher", "student", "precision", "compat")]
     lines = [*preset.unlike]

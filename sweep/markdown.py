@@ -19,7 +19,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"# Sweep of {document['settings']['data']}",
         f"{states.count('finished')} of {len(states)} runs finished, {states.count('failed')} failed; seeds "
         f"{', '.join(map(str, document['grid']['seeds']))}, baseline {document['grid']['baseline']}.",
-        _rows("Every learner and distiller", document["rows"], document),
+        _rows("Every learner and distiller", document["rows"], document, document["frozen"]),
     ]
     if document["averages"]:
         parts.append(_rows("Average over learners", document["averages"], document))
@@ -30,7 +30,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     if failed := [c for c in document["cells"] if c["state"] == "failed"]:
         parts.append("## Failed\n\n" + "\n".join(f"- {c['name']}: {c['reason']} (log: {c['log']})" for c in failed))
     if document["refused"]:
-        lines = [f"- {r['learner']}, {r['distiller']}, {r['query']}: {r['reason']}" for r in document["refused"]]
+        lines = [
+            f"- {r['learner']}, {r['distiller']}, {r['query']}, {r['head']}: {r['reason']}" for r in document["refused"]
+        ]
         parts.append("## Left out\n\n" + "\n".join(lines))
     if document["notes"]:
         parts.append("## Notes\n\n" + "\n".join(f"- {n}" for n in document["notes"]))
@@ -60,8 +62,7 @@ def _of(row: Mapping[str, Any], metric: str, key: str) -> float | None:
 def _names(document: Mapping[str, Any]) -> list[str]:
     """The columns that say which row it is; those with one value in the whole sweep are left out."""
     keys = ["learner", "distiller"]
-    if len(document["grid"]["queries"]) > 1:
-        keys.append("query")
+    keys += [k for k, many in (("query", "queries"), ("head", "heads")) if len(document["grid"][many]) > 1]
     if len(document["grid"]["pairs"]) > 1:
         keys.insert(0, "pair")
     return keys
@@ -73,19 +74,34 @@ def _label(row: Mapping[str, Any], key: str) -> str:
     return f"{text} but {', '.join(row['without'])}" if key == "learner" and row["without"] else text
 
 
-def _rows(title: str, rows: Sequence[Mapping[str, Any]], document: Mapping[str, Any]) -> str:
+def _frozen(row: Mapping[str, Any], keys: Sequence[str], columns: int) -> list[str | None]:
+    """The frozen baseline of a pair as the first line of the table."""
+    texts = {"pair": row["pair"], "learner": "frozen baseline", "head": ", ".join(row["heads"])}
+    cells = [*(texts.get(k) for k in keys), str(row["n"]), spread_text(row["average_accuracy"])]
+    return [*cells, *[None] * (columns - len(cells))]
+
+
+def _rows(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    document: Mapping[str, Any],
+    frozen: Sequence[Mapping[str, Any]] = (),
+) -> str:
     keys = _names(document)
     base = document["grid"]["baseline"]
-    header = [*keys, "n", "accuracy %", f"vs {base}", "p", "p (Holm)", "forgetting", f"vs {base}"]
-    header += ["incremental %", "teacher %", "seconds"]
-    lines = []
+    header = [*keys, "n", "accuracy %", "vs frozen", "p (Holm)", f"vs {base}", "p", "p (Holm)", "forgetting"]
+    header += [f"vs {base}", "incremental %", "teacher %", "seconds"]
+    lines = [_frozen(row, keys, len(header)) for row in frozen]
     for row in rows:
+        over = row["over_frozen"] or {}
         student, teacher = row["student"], row["teacher"]
         lines.append(
             [
                 *(_label(row, k) for k in keys),
                 str(row["n"]),
                 spread_text(student["average_accuracy"]),
+                signed_text(over.get("mean")),
+                p_text(over.get("p_holm")),
                 signed_text(_of(row, "average_accuracy", "mean")),
                 p_text(_of(row, "average_accuracy", "p")),
                 p_text(_of(row, "average_accuracy", "p_holm")),
@@ -99,6 +115,8 @@ def _rows(title: str, rows: Sequence[Mapping[str, Any]], document: Mapping[str, 
     text = f"## {title}\n\n{table(header, lines, len(keys))}"
     families = {r["learner"]: r["learners"] for r in rows if len(r["learners"]) > 1 and not r["without"]}
     text += "".join(f"\n\n{label[:1].upper()}{label[1:]}: {', '.join(of)}." for label, of in families.items())
+    for of in (f for f in frozen if f["heads"]):
+        text += f"\n\nFrozen baseline{' of ' + of['pair'] if of['pair'] else ''}: head {', '.join(of['heads'])}."
     notes = {c["note"] for r in rows for c in (r["difference"] or {}).values() if c and c["note"]}
     return text + ("\n\nNo p: " + "; ".join(sorted(notes)) + "." if notes else "")
 

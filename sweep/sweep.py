@@ -68,7 +68,10 @@ class _Sweep:
         for cell in plan.cells:
             self._find(cell)
         for refused in plan.refused:
-            self.say(f"left out: {refused.learner} with {refused.distiller}, {refused.query}: {refused.reason}")
+            self.say(
+                f"left out: {refused.learner} with {refused.distiller}, {refused.query}, head {refused.head}: "
+                f"{refused.reason}"
+            )
         waiting = [c for c in plan.cells if c.name not in self.metrics]
         self.slots = make_slots(plan.settings["devices"], len(waiting) or 1, parallel, threads)
         self.say(
@@ -173,6 +176,7 @@ class _Sweep:
                 "learners": list(plan.learners),
                 "distillers": list(plan.distillers),
                 "queries": list(plan.queries),
+                "heads": list(plan.heads),
                 "seeds": list(plan.seeds),
                 "baseline": plan.baseline,
             },
@@ -199,11 +203,17 @@ class _Sweep:
         elif cell.name in self.running:
             state = "running"
         config, metrics = cell.config, self.metrics.get(cell.name)
-        empty = {"student": None, "teacher": None, "seconds": None}
+        empty = {"student": None, "teacher": None, "frozen": None, "seconds": None}
         return {
             "name": cell.name,
             **{"pair": cell.pair.name, "learner": config.learner, "distiller": config.distill},
-            **{"query": config.query, "seed": config.seed, "run": config.out, "log": str(self._log_of(cell))},
+            **{
+                "query": config.query,
+                "head": config.head,
+                "seed": config.seed,
+                "run": config.out,
+                "log": str(self._log_of(cell)),
+            },
             "state": state,
             "reason": self.failures.get(cell.name),
             **(summarise(metrics) if metrics else empty),

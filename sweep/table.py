@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..train.distill import DISTILLERS
+from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
 from .grid import Key, Plan
 from .presets import BEST_OTHER, KDP, NONE, POOL_LEARNERS
 
@@ -22,6 +23,8 @@ DEFINITIONS = {
     "seconds": "wall time of a cell in s. The first cell of a learner, query and seed that needs a teacher trains it, "
     "the others use it again; cells that ran beside each other shared the machine",
     "difference": "mean over seeds of (this - baseline with the same learner, query and seed), in points",
+    "frozen baseline": METRIC_DEFINITIONS["baseline"] + "; the mean over seeds, each with its class order",
+    "vs frozen": "mean over seeds of (this - the frozen baseline of the same run), in points",
     "p": "two-sided paired t-test over seeds (scipy.stats.ttest_rel) that the difference is 0; it assumes that "
     "differences are roughly normal, and with 3 seeds it finds only what is large beside their spread",
     "p (Holm)": "the same after Holm's correction for the number of comparisons of this metric in this table",
@@ -30,7 +33,8 @@ DEFINITIONS = {
 }
 
 Summary = Mapping[str, Any]
-"""{"student": {metric: value}, "teacher": the same or None, "seconds": s} of a finished cell"""
+"""{"student": {metric: value}, "teacher": the same or None, "frozen": {"head", "average_accuracy"} or None,
+"seconds": s} of a finished cell"""
 Results = Mapping[Key, Mapping[int, Summary]]
 "finished cells by seed"
 
@@ -38,7 +42,9 @@ Results = Mapping[Key, Mapping[int, Summary]]
 def summarise(metrics: Mapping[str, Any]) -> Summary:
     """What the table needs of a run's metrics.json."""
     sides = {s: {k: metrics[s][k] for k in METRICS} if metrics[s] else None for s in ("student", "teacher")}
-    return {**sides, "seconds": metrics["seconds"]}
+    baseline = metrics.get("baseline")  # runs of early versions have none
+    frozen = {k: baseline[k] for k in ("head", "average_accuracy")} if baseline else None
+    return {**sides, "frozen": frozen, "seconds": metrics["seconds"]}
 
 
 def measure(values: Sequence[float]) -> dict[str, Any] | None:
@@ -90,26 +96,49 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 
 
 def make_tables(plan: Plan, results: Results) -> dict[str, list[dict[str, Any]]]:
-    """{"rows", "averages", "queries", "paper"} as lists of rows, in the order of the grid."""
+    """{"frozen", "rows", "averages", "queries", "paper"} as lists of rows, in the order of the grid."""
     rows, averages, queries = [], [], []
     for key in plan.keys:
-        pair, learner, distiller, query = key
+        pair, learner, distiller, query, head = key
         mine = results.get(key, {})
         row = _row(plan, key, [learner], mine)
         if distiller != plan.baseline:
-            row["difference"] = _difference(mine, results.get((pair, learner, plan.baseline, query), {}))
+            row["difference"] = _difference(mine, results.get((pair, learner, plan.baseline, query, head), {}))
         rows.append(row)
         if query != plan.queries[0]:
-            other = _difference(mine, results.get((pair, learner, distiller, plan.queries[0]), {}))
-            queries.append({**{k: row[k] for k in ("pair", "learner", "distiller", "query")}, "difference": other})
+            other = _difference(mine, results.get((pair, learner, distiller, plan.queries[0], head), {}))
+            queries.append(
+                {**{k: row[k] for k in ("pair", "learner", "distiller", "query", "head")}, "difference": other}
+            )
     for label, learners in _families(plan):
         for at in (
-            (p.name, query, distiller) for p in plan.pairs for query in plan.queries for distiller in plan.distillers
+            (p.name, query, head, distiller)
+            for p in plan.pairs
+            for query in plan.queries
+            for head in plan.heads
+            for distiller in plan.distillers
         ):
             averages += _average(plan, results, label, learners, at)
     for table in (rows, averages, queries):
         correct(table)
-    return {"rows": rows, "averages": averages, "queries": queries, "paper": _paper(plan, rows)}
+    tables = {"rows": rows, "averages": averages, "queries": queries, "paper": _paper(plan, rows)}
+    return {"frozen": _frozen(plan, results), **tables}
+
+
+def _frozen(plan: Plan, results: Results) -> list[dict[str, Any]]:
+    """The frozen baseline of each pair of backbones: of each seed once, for all cells of a seed have the same."""
+    rows = []
+    for pair in plan.pairs:
+        found: dict[int, Mapping[str, Any]] = {}
+        for key in plan.keys:
+            for seed, summary in results.get(key, {}).items() if key[0] == pair.name else ():
+                if summary["frozen"]:
+                    found.setdefault(seed, summary["frozen"])
+        seeds = [s for s in plan.seeds if s in found]
+        accuracy = measure([found[s]["average_accuracy"] for s in seeds])
+        heads = list(dict.fromkeys(found[s]["head"] for s in seeds))
+        rows.append({"pair": pair.name, "heads": heads, "n": len(seeds), "seeds": seeds, "average_accuracy": accuracy})
+    return rows
 
 
 def correct(rows: Sequence[dict[str, Any]]) -> None:
@@ -118,19 +147,23 @@ def correct(rows: Sequence[dict[str, Any]]) -> None:
         compared = [r["difference"][metric] for r in rows if r["difference"] and r["difference"][metric]]
         for comparison, p in zip(compared, holm([c["p"] for c in compared]), strict=True):
             comparison["p_holm"] = p
+    frozen = [r["over_frozen"] for r in rows if r.get("over_frozen")]
+    for comparison, p in zip(frozen, holm([c["p"] for c in frozen]), strict=True):
+        comparison["p_holm"] = p
 
 
 def _families(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
-    """Sets of learners to average over: all of them, and those with a pool; none of a single learner."""
+    """Sets of learners to average over: all that learn, and those with a pool; none of a single learner."""
+    learning = tuple(le for le in plan.learners if le != "frozen")
     pool = tuple(le for le in plan.learners if le in POOL_LEARNERS)
-    families = [(ALL, plan.learners)]
-    if pool != plan.learners:
+    families = [(ALL, learning)]
+    if pool != learning:
         families.append((POOL, pool))
     return [(label, learners) for label, learners in families if len(learners) > 1]
 
 
 def _row(plan: Plan, key: Key, learners: Sequence[str], mine: Mapping[int, Summary]) -> dict[str, Any]:
-    pair, learner, distiller, query = key
+    pair, learner, distiller, query, head = key
     seeds = [s for s in plan.seeds if s in mine]
     teachers = [mine[s]["teacher"] for s in seeds]
     return {
@@ -140,6 +173,7 @@ def _row(plan: Plan, key: Key, learners: Sequence[str], mine: Mapping[int, Summa
         "without": [],
         "distiller": distiller,
         "query": query,
+        "head": head,
         "n": len(seeds),
         "seeds": seeds,
         "missing": [s for s in plan.seeds if s not in mine],
@@ -147,6 +181,10 @@ def _row(plan: Plan, key: Key, learners: Sequence[str], mine: Mapping[int, Summa
         "teacher": {m: measure([t[m] for t in teachers]) for m in METRICS} if teachers and all(teachers) else None,
         "seconds": measure([mine[s]["seconds"] for s in seeds]),
         "difference": None,
+        "over_frozen": compare(
+            {s: mine[s]["student"]["average_accuracy"] for s in seeds},
+            {s: mine[s]["frozen"]["average_accuracy"] for s in seeds if mine[s]["frozen"]},
+        ),
     }
 
 
@@ -158,27 +196,27 @@ def _difference(mine: Mapping[int, Summary], base: Mapping[int, Summary]) -> dic
 
 
 def _average(
-    plan: Plan, results: Results, label: str, learners: Sequence[str], at: tuple[str, str, str]
+    plan: Plan, results: Results, label: str, learners: Sequence[str], at: tuple[str, str, str, str]
 ) -> list[dict[str, Any]]:
     """One row of the averages, or none where fewer than two learners have this combination."""
-    pair, query, distiller = at
-    having = [le for le in learners if (pair, le, distiller, query) in plan.keys]
+    pair, query, head, distiller = at
+    having = [le for le in learners if (pair, le, distiller, query, head) in plan.keys]
     pool = [le for le in plan.learners if le in POOL_LEARNERS]
     if len(having) < 2 or (label == ALL and having == pool != list(learners)):  # that is the row of the pool learners
         return []
-    mine = averaged(results, pair, having, distiller, query)
-    row = _row(plan, (pair, label, distiller, query), having, mine)
+    mine = averaged(results, pair, having, distiller, query, head)
+    row = _row(plan, (pair, label, distiller, query, head), having, mine)
     row["without"] = [le for le in learners if le not in having]
     if distiller != plan.baseline:
-        row["difference"] = _difference(mine, averaged(results, pair, having, plan.baseline, query))
+        row["difference"] = _difference(mine, averaged(results, pair, having, plan.baseline, query, head))
     return [row]
 
 
 def averaged(
-    results: Results, pair: str, learners: Sequence[str], distiller: str, query: str
+    results: Results, pair: str, learners: Sequence[str], distiller: str, query: str, head: str
 ) -> dict[int, dict[str, Any]]:
     """Mean over learners of each metric, for the seeds where all of them have finished."""
-    cells = [results.get((pair, learner, distiller, query), {}) for learner in learners]
+    cells = [results.get((pair, learner, distiller, query, head), {}) for learner in learners]
     seeds = sorted(set.intersection(*(set(c) for c in cells)))
 
     def side(name: str, seed: int) -> dict[str, float] | None:
@@ -189,6 +227,7 @@ def averaged(
         seed: {
             "student": side("student", seed),
             "teacher": side("teacher", seed),
+            "frozen": cells[0][seed]["frozen"],  # the same for every learner
             "seconds": statistics.fmean(c[seed]["seconds"] for c in cells),
         }
         for seed in seeds
@@ -201,7 +240,7 @@ def _paper(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         return []
     table = []
     for (pair, learner), figures in plan.preset.published.items():
-        ours = [r for r in rows if (r["pair"], r["learner"], r["query"]) == (pair, learner, plan.queries[0])]
+        ours = [r for r in rows if _first(plan, r) == (pair, learner)]
         if not ours:
             continue
         for figure, published in figures.items():
@@ -228,6 +267,12 @@ def _paper(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
                 }
             table.append(line)
     return table
+
+
+def _first(plan: Plan, row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Pair and learner of a row with the first query and head of the sweep; None for other rows."""
+    first = (row["query"], row["head"]) == (plan.queries[0], plan.heads[0])
+    return (row["pair"], row["learner"]) if first else None
 
 
 def _accuracy(row: Mapping[str, Any]) -> float:

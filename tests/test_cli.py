@@ -302,6 +302,28 @@ def test_train_for_people(cli, tmp_path, fast_options):
     assert f"cdl-edge export {tmp_path / 'run'}" in answer.out
 
 
+def test_the_frozen_baseline_stands_beside_the_result(cli, trained, tmp_path, monkeypatch):
+    """Also where it is better, which a fake says here: then stderr warns, and stdout stays one JSON document."""
+    from cdl_edge import api
+
+    baseline = json.loads((trained[0] / "metrics.json").read_text())["baseline"]
+    assert trained[1].json["baseline"] == baseline
+    text = cli("evaluate", trained[0], "--data", "digits").out
+    assert f"frozen baseline ({baseline['head']}) {baseline['average_accuracy']:.2f} %" in text
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    for average, warned in ((0.0, False), (100.0, True)):
+        metrics["baseline"] = {"head": "slda", "average_accuracy": average}
+        monkeypatch.setattr(api, "train", lambda *_, **__: metrics)
+        answer = cli("train", "--data", "digits", "--out", tmp_path / "x")
+        assert f"frozen baseline (slda) {average:.2f} %" in answer.out
+        assert ("warning: the student is" in answer.err and "--learner frozen" in answer.err) == warned
+        answer = cli("train", "--data", "digits", "--out", tmp_path / "x", "--json")
+        assert answer.json["baseline"] == metrics["baseline"] and ("warning" in answer.err) == warned
+    metrics["baseline"] = None  # of an old run
+    answer = cli("train", "--data", "digits", "--out", tmp_path / "x")
+    assert answer.code == 0 and "frozen baseline unknown" in answer.out
+
+
 def test_an_existing_run_is_refused(cli, trained, fast_options):
     before = contents(trained[0])
     cli("train", *fast_options, "--learner", "l2p", "--out", trained[0]).assert_refused("already", "--resume")

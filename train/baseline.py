@@ -5,7 +5,8 @@ It stands beside every result: prompts and distillation have to beat it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .backbone import Backbone
 from .batches import Images
 from .closed_form import StatisticsKeeper
 from .config import TrainConfig
+from .run import Run
 from .student import run_block
 
 HEADS = ("slda", "ranpac")
@@ -61,7 +63,10 @@ class FrozenBaseline:
 
     def measure(self, val: Iterable[Images]) -> dict[str, Any]:
         """{"head", "average_accuracy", "heads": {...}}: in %, mean over tasks, of the better of both heads."""
-        measured = [(self.features(images), images.labels) for images in val]
+        return self.compare([(self.features(images), images.labels) for images in val])
+
+    def compare(self, measured: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+        """The same from features (N, 2 D) and labels int (N,) of each task's images."""
         found: dict[str, float] = {}
         for head, map in self.maps.items():
             made = CLOSED_FORM[head][1](self.keeper.totals[f"frozen-{head}"])
@@ -72,3 +77,17 @@ class FrozenBaseline:
             found[head] = sum(right) / len(right)
         best = max(found, key=lambda h: found[h])
         return {"head": best, "average_accuracy": found[best], "heads": found}
+
+
+def baseline_of(run: Run) -> FrozenBaseline | None:
+    """The frozen baseline as a finished run has learnt it; None for a run that has kept none.
+
+    Raises: InputError where what it kept is damaged.
+    """
+    keeper, tasks = StatisticsKeeper(run.path, write=False), len(run.metrics["tasks"])
+    bare = replace(run.backbone, model=run.student.pretrained)  # a whole network has learnt: not that one
+    baseline = FrozenBaseline(bare, run.config, keeper)
+    if run.metrics.get("baseline") is None or not keeper.holds(baseline.sides, tasks):
+        return None
+    keeper.restore(baseline.sides, tasks)
+    return baseline

@@ -89,6 +89,10 @@ class StatisticsKeeper:
             self.totals[side].save(self.folder / f"{side}-{tasks}.npz")
             (self.folder / f"{side}-{tasks - 2}.npz").unlink(missing_ok=True)
 
+    def holds(self, sides: Sequence[str], tasks: int) -> bool:
+        """Whether the folder has those of the first `tasks` tasks."""
+        return all((self.folder / f"{side}-{tasks}.npz").is_file() for side in sides)
+
     def restore(self, sides: Sequence[str], tasks: int, run: Path | None = None) -> None:
         """Read those of the first `tasks` tasks; of the run that this one extends where `run` is given.
 

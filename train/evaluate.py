@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..data import find_scored
+from .baseline import baseline_of
 from .batches import Images, Side
 from .engine import Engine, Share
 from .metrics import DEFINITIONS
@@ -49,12 +50,22 @@ def features_of(images: Images, name: str) -> list[torch.Tensor]:
     return parts
 
 
+def predictions(images: Images, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
+    """Predicted classes, int64 (N,), among the first `seen`; the processes of an engine share the images."""
+    rows, weight = (engine.share if engine else Share()).of(len(images))
+    own = logits_of(images, name, seen, rows).argmax(1)
+    if engine is None:
+        return own
+    # A process without images of its own gets one with weight 0: it adds nothing. Numbers of classes are exact in
+    # float32.
+    whole = torch.zeros(len(images))
+    whole[rows] = torch.from_numpy(own).float() * (weight > 0)
+    return engine.sum(whole).cpu().numpy().astype(np.int64)
+
+
 def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:
     """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
-    rows, weight = (engine.share if engine else Share()).of(len(images))
-    right = (logits_of(images, name, seen, rows).argmax(1) == images.labels[rows]).sum() * (weight > 0)
-    total = float(engine.sum(torch.tensor(float(right)))) if engine else float(right)
-    return 100.0 * total / len(images)
+    return 100.0 * float((predictions(images, name, seen, engine) == images.labels).mean())
 
 
 def evaluate_run(
@@ -79,11 +90,14 @@ def evaluate_run(
     device = torch.device("cpu")
     sides = {"student": Side(run.student, run.preprocessing, device)}
     per_task: list[float | None] = []
+    frozen, bare = baseline_of(run), []
     count, skipped = 0, []
     for task in range(len(scenario.tasks)):
         part = scenario.split(chosen, task)
         images = Images(part, sides, device) if len(part) else None
         per_task.append(accuracy(images, "student", len(names)) if images is not None else None)
+        if images is not None and frozen is not None:
+            bare.append((frozen.features(images), images.labels))
         count += len(images) if images is not None else 0
         skipped += list(images.skipped) if images is not None else []
     matrix = run.metrics["student"]["matrix"]
@@ -93,6 +107,7 @@ def evaluate_run(
         "average_accuracy": sum(measured) / len(measured),
         # With classes missing, the accuracy of the training run was measured on something else.
         "forgetting": None if found.missing else sum(drops) / len(drops),
+        "baseline": frozen.compare(bare) if frozen is not None else None,
         "per_task": per_task,
         "images": count,
         "backend": "torch",
@@ -105,5 +120,5 @@ def evaluate_run(
         "missing": list(found.missing),
         "split": found.which,
         "data": found.dataset.summary,
-        "definitions": {k: DEFINITIONS[k] for k in ("average_accuracy", "forgetting")},
+        "definitions": {k: DEFINITIONS[k] for k in ("average_accuracy", "forgetting", "baseline")},
     }

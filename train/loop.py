@@ -29,11 +29,13 @@ from .batches import Images, Side, Validation
 from .checkpoint import keep_before, load_state, remove_kept, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
+from .confusion import Answered
 from .distill import DISTILLERS
 from .engine import Engine
 from .evaluate import accuracy, features_of
 from .extend import Origin
 from .folder import RunFolder
+from .joint import forgetting_of_joint
 from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
@@ -417,10 +419,13 @@ class _Training:
             )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
+        classes = self.scenario.classes_of(self.dataset)
+        answered = Answered(self.val.each(self.tasks), "student", len(classes), self.engine)
+        baseline = self.baseline.measure(answered)
         metrics: dict[str, Any] = {
             "schema": SCHEMA,
             "config": self.config.to_json(),
-            "classes": self.scenario.classes_of(self.dataset),
+            "classes": classes,
             "tasks": [list(t) for t in self.scenario.tasks],
             "teacher": None,
         }
@@ -431,6 +436,12 @@ class _Training:
                 "loss": self.losses[name],
                 "images_per_second": {"train": self.trained_images[name] / max(1e-9, sum(self.seconds[name]))},
             }
+        metrics["student"]["confusion"] = answered.confusion()
+        head, own = self.models["student"].statistics_head, metrics["student"]["forgetting"]
+        if head is not None:
+            train = (Images(self._images_of(t), self.sides, self.engine.device) for t in range(self.tasks))
+            images = (train, self.val.each(self.tasks)) if self.origin is None else None
+            metrics["student"] |= forgetting_of_joint(self.config, own, head, self.scenario, classes, images)
         if metrics["teacher"]:
             metrics["teacher"]["tasks_reused"] = self.reused
         if self.origin is not None:
@@ -440,7 +451,7 @@ class _Training:
             "images": self.image_counts,
             "data": self._data_read(),
             "skipped": self.skipped,
-            "baseline": self.baseline.measure(self.val.each(self.tasks)),
+            "baseline": baseline,
             "definitions": DEFINITIONS,
             "backbones": {
                 n: {"source": b.source, "identity": b.identity, "width": b.width, "depth": b.depth}

@@ -13,6 +13,12 @@ DEFINITIONS = {
     "incremental_accuracy": "mean over rows of the row's mean: average accuracy along the way, in %",
     "forgetting": "(1/T) sum over all T tasks of (accuracy just after learning the task - at the end), in points "
     "(definition of arXiv 2407.13911; the last task counts with 0)",
+    "forgetting_of_joint": "the forgetting, by the same definition, of the same kind of head made after each task from "
+    "statistics that the final student collects on all training images seen so far: what any head loses when classes "
+    "are added. What the run's forgetting is above it was lost because prompts moved the features of earlier classes",
+    "baseline": "the frozen baseline: the bare student backbone, nothing learnt by gradient, with the better of two "
+    "closed-form heads, learnt from the same training images and measured on the same validation images",
+    "confusion": "validation images of each class by the student's answer after the last task",
     "accuracy_after_task": "mean of each row, in %",
     "forgetting_after_task": "the forgetting as if the run ended after that task, in points",
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cdl_edge.errors import InputError
 from cdl_edge.report import write_report
 
 
@@ -125,7 +126,7 @@ def test_failed_write_leaves_the_old_page(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match="No space"):
         write_report(out, tmp_path / "run")
     assert list(out.parent.iterdir()) == [out]
     assert out.read_bytes() == before

@@ -31,6 +31,7 @@ def make_row(learner: str, distiller: str, values: list[float], **changes: Any) 
         "without": [],
         "distiller": distiller,
         "query": "two-pass",
+        "head": "ranpac",
         "n": len(values),
         "seeds": list(range(len(values))),
         "missing": list(range(len(values), 3)),
@@ -38,6 +39,7 @@ def make_row(learner: str, distiller: str, values: list[float], **changes: Any) 
         "teacher": {m: measure([v + 10 for v in values]) for m in METRICS} if distiller != "none" and values else None,
         "seconds": measure([100.0 for _ in values]),
         "difference": dict.fromkeys(METRICS[:2], compared if values else None) if distiller != "none" else None,
+        "over_frozen": {**compared, "mean": -7.25} if values else None,
         **changes,
     }
 
@@ -64,6 +66,7 @@ def document() -> dict[str, Any]:
             "learners": both,
             "distillers": ["none", "kdp", "kd"],
             "queries": ["two-pass"],
+            "heads": ["ranpac"],
             "seeds": [0, 1, 2],
             "baseline": "none",
         },
@@ -73,7 +76,12 @@ def document() -> dict[str, Any]:
             *(cell("l2p", "kdp", s, "finished") for s in range(3)),
             *(cell("apt", "kdp", s, state) for s, state in enumerate(("failed", "running", "waiting"))),
         ],
-        "refused": [{"learner": "apt", "distiller": "kd", "query": "two-pass", "reason": "<i>because</i>"}],
+        "refused": [
+            {"learner": "apt", "distiller": "kd", "query": "two-pass", "head": "ranpac", "reason": "<i>because</i>"}
+        ],
+        "frozen": [
+            {"pair": "", "heads": ["slda"], "n": 2, "seeds": [0, 1], "average_accuracy": measure([58.25, 58.75])}
+        ],
         "rows": [
             make_row("l2p", "none", [50.0, 52.0, 54.0]),
             make_row("l2p", "kdp", [60.25, 61.0, 59.5]),
@@ -115,6 +123,9 @@ def test_page(tmp_path: Path, document: dict[str, Any], read_page: Callable[[Pat
         "All learners: L2P, APT.",
         "builtin:teacher → builtin:student",
         "15 min 0 s",
+        "58.50 ± 0.35",
+        "−7.25",
+        "bare student, SLDA",
     ):
         assert expected in page.text, expected
     again = (tmp_path / "report.html").read_bytes()
@@ -138,6 +149,7 @@ def test_one_seed_has_no_bar(tmp_path: Path, document: dict[str, Any], read_page
         make_row("l2p", "kdp", [55.0], difference=dict.fromkeys(METRICS[:2], note)),
     ]
     document["averages"] = []
+    document["frozen"][0] |= {"n": 1, "average_accuracy": measure([58.5])}
     page = read_page(write_sweep_report(tmp_path / "report.html", document))
     assert "Where there is no p: one seed: no test." in page.text and "+5.00" in page.text
     assert "±" not in page.text.partition("What the columns mean")[0]
@@ -148,8 +160,32 @@ def test_nothing_has_finished(tmp_path: Path, document: dict[str, Any], read_pag
     document["cells"] = [{**c, "state": "waiting", "seconds": None} for c in document["cells"]]
     document["rows"] = [make_row(r["learner"], r["distiller"], []) for r in document["rows"]]
     document["averages"] = []
+    document["frozen"][0] |= {"n": 0, "heads": [], "average_accuracy": None}
     page = read_page(write_sweep_report(tmp_path / "report.html", document))
     assert "0 of 12" in page.text and page.html.count("no finished run") >= 4
+
+
+def test_heads_where_there_are_several(
+    tmp_path: Path, document: dict[str, Any], read_page: Callable[[Path], Any]
+) -> None:
+    document["grid"]["heads"] = ["ranpac", "learned"]
+    document["rows"].append(make_row("l2p", "none", [20.0, 21.0, 22.0], head="learned"))
+    shown = view(document)
+    assert [p["title"] for p in shown["pairs"][0]["plots"]] == [
+        *("All learners, RanPAC", "L2P, RanPAC", "APT, RanPAC", "L2P, learnt head")
+    ]
+    first = shown["pairs"][0]["tables"][1]["rows"][0]
+    assert first["learner"] == "Frozen baseline" and len(first["cells"]) == 12
+    assert all(len(r["cells"]) == 12 for t in shown["pairs"][0]["tables"] for r in t["rows"])
+    text = read_page(write_sweep_report(tmp_path / "report.html", document)).text
+    assert "learnt head" in text and "Head" in text
+
+
+def test_the_frozen_baseline_is_drawn_inside_the_scale(document: dict[str, Any]) -> None:
+    document["frozen"][0]["average_accuracy"] = measure([95.0])
+    plot = view(document)["pairs"][0]["plots"][0]
+    assert plot["left"] < plot["frozen_x"] <= plot["right"]
+    assert "Frozen baseline 95.0 %" in plot["alt"]
 
 
 def test_dot_plot() -> None:
@@ -190,6 +226,7 @@ def test_queries_pairs_and_published_figures(
     ]
     document["rows"] = [make_row("l2p", d, [50.0, 51.0], pair=p) for p in "ab" for d in ("none", "kdp")]
     document["averages"] = []
+    document["frozen"] = [{**document["frozen"][0], "pair": name} for name in "ab"]
     document["queries"] = [make_row("l2p", "kdp", [50.0, 51.0], pair="a", query="one-pass")]
     document["preset"] = {"name": "paper-x", "source": "arXiv 1", "departures": ["epochs 1 (there 20)"]}
     value = {"ours": 50.5, "std": 0.5, "published": 79.64, "difference": -29.14}

@@ -65,6 +65,31 @@ def test_what_train_refuses_is_left_out_once(plan_of):
     assert "\n" not in plan.refused[0].reason and "apt" in plan.refused[0].reason
 
 
+MATRIX = "none,two-heads,kd,kd-token,kdp"
+
+
+def test_heads_vary_like_learners(plan_of):
+    plan = plan_of(learners="frozen,l2p,apt", distillers=MATRIX, heads="learned,slda,ranpac", seeds="0,1")
+    cells = {c.name: c.config for c in plan.cells}
+    # Every learner with every distiller and head; a backbone that learns nothing has nothing that could be taught.
+    assert len(cells) == 2 * 3 * (1 + 5 + 5)
+    assert {(r.learner, r.distiller) for r in plan.refused} == {("frozen", d) for d in MATRIX.split(",")[1:]}
+    # The head that train takes by itself is not named: a sweep that begins without --heads may get more of them.
+    assert cells["l2p-kdp-0"].head == "ranpac" and cells["l2p-kdp-learned-1"].head == "learned"
+    assert cells["frozen-none-slda-0"].head == "slda"
+    assert plan.heads == ("learned", "slda", "ranpac")
+    # A teacher has its student's head.
+    groups = {c.group for c in plan.cells if c.config.learner == "apt" and c.config.seed == 0}
+    assert len(groups) == 3
+
+
+def test_one_head_by_two_names_is_one_cell(plan_of):
+    plan = plan_of(learners="apt,finetune", distillers="none", heads="auto,ranpac,learned", seeds="0")
+    assert names(plan) == ["apt-none-0", "apt-none-learned-0", "finetune-none-0"]
+    assert [(r.learner, r.head) for r in plan.refused] == [("finetune", "ranpac")]
+    assert plan_of(compat=True, seeds="0", learners="apt", distillers="none").heads == ("learned",)
+
+
 def test_nothing_left(tmp_path):
     refused(tmp_path, "no combination", "apt", learners="apt", distillers="cdl-prompt")
 
@@ -84,6 +109,8 @@ def test_nothing_left(tmp_path):
         ({"seeds": "1,1"}, ("--seeds names something twice",)),
         ({"baseline": "kdp", "distillers": "none,kd"}, ("unknown baseline", "'kdp'", "kd, none")),
         ({"preset": "paper-cifar10"}, ("unknown preset", "did you mean 'paper-cifar100'?")),
+        ({"heads": "ranpak"}, ("unknown head", "did you mean 'ranpac'?")),
+        ({"head": "ranpac"}, ("unknown sweep option", "did you mean 'heads'?")),
         ({"learner": "l2p"}, ("unknown sweep option", "did you mean 'learners'?")),
         ({"epochs": 0}, ("--epochs is too small",)),
         ({"epochs": "3"}, ("'epochs' has the wrong type",)),

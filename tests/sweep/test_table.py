@@ -7,11 +7,13 @@ import pytest
 from cdl_edge.sweep.table import averaged, compare, correct, holm, make_tables, measure
 
 
-def summary(accuracy, forgetting=1.0, teacher=None, seconds=10.0):
+def summary(accuracy, forgetting=1.0, teacher=None, seconds=10.0, frozen=None):
     def side(value):
         return {"average_accuracy": value, "forgetting": forgetting, "incremental_accuracy": value + 1}
 
-    return {"student": side(accuracy), "teacher": side(teacher) if teacher else None, "seconds": seconds}
+    baseline = {"head": "slda", "average_accuracy": frozen} if frozen is not None else None
+    sides = {"student": side(accuracy), "teacher": side(teacher) if teacher else None}
+    return {**sides, "frozen": baseline, "seconds": seconds}
 
 
 def approx(values):
@@ -85,10 +87,10 @@ def test_each_metric_of_a_table_is_a_family():
 
 def test_averages_are_taken_within_a_seed_first():
     results = {
-        ("", "l2p", "kd", "two-pass"): {0: summary(10, teacher=30, seconds=1), 1: summary(20, teacher=40)},
-        ("", "apt", "kd", "two-pass"): {1: summary(40, teacher=50), 0: summary(30, teacher=40, seconds=3)},
+        ("", "l2p", "kd", "two-pass", "ranpac"): {0: summary(10, teacher=30, seconds=1), 1: summary(20, teacher=40)},
+        ("", "apt", "kd", "two-pass", "ranpac"): {1: summary(40, teacher=50), 0: summary(30, teacher=40, seconds=3)},
     }
-    got = averaged(results, "", ["l2p", "apt"], "kd", "two-pass")
+    got = averaged(results, "", ["l2p", "apt"], "kd", "two-pass", "ranpac")
     assert list(got) == [0, 1]
     assert [got[s]["student"]["average_accuracy"] for s in got] == [20, 30]
     assert got[0]["teacher"]["average_accuracy"] == 35 and got[0]["seconds"] == 2
@@ -96,12 +98,12 @@ def test_averages_are_taken_within_a_seed_first():
 
 def test_a_seed_counts_for_the_average_when_all_learners_have_it():
     results = {
-        ("", "l2p", "kd", "two-pass"): {0: summary(10), 1: summary(20)},
-        ("", "apt", "kd", "two-pass"): {1: summary(40)},
+        ("", "l2p", "kd", "two-pass", "ranpac"): {0: summary(10), 1: summary(20)},
+        ("", "apt", "kd", "two-pass", "ranpac"): {1: summary(40)},
     }
-    got = averaged(results, "", ["l2p", "apt"], "kd", "two-pass")
+    got = averaged(results, "", ["l2p", "apt"], "kd", "two-pass", "ranpac")
     assert list(got) == [1] and got[1]["teacher"] is None
-    assert averaged(results, "", ["l2p", "coda"], "kd", "two-pass") == {}
+    assert averaged(results, "", ["l2p", "coda"], "kd", "two-pass", "ranpac") == {}
 
 
 def results_of(plan, value):
@@ -138,7 +140,7 @@ def test_rows_and_averages(plan_of):
 def test_another_baseline_and_missing_cells(plan_of):
     plan = plan_of(learners="l2p", distillers="none,kd,kdp", seeds="0,1", baseline="kd")
     results = results_of(plan, lambda le, d, s: {"none": 1, "kd": 2, "kdp": 4}[d] + s * s)
-    del results["", "l2p", "none", "two-pass"], results["", "l2p", "kdp", "two-pass"][1]
+    del results["", "l2p", "none", "two-pass", "ranpac"], results["", "l2p", "kdp", "two-pass", "ranpac"][1]
     none, kd, kdp = make_tables(plan, results)["rows"]
     assert (none["n"], none["missing"], none["seconds"], none["teacher"]) == (0, [0, 1], None, None)
     assert none["student"]["average_accuracy"] is None and none["difference"]["average_accuracy"] is None
@@ -201,6 +203,51 @@ def test_published_figures_beside_ours(plan_of):
     assert best["chosen_from"] == len(plan.distillers) - 2
     nothing = make_tables(plan, {})["paper"][0]
     assert nothing["average_accuracy"] == {"ours": None, "std": None, "published": 82.18, "difference": None}
+
+
+def test_the_frozen_baseline_stands_on_top_and_beside_every_row(plan_of):
+    plan = plan_of(learners="l2p,apt,frozen", distillers="none,kdp", seeds="0,1,2")
+    level = {"none": 50.0, "kdp": 60.0}
+    frozen = {0: 55.0, 1: 58.0, 2: 58.0}
+    results = {}
+    for c in plan.cells:
+        seed = c.config.seed
+        value = frozen[seed] if c.config.learner == "frozen" else level[c.config.distill] + seed
+        results.setdefault(c.key, {})[seed] = summary(value, frozen=frozen[seed])
+    tables = make_tables(plan, results)
+    (top,) = tables["frozen"]
+    assert (top["heads"], top["n"], top["average_accuracy"]["mean"]) == (["slda"], 3, pytest.approx(57.0))
+    rows = {(r["learner"], r["distiller"]): r["over_frozen"] for r in tables["rows"]}
+    assert rows["l2p", "none"]["mean"] == pytest.approx(-6.0) and rows["l2p", "kdp"]["mean"] == pytest.approx(4.0)
+    assert rows["frozen", "none"]["mean"] == 0 and "no test" in rows["frozen", "none"]["note"]
+    ps = sorted(o["p"] for o in rows.values() if o["p"] is not None)
+    assert len(ps) == 4 and min(o["p_holm"] for o in rows.values() if o["p"]) == pytest.approx(min(1.0, 4 * ps[0]))
+    # A backbone that learns nothing is no learner to average over.
+    assert {tuple(r["learners"]) for r in tables["averages"]} == {("l2p", "apt")}
+    assert tables["averages"][0]["over_frozen"]["mean"] == pytest.approx(-6.0)
+
+
+def test_runs_of_before_have_no_frozen_baseline(plan_of):
+    plan = plan_of(learners="l2p", distillers="none", seeds="0,1")
+    results = {c.key: {0: summary(50), 1: summary(51, frozen=40)} for c in plan.cells}
+    tables = make_tables(plan, results)
+    assert tables["frozen"][0]["seeds"] == [1]
+    assert tables["rows"][0]["over_frozen"]["seeds"] == [1] and tables["rows"][0]["over_frozen"]["mean"] == 11
+    (top,) = make_tables(plan, {c.key: {0: summary(50)} for c in plan.cells})["frozen"]
+    assert top["n"] == 0 and top["average_accuracy"] is None
+
+
+def test_heads_are_rows_of_their_own(plan_of):
+    plan = plan_of(learners="l2p", distillers="none,kdp", heads="learned,ranpac", seeds="0,1")
+    results = {}
+    for c in plan.cells:
+        value = 30 * (c.config.head == "ranpac") + 10 + c.config.seed * (1 + (c.config.distill == "kdp"))
+        results.setdefault(c.key, {})[c.config.seed] = summary(value + (c.config.distill == "kdp"))
+    rows = {(r["head"], r["distiller"]): r for r in make_tables(plan, results)["rows"]}
+    assert list(rows) == [(h, d) for h in ("learned", "ranpac") for d in ("none", "kdp")]
+    assert rows["learned", "kdp"]["difference"]["average_accuracy"]["mean"] == pytest.approx(1.5)
+    assert rows["ranpac", "none"]["student"]["average_accuracy"]["mean"] == pytest.approx(40.5)
+    assert rows["ranpac", "none"]["difference"] is None
 
 
 def test_a_control_without_a_teacher_is_no_other_kd(plan_of):

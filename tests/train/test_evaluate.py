@@ -31,7 +31,23 @@ def test_the_numbers_of_training_are_found_again(finished, photos):
     assert got["average_accuracy"] == pytest.approx(metrics["student"]["average_accuracy"])
     assert got["forgetting"] == pytest.approx(metrics["student"]["forgetting"])
     assert (got["images"], got["backend"], got["precision"], got["skipped"]) == (16, "torch", "fp32", [])
-    assert set(got["definitions"]) == {"average_accuracy", "forgetting"}
+    assert got["baseline"]["heads"] == pytest.approx(metrics["baseline"]["heads"])
+    assert set(got["definitions"]) == {"average_accuracy", "forgetting", "baseline"}
+
+
+def test_the_frozen_baseline_of_a_whole_network_is_of_the_bare_one(tmp_path, make_config):
+    metrics = train(make_config(tmp_path / "run", learner="finetune", distill="none", epochs=1), quiet=True)
+    got = evaluate_run(tmp_path / "run", "digits")
+    assert got["baseline"]["heads"] == pytest.approx(metrics["baseline"]["heads"])
+
+
+def test_a_run_of_before_has_no_baseline(finished, photos, tmp_path):
+    import shutil
+
+    old = shutil.copytree(finished[0], tmp_path / "old")
+    shutil.rmtree(old / "statistics")
+    got = evaluate_run(old, f"folder:{photos}")
+    assert got["baseline"] is None and got["images"] == 16
 
 
 def test_fewer_images(finished, photos):

@@ -1,0 +1,56 @@
+"""Which classes a student takes for which: counts that say more than an average and fit into metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .batches import Images
+from .engine import Engine
+from .evaluate import predictions
+
+WHOLE = 30
+"classes up to which the whole matrix is kept"
+PAIRS = 20
+"most confused pairs that are kept"
+
+
+def confusion(answers: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) -> dict[str, Any]:
+    """Counts over (labels, predicted) pairs of int (N,) arrays, both positions of `classes` learnt classes.
+
+    Returns: {"images": [C], "right": [C], "pairs": [[true, predicted, images]], "matrix": [[...]] or None}: images of
+        each class, how many of them were named rightly, the pairs that were confused most often, and for up to WHOLE
+        classes the images of each class (row) by answer (column).
+    """
+    counts = np.zeros((classes, classes), np.int64)
+    for labels, predicted in answers:
+        np.add.at(counts, (labels, predicted), 1)
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
+    pairs = [(int(i // classes), int(i % classes)) for i in order]
+    return {
+        "images": counts.sum(axis=1).tolist(),
+        "right": np.diag(counts).tolist(),
+        "pairs": [[true, answer, int(wrong[true, answer])] for true, answer in pairs if wrong[true, answer]],
+        "matrix": counts.tolist() if classes <= WHOLE else None,
+    }
+
+
+class Answered:
+    """Validation images that are handed on; what a model answers to each is remembered on the way."""
+
+    def __init__(self, images: Iterable[Images], name: str, classes: int, engine: Engine) -> None:
+        """name: of the model. classes: that are learnt. The processes of an engine share the work."""
+        self.images, self.name, self.classes, self.engine = images, name, classes, engine
+        self.found: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __iter__(self) -> Iterator[Images]:
+        for images in self.images:
+            self.found.append((images.labels, predictions(images, self.name, self.classes, self.engine)))
+            yield images
+
+    def confusion(self) -> dict[str, Any]:
+        """Of all images that have been handed on; see the function."""
+        return confusion(self.found, self.classes)
