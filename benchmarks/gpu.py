@@ -39,7 +39,9 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / ".pkg"), str(ROOT / "benchmarks")]  # a checkout, installed or not
+PATHS = [str(ROOT / ".pkg"), str(ROOT / "benchmarks")]
+"a checkout, installed or not"
+sys.path[:0] = PATHS
 
 from rounds import machine, version_of  # noqa: E402
 
@@ -134,7 +136,8 @@ def run_section(name: str, job: dict[str, Any], seconds: float) -> dict[str, Any
     begun = time.perf_counter()
     notes = Path(job["folder"]) / f"{name}.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_sections.py"), name, str(notes)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")])}
+    kept = [p for p in (os.environ.get("PYTHONPATH"),) if p]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, *kept])}
     limited = {**job, "seconds": seconds}
     log = notes.with_suffix(".log")
     with log.open("wb") as stream:

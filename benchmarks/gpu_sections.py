@@ -30,6 +30,8 @@ from cdl_edge.train.loop import train
 from cdl_edge.train.phase import Phase
 
 SIDES = ("teacher", "student")
+OTHERWISE = {"frozen": {"head": "ranpac"}, "finetune": {"distill": "kd"}}
+"learner -> options: nothing of a frozen network learns, and the default distiller needs prompts"
 PROMPTED = "coda"
 "learner of the sections that need one only"
 
@@ -116,8 +118,7 @@ def agreement(job: dict[str, Any], notes: Notes) -> None:
     """fp32 and bf16 on the device beside fp32 on the CPU."""
     for learner in job["learners"]:
         reference: dict[str, Any] | None = None
-        # Prompts have no say in a frozen network's answers: its heads can only be made from class statistics.
-        changes = {"learner": learner} | ({"head": "ranpac"} if learner == "frozen" else {})
+        changes = {"learner": learner, **OTHERWISE.get(learner, {})}
         for label, device, precision in (
             ("cpu fp32", "cpu", "fp32"),
             (f"{job['device']} fp32 again" if job["device"] == "cpu" else "cuda fp32", job["device"], "fp32"),
