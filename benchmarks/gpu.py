@@ -150,8 +150,13 @@ def run_section(name: str, job: dict[str, Any], seconds: float) -> dict[str, Any
         except subprocess.TimeoutExpired:
             status, code = "stopped", None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its own group: whatever it has started ends with it
-                os.killpg(process.pid, signal.SIGKILL)
+            # Its own group: whatever it has started ends with it. First politely: torchrun passes that on to its workers,
+            # which are in groups of their own.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=2)
             process.wait()
     found: dict[str, Any] = {"results": {}, "failed": []}
     if notes.is_file():
