@@ -150,7 +150,7 @@ def run_section(name: str, job: dict[str, Any], seconds: float) -> dict[str, Any
         except subprocess.TimeoutExpired:
             status, code = "stopped", None
         finally:
-            # Its own group: whatever it has started ends with it. First politely: torchrun passes that on to its workers,
+            # Its own group: what it has started ends with it. First politely: torchrun passes that on to its workers,
             # which are in groups of their own.
             for number in (signal.SIGTERM, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError):
