@@ -3,9 +3,10 @@
     python benchmarks/export.py [--models tiny,small,base] [--batches 1,8] [--threads 1,2] [--learners coda,apt,...]
                                 [--engines ort,openvino,openvino-bf16,torch,compile] [--rewrites] [--growth]
 
-One image batch of each graph in turn, in one process, so that whatever else the machine does hits all of them alike.
-Every ratio is to the same thing: one pass of the bare timm ViT without head, as torch.onnx exports it, in ONNX Runtime
-fp32 (= 1.00). For each engine:
+One image batch of each graph in a round, in one process and an order drawn anew for each round (rounds.py), so that
+whatever else the machine does hits all of them alike. Every ratio is to the same thing: one pass of the bare timm ViT
+without head, as torch.onnx exports it, in ONNX Runtime fp32 (= 1.00), which a round times as often as all others
+together. Beside a ratio stands its 95 % interval. For each engine:
 - bare:      that ViT, the floor of a one-pass student. Two passes less what both share are the floor of the others;
 - straight:  the student as torch.onnx exports it ("coda" has two passes, "apt" one), fp32 input, normalised outside;
 - others:    our graph of that learner in the engine's profile, uint8 input, normalisation inside.
@@ -17,7 +18,8 @@ A student is in the state it has after all tasks, with random prompts, norms and
 and zeros, which OpenVINO folds away. Every graph is compared with torch; the last column is |difference of logits|.
 
 With one thread the clock is the CPU time of the process, which one thread spends then: being preempted by another
-process does not count. With more threads it is wall time, and the machine has to be idle.
+process does not count. With more threads it is wall time, and the machine has to be idle. Printed beside the ratios:
+what one bare pass would take at the machine's ceiling, the fastest matrix product that it shows in the same run.
 
 Prints tables; the last line of stdout is JSON, null where a graph could not be made.
 """
@@ -26,15 +28,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,12 +40,13 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime
 import torch
+from rounds import ceiling, clock_of, machine, peak, race, ratio, show, version_of
+from torch.utils.flop_counter import FlopCounterMode
 
 from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import assemble
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL, Rewrites
-from cdl_edge.runtime.machine import cpu_model
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.learners.l2p import L2P
@@ -67,6 +66,8 @@ VARIANTS = {
 }
 STRAIGHT = ("coda", "apt")
 ENGINES = ("ort", "openvino", "openvino-bf16", "torch", "compile")
+REFERENCE = "ort bare"
+"what every ratio is to; among the graphs whatever engines are asked for"
 Call = Callable[[], np.ndarray]
 "one batch -> logits (or the class token of the bare ViT)"
 
@@ -190,6 +191,13 @@ class Field:
         self.truth: dict[str, np.ndarray] = {}
         self.missing: list[str] = []
         self.exported: dict[str, Path] = {}
+        bare = Bare(self.backbone.model)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            truth = bare(self.x).numpy()
+        self.flops = int(counter.get_total_flops())
+        "of one bare pass"
+        path = self.generic(bare, "bare")
+        self.add(REFERENCE, truth, lambda: self.open("ort", path, {"x": self.x.numpy()}))
 
     def add(self, label: str, truth: np.ndarray, make: Callable[[], Call]) -> None:
         """One more; what cannot be made is said and listed."""
@@ -220,6 +228,8 @@ class Field:
             feed = {"x": self.x.numpy()}
             if engine == "torch":
                 self.add(f"torch {name}", truth, lambda m=module: lambda: m(self.x).numpy())
+            elif f"{engine} {name}" == REFERENCE:
+                continue
             elif engine == "compile":
                 compiled = torch.compile(module)
                 self.add(f"compile {name}", truth, lambda m=compiled: lambda: m(self.x).numpy())
@@ -264,46 +274,35 @@ class Field:
         return openvino(path, feed, self.threads, "bf16" if engine.endswith("bf16") else "f32")
 
     @torch.no_grad()
-    def race(self, rounds: int) -> dict[str, list[float]]:
-        """Milliseconds of each, one call of each in turn."""
-        clock = time.process_time if self.threads == 1 else time.perf_counter
-        times: dict[str, list[float]] = {name: [] for name in self.calls}
-        for i in range(rounds + 3):
-            for name, call in self.calls.items():
-                begin = clock()
-                call()
-                if i >= 3:
-                    times[name].append((clock() - begin) * 1e3)
-        return times
-
-    def table(self, rounds: int) -> dict[str, Any]:
+    def table(self, rounds: int, seed: int) -> dict[str, Any]:
         """Race, print, and give the rows."""
-        times = self.race(rounds)
-        rows: dict[str, dict[str, float | None] | None] = dict.fromkeys(self.missing)
-        print(f"{'graph':34s} {'ms':>8s} {'p10':>8s} {'ratio':>7s}  max |difference to torch|")
+        times = race(self.calls, rounds, REFERENCE, seed, clock_of(self.threads))
+        rows: dict[str, dict[str, Any] | None] = dict.fromkeys(self.missing)
+        print(f"{'graph':34s} {'ms':>8s} {'p10':>8s} {'ratio':>7s} {'95 % interval':>16s}  max |difference to torch|")
         for label, values in times.items():
-            # Ratios within one round: a slow round is slow for both.
-            base = times.get("ort bare")
-            ratio = statistics.median(a / b for a, b in zip(values, base, strict=True)) if base else None
-            low, middle = float(np.percentile(values, 10)), statistics.median(values)
+            found = ratio(values, times[REFERENCE])
+            low, middle = float(np.percentile(values, 10)), float(np.median(values))
             error = float(np.abs(self.calls[label]() - self.truth[label]).max())
-            rows[label] = {"median_ms": middle, "p10_ms": low, "ratio": ratio, "error": error}
-            shown = "-" if ratio is None else f"{ratio:.3f}"
-            print(f"{label:34s} {middle:8.2f} {low:8.2f} {shown:>7s}  {error:.1e}", flush=True)
+            rows[label] = {
+                "median_ms": middle,
+                "p10_ms": low,
+                "ratio": found.median,
+                "interval": [found.low, found.high],
+                "error": error,
+            }
+            between = f"{found.low:.3f} .. {found.high:.3f}"
+            print(f"{label:34s} {middle:8.2f} {low:8.2f} {found.median:7.3f} {between:>16s}  {error:.1e}", flush=True)
         return rows
+
+    def floor_ms(self, top: dict[str, Any]) -> dict[str, float | None]:
+        """Precision -> milliseconds of one bare pass whose products are as fast as the machine's fastest."""
+        rates = {precision: peak(top, precision) for precision in top["gflop_per_second"]}
+        return {precision: self.flops / rate / 1e6 if rate else None for precision, rate in rates.items()}
 
 
 def numbers(text: str) -> list[int]:
     """ "1,8" -> [1, 8]."""
     return [int(part) for part in text.split(",")]
-
-
-def version_of(package: str) -> str | None:
-    """None where it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main() -> None:
@@ -314,6 +313,8 @@ def main() -> None:
     parser.add_argument("--threads", type=numbers, default=[1])
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=40, help="calls of each graph")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders")
+    parser.add_argument("--ceiling-size", type=int, help="of the matrices that show the machine's ceiling")
     parser.add_argument("--learners", default=",".join(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--engines", default="ort,openvino,openvino-bf16", help=", ".join(ENGINES))
     parser.add_argument("--growth", action="store_true", help="also what 100 tasks cost (ONNX Runtime)")
@@ -323,6 +324,7 @@ def main() -> None:
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"unknown engines {sorted(unknown)}; there are {', '.join(ENGINES)}")
 
+    tops = {threads: ceiling(threads, size=arguments.ceiling_size) for threads in arguments.threads}
     races = []
     for model in arguments.models.split(","):
         for batch in arguments.batches:
@@ -337,8 +339,16 @@ def main() -> None:
                         field.grown(arguments.learners.split(","))
                     if arguments.rewrites:
                         field.without()
+                    floor = field.floor_ms(tops[threads])
+                    print(show(tops[threads]))
+                    shown = [f"{p} {ms:.2f} ms" for p, ms in floor.items() if ms is not None]
+                    print(f"one bare pass, {field.flops / 1e9:.2f} GFLOP, at that speed: {', '.join(shown)}")
                     races.append(
-                        {"model": model, "batch": batch, "threads": threads, "graphs": field.table(arguments.rounds)}
+                        {
+                            **{"model": model, "batch": batch, "threads": threads},
+                            "bare": {"gflop": field.flops / 1e9, "floor_ms": floor},
+                            "graphs": field.table(arguments.rounds, arguments.seed),
+                        }
                     )
                 print()
     print(
@@ -348,8 +358,11 @@ def main() -> None:
                 "races": races,
                 "clock": "1 thread: CPU time of the process; more: wall",
                 "rounds": arguments.rounds,
+                "seed": arguments.seed,
+                "reference": REFERENCE,
                 "tasks": arguments.tasks,
-                "machine": cpu_model() or platform.machine(),
+                "machine": machine(),
+                "ceiling": list(tops.values()),
                 "versions": {p: version_of(p) for p in ("cdl-edge", "onnxruntime", "openvino", "torch", "timm")},
             }
         )

@@ -13,10 +13,11 @@ Symmetric graphs, slow on x86, are asked for their numbers as written, without t
 RUNs of one learner are averaged: mean and sample standard deviation over them (seeds).
 
 Speed: a ViT-T/16 at 224 with CODA + KDP in two passes and with APT + KDP in one (random weights: they do not change the
-cost), batch 1, one thread, one call of each in turn, CPU time of the process: fp32 as torch.onnx exports it (= 1.00),
-our fp32, our 8 bits, both peers' 8 bits, and the same in OpenVINO where it is installed. The peers get our graph
-without `last_products` (ONNX Runtime cannot run what modelopt makes of its constants), at opset 23 and at opset 20
-(ONNX Runtime cannot load symmetric activations at opset 23): what cannot be loaded or run is said, and null.
+cost), batch 1, one thread, rounds in random order (rounds.py), CPU time of the process: the two passes in fp32 as
+torch.onnx exports them (= 1.00, timed as often as all others together; a ratio has its 95 % interval), our fp32, our
+8 bits, both peers' 8 bits, and the same in OpenVINO where it is installed. The peers get our graph without
+`last_products` (ONNX Runtime cannot run what modelopt makes of its constants), at opset 23 and at opset 20 (ONNX
+Runtime cannot load symmetric activations at opset 23): what cannot be loaded or run is said, and null.
 
 Prints tables; the last line of stdout is JSON. `pip install nvidia-modelopt[onnx]` for that row, null without it.
 """
@@ -28,9 +29,8 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ import onnx
 import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.flavours import FLAVOURS
@@ -52,11 +53,12 @@ from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.ranges import Ranges, TensorRange, merge_tensors
 from cdl_edge.runtime import open_bundle
-from cdl_edge.runtime.machine import cpu_model
 from cdl_edge.train.augment import Normalise
-from export import VARIANTS, Bare, Straight, backbone_of, by_torch, openvino, ort, ours, trained, version_of
+from export import VARIANTS, Bare, Straight, backbone_of, by_torch, openvino, ort, ours, trained
 
 METHOD = "max"
+REFERENCE = "coda fp32 torch.onnx, ort"
+"what every ratio of the speeds is to"
 PEERS_GRAPH = replace(ALL, last_products=False)
 
 
@@ -197,8 +199,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]
 
 
 @torch.no_grad()
-def speed(rounds: int) -> dict[str, dict[str, float | None]]:
-    """Label -> {"median_ms", "ratio" to the plain fp32 export of the two-pass student}."""
+def speed(rounds: int, seed: int, learners: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Label -> {"median_ms", "ratio" to REFERENCE, "interval" of it}. learners: of coda (needed) and apt."""
     backbone = backbone_of("tiny")
     side = backbone.preprocessing.size
     rng = np.random.default_rng(0)
@@ -211,7 +213,7 @@ def speed(rounds: int) -> dict[str, dict[str, float | None]]:
         bare = Bare(backbone.model)
         by_torch(bare, x, folder / "bare.onnx")
         calls["fp32 bare ViT, torch.onnx, ort"] = ort(folder / "bare.onnx", {"x": x.numpy()}, 1)
-        for learner in ("coda", "apt"):
+        for learner in learners:
             student = trained(backbone, *VARIANTS[learner], 10)
             by_torch(Straight(student), x, folder / f"{learner}.onnx")
             calls[f"{learner} fp32 torch.onnx, ort"] = ort(folder / f"{learner}.onnx", {"x": x.numpy()}, 1)
@@ -247,21 +249,13 @@ def speed(rounds: int) -> dict[str, dict[str, float | None]]:
                         )
                 except (ImportError, RuntimeError) as error:
                     print(f"openvino: {error}", file=sys.stderr)
-        times: dict[str, list[float]] = {label: [] for label in calls}
-        for turn in range(rounds + 3):
-            for label, call in calls.items():
-                begin = time.process_time()
-                call()
-                if turn >= 3:
-                    times[label].append((time.process_time() - begin) * 1e3)
-    base = times["coda fp32 torch.onnx, ort"]
-    return {
-        label: {
-            "median_ms": statistics.median(values),
-            "ratio": statistics.median(a / b for a, b in zip(values, base, strict=True)),
-        }
-        for label, values in times.items()
-    }
+        times = race(calls, rounds, REFERENCE, seed, clock_of(1))
+    rows = {}
+    for label, values in times.items():
+        found = ratio(values, times[REFERENCE])
+        between = [found.low, found.high]
+        rows[label] = {"median_ms": float(np.median(values)), "ratio": found.median, "interval": between}
+    return rows
 
 
 def main() -> None:
@@ -274,7 +268,13 @@ def main() -> None:
     parser.add_argument("--peers", default="ort,modelopt", help="whose accuracy is measured too: minutes a run")
     parser.add_argument("--no-speed", action="store_true", help="accuracy only")
     parser.add_argument("--rounds", type=int, default=60, help="calls of each graph")
+    parser.add_argument("--seed", type=int, default=0, help="of the orders")
+    parser.add_argument("--speed-learners", default="coda,apt", help="whose graphs are timed; coda is the reference")
+    parser.add_argument("--ceiling-size", type=int, help="of the matrices that show the machine's ceiling")
     arguments = parser.parse_args()
+    learners = arguments.speed_learners.split(",")
+    if "coda" not in learners or set(learners) - {"coda", "apt"}:
+        parser.error(f"--speed-learners: coda, or coda,apt; got {arguments.speed_learners}")
     torch.set_num_threads(1)
     found = []
     for run in arguments.runs:
@@ -292,13 +292,19 @@ def main() -> None:
                 if key in ("accuracy", "drop", "worst_task", "quantisation_forgetting", "agreement")
             )
             print(f"  {variant:10s} {shown}")
-    timed = None
+    timed = top = None
     if not arguments.no_speed:
-        timed = speed(arguments.rounds)
-        print(f"{'graph (one thread, batch 1, ViT-T/16 at 224)':44s} {'ms':>8s} {'ratio':>7s} {'faster':>7s}")
+        top = ceiling(size=arguments.ceiling_size)
+        print(show(top))
+        timed = speed(arguments.rounds, arguments.seed, learners)
+        title = "graph (one thread, batch 1, ViT-T/16 at 224)"
+        print(f"{title:44s} {'ms':>8s} {'ratio':>7s} {'95 % interval':>16s} {'faster':>7s}")
         for label, figures in timed.items():
-            ratio = figures["ratio"] or 0.0
-            print(f"{label:44s} {figures['median_ms']:8.2f} {ratio:7.3f} {1 / ratio:6.2f}x")
+            between = "{:.3f} .. {:.3f}".format(*figures["interval"])
+            print(
+                f"{label:44s} {figures['median_ms']:8.2f} {figures['ratio']:7.3f} {between:>16s} "
+                f"{1 / figures['ratio']:6.2f}x"
+            )
     print(
         json.dumps(
             {
@@ -309,7 +315,10 @@ def main() -> None:
                 "runs": found,
                 "summary": table,
                 "speed": timed,
-                "machine": cpu_model(),
+                "seed": arguments.seed,
+                "reference": REFERENCE,
+                "machine": machine(),
+                "ceiling": top,
                 "versions": {
                     p: version_of(p) for p in ("cdl-edge", "onnxruntime", "openvino", "nvidia-modelopt", "torch")
                 },

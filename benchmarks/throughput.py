@@ -157,7 +157,12 @@ class Recorder:
                 raise RuntimeError(f"{side}: {len(epochs)} epoch(s) seen, 2 expected")
             sides[side] = {**epochs[1], "flops": epochs[0]["flops"], "once": self.once[side]}
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {**sides, "precision": precision, "peak_gb": memory}
+        device = None
+        if self.cuda:
+            import torch
+
+            device = torch.cuda.max_memory_allocated() / 2**30
+        return {**sides, "precision": precision, "peak_gb": memory, "peak_device_gb": device}
 
 
 def more_flops() -> dict[Any, Any]:
@@ -228,6 +233,10 @@ def run_ours(job: dict[str, Any], recorder: Recorder) -> str:
         augment=job["augment"],
         precision=job["precision"],
         devices=job["device"],
+        # As the papers and the authors' code: heads that learn with the prompts, and two epochs are two.
+        head="learned",
+        min_steps=0,
+        learning_rate=1e-3,
     )
     return "bf16" if "bf16" in train(config, quiet=True)["precision"] else "fp32"
 
@@ -329,6 +338,7 @@ def summary(name: str, measured: dict[str, Rounds], clock: str, product: dict[st
     precision = ran[-1]["precision"]
     rate = max(product[precision].values()) if product else None
     row: dict[str, Any] = {"precision": precision, "peak_gb": max(r["peak_gb"] for r in ran)}
+    row["peak_device_gb"] = max((r["peak_device_gb"] for r in ran if r.get("peak_device_gb")), default=None)
     for side in SIDES:
         speeds = [images_per_second(r[side], own) for r in ran]
         gflop = ran[-1][side]["flops"] / 1e9

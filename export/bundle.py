@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from .. import __version__
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
@@ -20,6 +21,7 @@ from ..runtime import load
 from ..runtime.bundle import Bundle, check_target, write_bundle
 from ..runtime.confidence import SELECTIONS, fit, pack_selections
 from ..runtime.evaluate import evaluate, fifths
+from ..runtime.machine import version_of
 from ..runtime.runner import Runner
 from ..train.run import Run, load_run
 from .graph import StudentGraph
@@ -267,5 +269,9 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         "confidence": None,
         "selections": None,
         "training": training,
-        "versions": {package: version(package) for package in ("cdl-edge", "torch", "timm", "onnx", "onnxruntime")},
+        "versions": {
+            "cdl-edge": __version__,
+            **{package: version(package) for package in ("torch", "timm", "onnx")},
+            "onnxruntime": version_of("onnxruntime") or version_of("onnxruntime-gpu"),
+        },
     }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .. import __version__
 from ..class_statistics import ClassStatistics
 from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
@@ -463,7 +464,8 @@ class _Training:
             "precision": "bf16 autocast" if self.engine.bf16 else "fp32",
             "threads": torch.get_num_threads(),
             "versions": {
-                **{p: version(p) for p in ("cdl-edge", "torch", "timm", "numpy")},
+                "cdl-edge": __version__,
+                **{p: version(p) for p in ("torch", "timm", "numpy")},
                 "python": platform.python_version(),
             },
         }
