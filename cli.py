@@ -215,7 +215,7 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
     data = {k: v for k, v in (metrics.get("data") or {}).items() if k not in ("source", "fingerprint")} or None
-    document = {**sides, "baseline": metrics["baseline"], "seconds": metrics["seconds"], "data": data}
+    document = {**sides, "baseline": metrics.get("baseline"), "seconds": metrics["seconds"], "data": data}
     document |= {"run": out, "report": str(report)}
     text = f"{accuracy_table(metrics)}\n\n"
     text += "\n".join(f"{k}: {metrics['definitions'][k]}" for k in ("average_accuracy", "forgetting"))

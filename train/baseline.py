@@ -16,7 +16,6 @@ from ..heads import CLOSED_FORM, feature_map
 from .backbone import Backbone
 from .batches import Images
 from .closed_form import StatisticsKeeper
-from .config import TrainConfig
 from .student import run_block
 
 HEADS = ("slda", "ranpac")
@@ -26,11 +25,11 @@ CHUNK = 128
 class FrozenBaseline:
     """Learns the classes of a run task by task, as the run does, and answers for its validation images."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, keeper: StatisticsKeeper) -> None:
+    def __init__(self, backbone: Backbone, seed: int, random_features: int, keeper: StatisticsKeeper) -> None:
+        """seed, random_features: of the head `ranpac`."""
         self.backbone, self.keeper = backbone, keeper
         self.maps = {
-            h: feature_map(h, ("class", "patches"), 2 * backbone.width, config.seed, config.random_features)
-            for h in HEADS
+            h: feature_map(h, ("class", "patches"), 2 * backbone.width, seed, random_features) for h in HEADS
         }
 
     @property

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import sha256
 from ..ranges import Ranges
 from .checkpoint import load_state
+from .closed_form import load_statistics
 from .config import TrainConfig
 from .distill import DISTILLERS
 from .run import read_run
@@ -74,7 +75,13 @@ class Origin:
             "tasks": len(self.tasks),
             "classes": len(self.classes),
             "pool_tasks": before["pool_tasks"],
+            "projection_seed": self.projection_seed,
         }
+
+    @property
+    def projection_seed(self) -> int:
+        """The seed of the first run of the chain: statistics of random features are of that projection for good."""
+        return int((self.metrics.get("extends") or {}).get("projection_seed", self.config.seed))
 
     def new_images(self, dataset: Dataset) -> Dataset:
         """The source without the training images of the classes that are learnt: they are never read.
@@ -148,6 +155,9 @@ class Origin:
                 raise InputError(f"{self.path}: no {name}.safetensors", fix="bring it back, or train again")
         if config.range_images:
             self._check_ranges()
+        if config.head != "learned":
+            for name in identities:
+                load_statistics(self.path, name, len(self.tasks))  # refused now, before anything is written
 
     def _check_ranges(self) -> None:
         path = self.path / "ranges.npz"

@@ -156,6 +156,7 @@ class PromptedViT(nn.Module):
         apt_momentum: float = 0.7,
         head: str = "learned",
         random_features: int = RANDOM_FEATURES,
+        projection_seed: int | None = None,
     ) -> None:
         """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
 
@@ -167,6 +168,7 @@ class PromptedViT(nn.Module):
         compat, apt_momentum: see LearnerSpec; compat is also of heads, KD prompts and the sum of key losses.
         head: learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads.
         random_features: of `ranpac`.
+        projection_seed: of that head's random features; None: `seed`.
         """
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
@@ -191,7 +193,8 @@ class PromptedViT(nn.Module):
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
         self.statistics_head: StatisticsHead | None = None
         if head != "learned":
-            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed, random_features)
+            projected = seed if projection_seed is None else projection_seed
+            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, projected, random_features)
 
     @property
     def backbone(self) -> VisionTransformer:
