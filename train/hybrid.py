@@ -98,9 +98,10 @@ class HybridConfig:
 
 
 def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Learn the blocks, write the weights; returns {"val_accuracy", "epochs", "seconds", "out"}.
+    """Learn the blocks, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
-    Raises: InputError for a checkpoint of the trunk that does not fit, or a file that is there already.
+    Raises: InputError for a checkpoint of the trunk that does not fit, a file that is there already, or a checkpoint
+        of another configuration or other images.
     """
     hybrid, out = HYBRIDS[config.arch], Path(config.out)
     checkpoint, curve_file = out.with_suffix(".checkpoint"), out.with_suffix(".curve.json")
