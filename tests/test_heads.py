@@ -106,9 +106,7 @@ def test_ranpac_with_its_ridge(count, seed):
 def in_tasks(head, x, labels, order):
     """One class a task, in an order."""
     maps = feature_map(head, ("class",), WIDTH, 7, FEATURES)
-    parts = [
-        ClassStatistics.of(maps, x[labels == c], np.zeros((labels == c).sum(), int), [NAMES[c]]) for c in order
-    ]
+    parts = [ClassStatistics.of(maps, x[labels == c], np.zeros((labels == c).sum(), int), [NAMES[c]]) for c in order]
     return merged(parts)
 
 

@@ -28,9 +28,7 @@ class FrozenBaseline:
     def __init__(self, backbone: Backbone, seed: int, random_features: int, keeper: StatisticsKeeper) -> None:
         """seed, random_features: of the head `ranpac`."""
         self.backbone, self.keeper = backbone, keeper
-        self.maps = {
-            h: feature_map(h, ("class", "patches"), 2 * backbone.width, seed, random_features) for h in HEADS
-        }
+        self.maps = {h: feature_map(h, ("class", "patches"), 2 * backbone.width, seed, random_features) for h in HEADS}
 
     @property
     def sides(self) -> list[str]:

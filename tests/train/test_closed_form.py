@@ -1,4 +1,4 @@
-"""Heads from class statistics in the loop: the module is the numpy head, and statistics belong to images, not to order."""
+"""Heads from class statistics in the loop: the module is the numpy head, statistics depend on no order of tasks."""
 
 import json
 import shutil
@@ -230,10 +230,12 @@ def test_extended_it_is_the_run_that_learnt_all_at_once(tmp_path, run_of, extend
     # Opened again, it has the projection that its statistics are of.
     assert load_run(more).student.statistics_head.map == new.map
     made = make(head, new, 5)
-    assert torch.allclose(load_run(more).student.statistics_head.weight, torch.from_numpy(made.weight).float(), atol=1e-4)
+    assert torch.allclose(
+        load_run(more).student.statistics_head.weight, torch.from_numpy(made.weight).float(), atol=1e-4
+    )
     last = tmp_path / "last"
     shutil.copytree(data, last)
-    for part, count in (("train", 4), ("val", 2)):
+    for part in ("train", "val"):
         shutil.copytree(data / part / "e", last / part / "g")
     train(extending(more, data=f"folder:{last}", out=str(tmp_path / "third"), seed=6), quiet=True)
     assert load_statistics(tmp_path / "third", "student", 4).map == old.map
@@ -273,9 +275,10 @@ def test_a_run_of_an_earlier_version_is_extended_without_a_baseline(
             save_state(path, state)
             raise Stopped
 
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(loop, "save_state", save)
+        monkeypatch.setattr(loop, "save_state", save)
+        with pytest.raises(Stopped):
             train(config, quiet=True)
+        monkeypatch.setattr(loop, "save_state", save_state)
     capfd.readouterr()
     metrics = train(config, resume=stopped)
     assert metrics["baseline"] is None and len(metrics["student"]["matrix"]) == 4
@@ -292,6 +295,6 @@ def test_statistics_that_a_head_needs_are_missing(tmp_path, run_of, extending, p
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(InputError, match="student-2.npz: no class statistics"):
+    with pytest.raises(InputError, match=r"student-2\.npz: no class statistics"):
         train(extending(run), quiet=True)
     assert not (tmp_path / "more").exists()
