@@ -114,6 +114,18 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
     if config.limit_per_class is not None:
         split = split.limited(config.limit_per_class, config.seed)
     source = Features(config, hybrid, dataset.fingerprint)
+    files = ("out", "data", "trunk", "distill_from")  # wherever they are; what is in them is compared
+    options = {k: v for k, v in vars(config).items() if k not in files}
+    signature = json.dumps({**options, "files": source.identity}, sort_keys=True)
+    state: dict[str, Any] | None = None
+    if resume and checkpoint.exists():
+        state = load_kept(checkpoint, say)
+        if "data" not in state or state["signature"] != signature:
+            raise InputError(
+                f"{checkpoint}: from another configuration, or an earlier version",
+                fix="give the same options and files, or choose another --out",
+            )
+        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
     train = [source.of(split, "train", view, say) for view in range(config.views)]
     val = source.of(dataset.val, "val", 0, say)
     skipped = sorted({line for part in (*train, val) for line in part["skipped"].tolist()})
@@ -137,17 +149,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
     model = Blocks(architecture, maps, answers.shape[1])
     optimiser = torch.optim.AdamW(model.groups(), lr=config.learning_rate)
     epoch, curve, seconds = 0, [], 0.0
-    files = ("out", "data", "trunk", "distill_from")  # wherever they are; what is in them is compared
-    options = {k: v for k, v in vars(config).items() if k not in files}
-    signature = json.dumps({**options, "files": source.identity}, sort_keys=True)
-    if resume and checkpoint.exists():
-        state = load_kept(checkpoint, say)
-        if "data" not in state or state["signature"] != signature:
-            raise InputError(
-                f"{checkpoint}: from another configuration, or an earlier version",
-                fix="give the same options and files, or choose another --out",
-            )
-        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
+    if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]

@@ -116,7 +116,8 @@ def test_the_order_of_tasks_changes_neither_statistics_nor_answers(run_of, monke
     a, b = (load_statistics(run, "student", 2) for run in (one, two))
     assert a.classes == (*b.classes[5:], *b.classes[:5])
     b = b.ordered(a.classes)
-    assert np.array_equal(a.counts, b.counts) and np.array_equal(a.sums, b.sums)
+    assert np.array_equal(a.counts, b.counts)
+    assert np.abs(a.sums - b.sums).max() <= 1e-9 * np.abs(a.sums).max()
     assert np.abs(a.moment - b.moment).max() <= 1e-9 * np.abs(a.moment).max()
     rows = [load_run(run).student.statistics_head.weight for run in (one, two)]
     assert torch.allclose(rows[0], torch.cat([rows[1][5:], rows[1][:5]]), rtol=1e-5, atol=1e-5)
@@ -191,7 +192,7 @@ def test_stopped_anywhere_it_ends_in_the_same_bytes(tmp_path, run_of, make_confi
             except Stopped:
                 stops += 1
                 assert stops < 40
-    assert stops >= 8
+    assert stops == {"checkpoint": 8, "statistics": 4}[moment]
     assert results(whole) == results(tmp_path / "broken") and files(whole) == files(tmp_path / "broken")
     for side in ("student", "teacher"):
         one, two = (load_file(run / f"{side}.safetensors") for run in (whole, tmp_path / "broken"))
@@ -244,7 +245,7 @@ def test_extended_it_is_the_run_that_learnt_all_at_once(tmp_path, run_of, extend
 @pytest.mark.parametrize("head", ["ranpac", "learned"])
 def test_an_extension_that_was_stopped(tmp_path, run_of, extending, photos, monkeypatch, head):
     run = run_of("run", data=f"folder:{photos / 'old'}", head=head)
-    train(extending(run, tasks=2, out=str(tmp_path / "whole")), quiet=True)
+    train(extending(run, tasks=2, epochs=2, out=str(tmp_path / "whole")), quiet=True)
 
     def save(path, state):
         save_state(path, state)
@@ -254,7 +255,7 @@ def test_an_extension_that_was_stopped(tmp_path, run_of, extending, photos, monk
     monkeypatch.setattr(loop, "save_state", save)
     while not (tmp_path / "more" / "metrics.json").exists():
         try:
-            train(extending(run, tasks=2), resume=stops > 0, quiet=True)
+            train(extending(run, tasks=2, epochs=2), resume=stops > 0, quiet=True)
         except Stopped:
             stops += 1
             assert stops < 10

@@ -68,7 +68,8 @@ def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
     assert (got.width, got.depth, got.grid, got.preprocessing.size) == (16, 2, 2, 64)
     trunk, _ = load_trunk("efficientnet_lite0", weights[0])
     x = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(got.model.patch_embed.backbone(x), trunk(x), atol=1e-5)
+    expected = trunk(x)
+    assert (got.model.patch_embed.backbone(x) - expected).abs().max() < 0.02 * expected.abs().max()  # kept in fp16
 
 
 def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_path, photos, monkeypatch):
