@@ -27,9 +27,20 @@ from .files import atomic_file
 SCHEMA = 1
 KINDS = ("plain", "unit", "random")
 "what is done to features, see FeatureMap"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError, struct.error)
-"""what reading a damaged archive raises (RuntimeError: also NotImplementedError and RecursionError); beside these,
-zipfile.BadZipFile and zlib.error"""
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    RuntimeError,  # also NotImplementedError and RecursionError
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"what reading a damaged archive raises"
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,7 @@ class ClassStatistics:
                 moment[rows] = triangle
                 moment.T[rows] = triangle
                 return cls(map, names, counts, sums, moment)
-        except (*DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise InputError(
                 f"{path}: no class statistics", got=" ".join(str(error).split()), expected="a file written by train"
             ) from error

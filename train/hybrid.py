@@ -260,9 +260,14 @@ class Features:
             found = behind if same else self.trunk(small)
             maps.append(found.flatten(2).transpose(1, 2).half())
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {"maps": torch.cat(maps).numpy(), "answers": torch.cat(answers).numpy(), "labels": decoded.labels}
         with atomic_file(path) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, **found, skipped=np.array(decoded.skipped, dtype=np.str_))
+            np.savez(
+                stream,
+                maps=torch.cat(maps).numpy(),
+                answers=torch.cat(answers).numpy(),
+                labels=decoded.labels,
+                skipped=np.array(decoded.skipped, dtype=np.str_),
+            )
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

@@ -407,8 +407,7 @@ class _Training:
 
     def _restore_statistics(self, task: int) -> None:
         """Those of the tasks in front of `task`; those of the run that is extended stay in its own folder."""
-        origin = self.origin
-        run = origin.path if origin is not None and task == len(origin.tasks) else None
+        run = self.origin.path if self.origin and task == len(self.origin.tasks) else None
         self.statistics.restore([n for n, m in self.models.items() if m.statistics_head is not None], task, run)
         if self.baseline is not None and self.statistics.has(self.baseline.sides, task, run):
             self.statistics.restore(self.baseline.sides, task, run)
