@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate import calibrate
+from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import InputError
 from cdl_edge.export import export
