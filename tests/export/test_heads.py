@@ -93,7 +93,7 @@ def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, hea
     assert np.abs(got - expected).max() < TOLERANCE and np.ptp(expected) > 0.1
     opened, held = statistics_of(tmp_path / "bundle")
     assert opened.manifest["statistics"] == "statistics.npz"
-    assert list(held.classes) == opened.classes and held.counts.tolist() == [6] * 4
+    assert held.classes == opened.classes and held.counts.tolist() == [6] * 4
     assert sha256(opened.path / "statistics.npz") == sha256(run / "statistics" / "student-2.npz")
 
 
@@ -120,7 +120,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
     install(tmp_path / "update.pack", device, threads=1)
     assert np.array_equal(answers(device), answers(new)) and np.array_equal(answers(device, "int8-x86"), int8)
     opened, held = statistics_of(device)
-    assert list(held.classes) == opened.classes and len(held.classes) == 6
+    assert held.classes == opened.classes and len(held.classes) == 6
     assert sha256(opened.path / "statistics.npz") == sha256(tmp_path / "more" / "statistics" / "student-3.npz")
     with Handle(device, threads=1, backend="onnxruntime", precision="fp32") as handle:
         futures = [handle.submit(lambda runner, picture=picture: runner.infer(picture[None])) for picture in pictures()]
