@@ -11,6 +11,7 @@ are that picture's features. Share a bundle's statistics as you would share the 
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,22 @@ from .errors import InputError
 from .files import atomic_file
 
 SCHEMA = 1
+KINDS = ("plain", "unit", "random")
+"what is done to features, see FeatureMap"
+DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    RuntimeError,  # also NotImplementedError and RecursionError
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"what reading a damaged archive raises"
 
 
 @dataclass(frozen=True)
@@ -39,7 +56,7 @@ class FeatureMap:
     size: int = 0
     "columns of the random projection, L; 0 for the other kinds"
     seed: int = 0
-    "of the random projection"
+    "of the random projection: one for all runs, so that their bundles share backbone.bin"
 
     @property
     def features(self) -> int:
@@ -66,8 +83,14 @@ class FeatureMap:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> FeatureMap:
-        """The inverse of `to_json`."""
-        return cls(**{**document, "parts": tuple(document["parts"])})
+        """The inverse of `to_json`. Raises: ValueError, KeyError or TypeError for anything else."""
+        found = cls(**{**document, "parts": tuple(document["parts"])})
+        numbers = (found.width, found.size, found.seed)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise ValueError(f"width, size and seed {numbers}")
+        if found.kind not in KINDS or found.features < 1 or not all(isinstance(p, str) for p in found.parts):
+            raise ValueError(f"features {document}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -180,19 +203,33 @@ class ClassStatistics:
                 if int(file["schema"]) > SCHEMA:
                     raise InputError(f"{path}: written by a newer cdl-edge", got=int(file["schema"]), expected=SCHEMA)
                 map = FeatureMap.from_json(json.loads(str(file["map"])))
-                triangle, rows = file["moment"], np.triu_indices(map.features)
+                names = tuple(str(c) for c in file["classes"])
+                counts, sums, triangle = file["counts"], file["sums"], file["moment"]
+                _check_arrays(map.features, names, counts, sums, triangle)
+                rows = np.triu_indices(map.features)
                 moment = np.zeros((map.features, map.features))
                 moment[rows] = triangle
                 moment.T[rows] = triangle
-                names = tuple(str(c) for c in file["classes"])
-                counts, sums = file["counts"].astype(np.int64), file["sums"].astype(np.float64)
-                if counts.shape != (len(names),) or sums.shape != (len(names), map.features):
-                    raise ValueError("counts and sums of other shapes")
                 return cls(map, names, counts, sums, moment)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except DAMAGED as error:
             raise InputError(
                 f"{path}: no class statistics", got=" ".join(str(error).split()), expected="a file written by train"
             ) from error
+
+
+def _check_arrays(
+    features: int, names: Sequence[str], counts: np.ndarray, sums: np.ndarray, triangle: np.ndarray
+) -> None:
+    """Raises: ValueError for arrays of a file that are not what `save` writes. triangle: of the moment."""
+    shapes = {"counts": (len(names),), "sums": (len(names), features), "moment": (features * (features + 1) // 2,)}
+    for (name, shape), array in zip(shapes.items(), (counts, sums, triangle), strict=True):
+        kind = np.int64 if name == "counts" else np.float64
+        if array.shape != shape or array.dtype != kind:
+            raise ValueError(f"{name} {array.dtype} {array.shape} in place of {np.dtype(kind)} {shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} with a value that is no number")
+    if len(set(names)) != len(names) or (counts < 0).any():
+        raise ValueError("a class twice, or with fewer than no images")
 
 
 def merged(parts: Iterable[ClassStatistics]) -> ClassStatistics:

@@ -106,12 +106,10 @@ CLOSED_FORM: dict[str, tuple[str, Callable[[ClassStatistics], LinearMap]]] = {
 "name -> kind of its feature map, and how it is made"
 
 
-def feature_map(
-    head: str, parts: tuple[str, ...], width: int, seed: int = 0, random_features: int = RANDOM_FEATURES
-) -> FeatureMap:
+def feature_map(head: str, parts: tuple[str, ...], width: int, random_features: int = RANDOM_FEATURES) -> FeatureMap:
     """The features that a head of CLOSED_FORM (or `aligned`, which reads plain ones) reads.
 
     parts: see FeatureMap. width: of their concatenation. random_features: of ranpac, L.
     """
     kind = CLOSED_FORM[head][0] if head in CLOSED_FORM else "plain"
-    return FeatureMap(parts, width, kind, random_features if kind == "random" else 0, seed)
+    return FeatureMap(parts, width, kind, random_features if kind == "random" else 0)

@@ -23,6 +23,7 @@ from ..runtime.confidence import SELECTIONS, fit, pack_selections
 from ..runtime.evaluate import evaluate, fifths
 from ..runtime.machine import version_of
 from ..runtime.runner import Runner
+from ..train.closed_form import load_statistics, statistics_file
 from ..train.run import Run, load_run
 from .graph import StudentGraph
 from .model import assemble
@@ -32,6 +33,7 @@ from .profiles import Profile, get_profile
 
 SELFTEST, SELFTEST_IMAGES = "selftest.npz", 4
 RANGES = "ranges.npz"
+STATISTICS = "statistics.npz"
 KNOWN_IMAGES = 100
 """validation images of each task that confidence and selections are taken from. The task posterior was as good with
 four times as many to 0.03 nats; a temperature needs fewer (ImageNet at 32 x 32, 100 classes, 2026-11-21)."""
@@ -64,6 +66,7 @@ def export(
     out = Path(out)
     check_target(out, replace)
     opened = load_run(Path(run))
+    statistics = _statistics(opened)
     record = opened.metrics.get("data")
     source = data or opened.config.data
     dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics))
@@ -80,7 +83,10 @@ def export(
     files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
     if (opened.path / RANGES).is_file():
         files[RANGES] = opened.path / RANGES
+    if statistics is not None:
+        files[STATISTICS] = statistics
     manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
+    manifest["statistics"] = STATISTICS if statistics is not None else None
 
     with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
@@ -198,6 +204,18 @@ def _check_images(run: Run, dataset: Dataset) -> None:
             expected="the run's validation images, all classes: accuracy, self-test and confidence are taken from them",
             fix="bring them back, name the folder that they have moved to with --data, or train again",
         )
+
+
+def _statistics(run: Run) -> Path | None:
+    """The file of class statistics that the student's head is made from; None for a learnt head.
+
+    Raises: InputError where it is missing, damaged, or of other classes.
+    """
+    if run.student.statistics_head is None:
+        return None
+    tasks = len(run.metrics["tasks"])
+    load_statistics(run.path, "student", tasks).ordered(run.metrics["classes"])
+    return statistics_file(run.path, "student", tasks)
 
 
 def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:

@@ -17,7 +17,6 @@ from ..heads import CLOSED_FORM, feature_map
 from .backbone import Backbone
 from .batches import Images
 from .closed_form import StatisticsKeeper
-from .config import TrainConfig
 from .run import Run
 from .student import run_block
 
@@ -28,12 +27,10 @@ CHUNK = 128
 class FrozenBaseline:
     """Learns the classes of a run task by task, as the run does, and answers for its validation images."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, keeper: StatisticsKeeper) -> None:
+    def __init__(self, backbone: Backbone, random_features: int, keeper: StatisticsKeeper) -> None:
+        """random_features: of the head `ranpac`."""
         self.backbone, self.keeper = backbone, keeper
-        self.maps = {
-            h: feature_map(h, ("class", "patches"), 2 * backbone.width, config.seed, config.random_features)
-            for h in HEADS
-        }
+        self.maps = {h: feature_map(h, ("class", "patches"), 2 * backbone.width, random_features) for h in HEADS}
 
     @property
     def sides(self) -> list[str]:
@@ -86,8 +83,8 @@ def baseline_of(run: Run) -> FrozenBaseline | None:
     """
     keeper, tasks = StatisticsKeeper(run.path, write=False), len(run.metrics["tasks"])
     bare = replace(run.backbone, model=run.student.pretrained)  # a whole network has learnt: not that one
-    baseline = FrozenBaseline(bare, run.config, keeper)
-    if run.metrics.get("baseline") is None or not keeper.holds(baseline.sides, tasks):
+    baseline = FrozenBaseline(bare, run.config.random_features, keeper)
+    if run.metrics.get("baseline") is None or not keeper.has(baseline.sides, tasks):
         return None
     keeper.restore(baseline.sides, tasks)
     return baseline

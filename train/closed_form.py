@@ -27,13 +27,13 @@ class StatisticsHead(nn.Module):
     """Logits of features by a linear map that was made from class statistics; nothing here learns by gradient."""
 
     def __init__(
-        self, kind: str, width: int, kd_token: bool, classes: int, seed: int, random_features: int = RANDOM_FEATURES
+        self, kind: str, width: int, kd_token: bool, classes: int, random_features: int = RANDOM_FEATURES
     ) -> None:
         """width: of a token, D; the features are two or three of them. classes: of all tasks, C."""
         super().__init__()
         parts = feature_parts(kd_token)
         self.kind, self.classes = kind, classes
-        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), seed, random_features)
+        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), random_features)
         self.weight: Tensor
         self.bias: Tensor
         self.projection: Tensor | None
@@ -86,30 +86,37 @@ class StatisticsKeeper:
         self.totals[side] = self.totals[side] + part if side in self.totals else part
         if self.write:
             self.folder.mkdir(exist_ok=True)
-            self.totals[side].save(self.folder / f"{side}-{tasks}.npz")
-            (self.folder / f"{side}-{tasks - 2}.npz").unlink(missing_ok=True)
-
-    def holds(self, sides: Sequence[str], tasks: int) -> bool:
-        """Whether the folder has those of the first `tasks` tasks."""
-        return all((self.folder / f"{side}-{tasks}.npz").is_file() for side in sides)
+            run = self.folder.parent
+            self.totals[side].save(statistics_file(run, side, tasks))
+            statistics_file(run, side, tasks - 2).unlink(missing_ok=True)
 
     def restore(self, sides: Sequence[str], tasks: int, run: Path | None = None) -> None:
         """Read those of the first `tasks` tasks; of the run that this one extends where `run` is given.
 
-        Raises: InputError where one is missing.
+        Raises: InputError where one is missing or damaged.
         """
-        folder = self.folder if run is None else run / "statistics"
-        self.totals = {side: ClassStatistics.load(folder / f"{side}-{tasks}.npz") for side in sides if tasks}
+        folder = run or self.folder.parent
+        self.totals |= {side: load_statistics(folder, side, tasks) for side in sides if tasks}
+
+    def has(self, sides: Sequence[str], tasks: int, run: Path | None = None) -> bool:
+        """Whether `restore` would find files; runs of earlier versions, and their followers, have none."""
+        folder = run or self.folder.parent
+        return not tasks or any(statistics_file(folder, side, tasks).exists() for side in sides)
 
     def finish(self, tasks: int) -> None:
         """Leave only the file of all tasks."""
         for side in self.totals if self.write else ():
-            (self.folder / f"{side}-{tasks - 1}.npz").unlink(missing_ok=True)
+            statistics_file(self.folder.parent, side, tasks - 1).unlink(missing_ok=True)
+
+
+def statistics_file(run: Path, side: str, tasks: int) -> Path:
+    """Where a run keeps the statistics of its first `tasks` tasks; side: student, teacher, frozen-slda ..."""
+    return run / "statistics" / f"{side}-{tasks}.npz"
 
 
 def load_statistics(run: Path, side: str, tasks: int) -> ClassStatistics:
-    """The statistics of a finished run. Raises: InputError where they are missing or damaged."""
-    return ClassStatistics.load(run / "statistics" / f"{side}-{tasks}.npz")
+    """The statistics of the first `tasks` tasks of a run. Raises: InputError where they are missing or damaged."""
+    return ClassStatistics.load(statistics_file(run, side, tasks))
 
 
 def as_numpy(parts: Sequence[Tensor]) -> np.ndarray:

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import sha256
 from ..ranges import Ranges
 from .checkpoint import load_state
+from .closed_form import load_statistics
 from .config import TrainConfig
 from .distill import DISTILLERS
 from .run import read_run
@@ -148,6 +149,9 @@ class Origin:
                 raise InputError(f"{self.path}: no {name}.safetensors", fix="bring it back, or train again")
         if config.range_images:
             self._check_ranges()
+        if config.head != "learned":
+            for name in identities:
+                load_statistics(self.path, name, len(self.tasks))  # refused now, before anything is written
 
     def _check_ranges(self) -> None:
         path = self.path / "ranges.npz"

@@ -9,9 +9,9 @@ classes. The trunk does not learn: what it gives is computed once and kept besid
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..data import Split, load_dataset
+from ..data import Decoded, Fingerprint, Split, load_dataset
 from ..errors import InputError
-from ..files import sha256, write_json
+from ..files import atomic_file, sha256, write_json
 from ..images import Preprocessing
 from . import augment
 from .backbone import Architecture, save_backbone
-from .checkpoint import load_state, save_state
+from .checkpoint import keep_before, load_kept, save_state
+from .folder import check_images
 from .trunk import MEAN, STD, load_trunk
 
 LICENCE = (
@@ -98,21 +99,38 @@ class HybridConfig:
 
 
 def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Learn the blocks, write the weights; returns {"val_accuracy", "epochs", "seconds", "out"}.
+    """Learn the blocks, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
-    Raises: InputError for a checkpoint of the trunk that does not fit, or a file that is there already.
+    Raises: InputError for a checkpoint of the trunk that does not fit, a file that is there already, or a checkpoint
+        of another configuration or other images.
     """
     hybrid, out = HYBRIDS[config.arch], Path(config.out)
     checkpoint, curve_file = out.with_suffix(".checkpoint"), out.with_suffix(".curve.json")
     if not resume and (checkpoint.exists() or out.exists()):
         raise InputError(f"{out}: is there already", fix="add --resume, or choose another --out")
     dataset = load_dataset(config.data)
+    say(dataset.line)
     split = dataset.train
     if config.limit_per_class is not None:
         split = split.limited(config.limit_per_class, config.seed)
-    source = Features(config, hybrid)
+    source = Features(config, hybrid, dataset.fingerprint)
+    files = ("out", "data", "trunk", "distill_from")  # wherever they are; what is in them is compared
+    options = {k: v for k, v in vars(config).items() if k not in files}
+    signature = json.dumps({**options, "files": source.identity}, sort_keys=True)
+    state: dict[str, Any] | None = None
+    if resume and checkpoint.exists():
+        state = load_kept(checkpoint, say)
+        if "data" not in state or state["signature"] != signature:
+            raise InputError(
+                f"{checkpoint}: from another configuration, or an earlier version",
+                fix="give the same options and files, or choose another --out",
+            )
+        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
     train = [source.of(split, "train", view, say) for view in range(config.views)]
     val = source.of(dataset.val, "val", 0, say)
+    skipped = sorted({line for part in (*train, val) for line in part["skipped"].tolist()})
+    for line in skipped:
+        say(f"skipped: {line}")
     maps = torch.from_numpy(np.concatenate([t["maps"] for t in train]))
     answers = torch.from_numpy(np.concatenate([t["answers"] for t in train]))
     labels = torch.from_numpy(np.concatenate([t["labels"] for t in train]))
@@ -131,11 +149,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
     model = Blocks(architecture, maps, answers.shape[1])
     optimiser = torch.optim.AdamW(model.groups(), lr=config.learning_rate)
     epoch, curve, seconds = 0, [], 0.0
-    signature = json.dumps({**{k: v for k, v in vars(config).items() if k != "out"}, "files": source.identity})
-    if resume and checkpoint.exists():
-        state = load_state(checkpoint)
-        if state["signature"] != signature:
-            raise InputError(f"{checkpoint}: from another configuration", fix="give the same options and files")
+    if state is not None:
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]
@@ -164,6 +178,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
         accuracy = model.accuracy(torch.from_numpy(val["maps"]), torch.from_numpy(val["labels"]))
         seconds += time.perf_counter() - started
         curve.append({"epoch": epoch, "loss": total / steps, "val_accuracy": accuracy, "seconds": seconds})
+        keep_before(checkpoint)
         save_state(
             checkpoint,
             {
@@ -173,6 +188,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
                 "curve": curve,
                 "seconds": seconds,
                 "signature": signature,
+                "data": dataset.fingerprint.to_json(),
             },
         )
         write_json(curve_file, {"config": vars(config), "curve": curve})
@@ -191,13 +207,15 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
         "epochs": epoch,
         "seconds": seconds,
         "out": str(out),
+        "data": {**dataset.summary, **({"unreadable": len(skipped)} if skipped else {})},
     }
 
 
 class Features:
     """What the frozen trunk gives and the answering network says, computed once and kept, CHUNK images a file."""
 
-    def __init__(self, config: HybridConfig, hybrid: Hybrid) -> None:
+    def __init__(self, config: HybridConfig, hybrid: Hybrid, images: Fingerprint) -> None:
+        """images: what `of` is given parts of. Raises: InputError for a checkpoint of a trunk that does not fit."""
         self.config, self.hybrid = config, hybrid
         self.trunk, _ = load_trunk(hybrid.trunk, Path(config.trunk))
         network: Any
@@ -205,10 +223,13 @@ class Features:
         self._answer = nn.Sequential(network.conv_head, network.bn2, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self._answer.append(network.classifier)
         self.identity = [sha256(Path(f)) for f in (config.trunk, config.distill_from)]
-        self.folder = Path(config.out).with_suffix(".features")
+        # What is kept is of these networks, images and crops: others have a folder of their own.
+        depends = [vars(hybrid), vars(ANSWERS), self.identity, images.whole, config.seed, config.limit_per_class]
+        kept = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = Path(config.out).with_suffix(".features") / kept
 
     def of(self, split: Split, name: str, view: int, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-        """maps float16 (N, P, C), answers float16 (N, 1000), labels int64 (N,)."""
+        """maps float16 (N, P, C), answers float16 (N, 1000), labels int64 (N,), skipped: lines for people."""
         side = max(self.hybrid.side, ANSWERS.side)
         parts = []
         for start in range(0, len(split), CHUNK):
@@ -217,18 +238,18 @@ class Features:
                 # The smaller one sees the same crop, resampled: decoded at the larger side.
                 rows = split.take(np.arange(start, min(start + CHUNK, len(split))))
                 decoded = rows.decode(Preprocessing(side, side, "bicubic", MEAN, STD))
-                self._make(path, decoded.pixels, decoded.labels, view, start)
+                self._make(path, decoded, view, start)
                 say(f"{name}, view {view}: {min(start + CHUNK, len(split))} of {len(split)} images")
             with np.load(path, allow_pickle=False) as file:
-                parts.append({k: file[k] for k in ("maps", "answers", "labels")})
+                parts.append({k: file[k] for k in ("maps", "answers", "labels", "skipped")})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 
     @torch.no_grad()
-    def _make(self, path: Path, pixels: np.ndarray, labels: np.ndarray, view: int, start: int) -> None:
+    def _make(self, path: Path, decoded: Decoded, view: int, start: int) -> None:
         generator = torch.Generator().manual_seed(self.config.seed * 7919 + view * 104_729 + start)
         maps, answers = [], []
-        for i in range(0, len(pixels), 50):
-            x = torch.from_numpy(pixels[i : i + 50]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        for i in range(0, len(decoded.pixels), 50):
+            x = torch.from_numpy(decoded.pixels[i : i + 50]).permute(0, 3, 1, 2).float() / 127.5 - 1
             if view:
                 x = augment.random_resized_crop_flip(x, generator, CROP)
             x = x.contiguous(memory_format=torch.channels_last)
@@ -239,9 +260,14 @@ class Features:
             found = behind if same else self.trunk(small)
             maps.append(found.flatten(2).transpose(1, 2).half())
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part.npz")
-        np.savez(temporary, maps=torch.cat(maps).numpy(), answers=torch.cat(answers).numpy(), labels=labels)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary, open(temporary, "wb") as stream:
+            np.savez(
+                stream,
+                maps=torch.cat(maps).numpy(),
+                answers=torch.cat(answers).numpy(),
+                labels=decoded.labels,
+                skipped=np.array(decoded.skipped, dtype=np.str_),
+            )
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

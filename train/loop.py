@@ -137,7 +137,8 @@ class _Training:
         if config.range_images and self.engine.is_main:
             self.ranges = RangeKeeper(self.out / "ranges.npz", config.range_images)
         self.statistics = StatisticsKeeper(self.out, self.engine.is_main)
-        self.baseline = FrozenBaseline(self.backbones["student"], config, self.statistics)
+        student = self.backbones["student"]
+        self.baseline: FrozenBaseline | None = FrozenBaseline(student, config.random_features, self.statistics)
         self.skipped: list[str] = []
         self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
@@ -242,7 +243,8 @@ class _Training:
                 x = as_numpy(features_of(images, name))
                 self.statistics.add(name, task + 1, ClassStatistics.of(head.map, x, images.labels - first, names))
                 head.set(make(self.config.head, self.statistics.totals[name], self.config.seed))
-        self.baseline.learn(task, images, first, names)
+        if self.baseline is not None:
+            self.baseline.learn(task, images, first, names)
 
     def _reuse(self, task: int, taught: TaughtTask) -> None:
         """The teacher as another run left it after this task."""
@@ -395,8 +397,7 @@ class _Training:
         self.trained_images, self.reused = state["trained_images"], state["reused"]
         task, side, epochs = state["position"]
         self.position, self.optimiser_state = (task, side, epochs), state["optimiser"]
-        sides = [n for n, m in self.models.items() if m.statistics_head is not None] + self.baseline.sides
-        self.statistics.restore(sides, task, None if resumed else Path(str(self.config.extend)))
+        self._restore_statistics(task)
         if self.ranges is not None:
             self.ranges.restore(task, state["tails_before"])
         if resumed:
@@ -404,6 +405,16 @@ class _Training:
         else:
             self._say(f"{task} tasks learnt already, in {self.config.extend}")
         return float(state["elapsed"])
+
+    def _restore_statistics(self, task: int) -> None:
+        """Those of the tasks in front of `task`; those of the run that is extended stay in its own folder."""
+        run = self.origin.path if self.origin and task == len(self.origin.tasks) else None
+        self.statistics.restore([n for n, m in self.models.items() if m.statistics_head is not None], task, run)
+        if self.baseline is not None and self.statistics.has(self.baseline.sides, task, run):
+            self.statistics.restore(self.baseline.sides, task, run)
+        elif self.baseline is not None:
+            self.baseline = None
+            self._say("no frozen baseline: the run began before there were class statistics")
 
     def _check_checkpoint(self, path: Path, state: dict[str, Any]) -> None:
         for name, backbone in self.backbones.items():
@@ -422,7 +433,7 @@ class _Training:
     def _finish(self, seconds: float) -> dict[str, Any]:
         classes = self.scenario.classes_of(self.dataset)
         answered = Answered(self.val.each(self.tasks), "student", len(classes), self.engine)
-        baseline = self.baseline.measure(answered)
+        baseline = self.baseline.measure(answered) if self.baseline is not None else None
         metrics: dict[str, Any] = {
             "schema": SCHEMA,
             "config": self.config.to_json(),

@@ -78,13 +78,13 @@ def build_model(
     kd = None
     if is_student and distiller.kd_token:
         kd = (config.kd_blocks, config.kd_length) if distiller.kd_rows else (1, 0)
+    other = 0 if is_student else 1  # teacher and student of one width must not start from the same numbers
     return PromptedViT(
         backbone.model,
         config.learner,
         classes,
         (config.tasks or 1) + (extends["tasks"] if extends else 0),  # the loop has put a number there
-        # Teacher and student of one width must not start from the same numbers.
-        seed=2 * config.seed + (0 if is_student else 1),
+        seed=2 * config.seed + other,
         key_width=key_width,
         kd=kd,
         alpha=config.alpha,

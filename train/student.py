@@ -191,7 +191,7 @@ class PromptedViT(nn.Module):
         self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
         self.statistics_head: StatisticsHead | None = None
         if head != "learned":
-            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, seed, random_features)
+            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, random_features)
 
     @property
     def backbone(self) -> VisionTransformer:

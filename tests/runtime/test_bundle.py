@@ -328,6 +328,7 @@ def test_a_bundle_of_schema_1_opens(tmp_path, manifest):
         {"selftest": "../selftest.npz"},
         {"selftest": ["selftest.npz"]},
         {"selections": "elsewhere.npz"},
+        {"statistics": "elsewhere.npz"},
         {"tasks": [3, [0, 1, 2]]},
         {"backbone": {"width": "wide"}},
     ],

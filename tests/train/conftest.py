@@ -70,6 +70,7 @@ def make_config(tiny_vit: Callable[..., str]) -> Callable[..., TrainConfig]:
             "learning_rate": 0.02,
             "head": "learned",
             "min_steps": 0,
+            "random_features": 64,
         }
         return TrainConfig(out=str(out), **{**options, **changes})
 
