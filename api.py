@@ -113,6 +113,7 @@ def export(
     data: str | None = None,
     replace: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    statistics: bool = False,
 ) -> dict[str, Any]:
     """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError.
 
@@ -123,14 +124,16 @@ def export(
 
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images, data, say, replace)
+        return fold(run, out, profile, dynamic_batch, images, data, say, replace, statistics)
     from .export.triton import check_repository, write_repository
     from .files import workspace
     from .runtime import open_bundle
 
     check_repository(Path(out))
     with workspace(Path(out).parent) as folder:
-        result = fold(run, folder / Path(run).resolve().name, profile, dynamic_batch, images, data, say)
+        result = fold(
+            run, folder / Path(run).resolve().name, profile, dynamic_batch, images, data, say, statistics=statistics
+        )
         write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 

@@ -270,6 +270,7 @@ sweep.params[8:8] = [p for p in train.params if p.name not in VARIED]
     "--images", type=click.IntRange(1), default=500, show_default=True, help="real images for the parity gate"
 )
 @click.option("--data", help="where the run's images are now, if they have moved [default: where they were]")
+@click.option("--statistics", is_flag=True, help="put the class statistics into the bundle (ranpac: 16 MB)")
 @force_option
 @json_option
 def export(
@@ -280,6 +281,7 @@ def export(
     dynamic_batch: bool,
     images: int,
     data: str | None,
+    statistics: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -289,7 +291,7 @@ def export(
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say)
+        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
     except ParityError as error:
         say(f"failed: {error}")
         sys.exit(1)

@@ -48,6 +48,7 @@ def export(
     data: str | None = None,
     say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
+    statistics: bool = False,
 ) -> dict[str, Any]:
     """Fold a finished run's student into a bundle.
 
@@ -56,6 +57,7 @@ def export(
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
         data: where the run's images are now, if they have moved. say: gets a line for each step.
+        statistics: put the class statistics that the head is made from into the bundle, and so into its packs.
 
     Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256", "data"}.
 
@@ -66,7 +68,7 @@ def export(
     out = Path(out)
     check_target(out, replace)
     opened = load_run(Path(run))
-    statistics = _statistics(opened)
+    kept = _statistics(opened) if statistics else None
     record = opened.metrics.get("data")
     source = data or opened.config.data
     dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics))
@@ -83,10 +85,10 @@ def export(
     files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
     if (opened.path / RANGES).is_file():
         files[RANGES] = opened.path / RANGES
-    if statistics is not None:
-        files[STATISTICS] = statistics
+    if kept is not None:
+        files[STATISTICS] = kept
     manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
-    manifest["statistics"] = STATISTICS if statistics is not None else None
+    manifest["statistics"] = STATISTICS if kept is not None else None
 
     with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.

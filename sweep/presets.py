@@ -108,7 +108,7 @@ def _cdl(
         pairs,
         PAPER_LEARNERS,
         ("none", *(d for d, kind in DISTILLERS.items() if kind.needs_teacher and d != "kdp"), "kdp"),
-        {"tasks": 10, "batch_size": 64, "learning_rate": 1e-3, **settings},
+        {"tasks": 10, "batch_size": 64, "learning_rate": 1e-3, "min_steps": 0, "heads": ("learned",), **settings},
         published,
         unlike,
     )

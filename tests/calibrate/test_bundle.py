@@ -82,6 +82,7 @@ def last_classes(bundle: Path) -> list[str]:
     return [opened.classes[c] for c in opened.tasks[-1]]
 
 
+@pytest.mark.vnni
 def test_from_kept_ranges_alone(kept_only, exported):
     out, result = kept_only
     before, written = open_bundle(exported()), open_bundle(out)
@@ -107,6 +108,7 @@ def test_from_kept_ranges_alone(kept_only, exported):
     assert written.name == "bundle"
 
 
+@pytest.mark.vnni
 def test_the_device_runs_it(kept_only, source, exported):
     out, _ = kept_only
     bundle = open_bundle(out)
@@ -149,6 +151,7 @@ def test_a_changed_byte_is_refused(kept_only, tmp_path):
         open_bundle(tmp_path / "copy")
 
 
+@pytest.mark.vnni
 def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
     """They join the kept ranges, and give the accuracy of their task."""
     bundle = exported()
@@ -160,6 +163,7 @@ def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
     assert warnings(lines) == []
 
 
+@pytest.mark.vnni
 def test_all_images(exported, source, tmp_path, lines):
     result = calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], say=lines.append)
     # Enough by themselves: kept ranges, with their guess of the drift, are left out.
@@ -178,6 +182,7 @@ def test_all_images(exported, source, tmp_path, lines):
     assert warnings(lines) == []
 
 
+@pytest.mark.vnni
 @pytest.mark.slow
 def test_sources_of_ranges(exported, source, tmp_path):
     options = {"flavours": ["int8-x86"], "images": 40}
@@ -193,6 +198,7 @@ def test_sources_of_ranges(exported, source, tmp_path):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("l2p", "dualprompt")]  # test_quantize has all of them
 
 
+@pytest.mark.vnni
 @pytest.mark.parametrize("learner", ["apt", *SLOW])
 def test_every_learner(exported, tmp_path, learner):
     result = calibrate(exported(learner, epochs=2), tmp_path / "out", method="percentile", smooth=0.5)
@@ -203,12 +209,14 @@ def test_every_learner(exported, tmp_path, learner):
         assert np.abs(runner.infer(images) - logits).max() <= 0.15 * np.ptp(logits)
 
 
+@pytest.mark.vnni
 @pytest.mark.slow
 def test_a_kd_head_of_another_kind(exported, tmp_path):
     result = calibrate(exported("coda", kd_head="normalised", epochs=2), tmp_path / "out", smooth=0.5)
     assert all(f["agreement"] >= 75 for f in result["flavours"].values())
 
 
+@pytest.mark.vnni
 @pytest.mark.quick("trt10")
 @pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
 def test_every_profile(exported, tmp_path, profile):
@@ -221,6 +229,7 @@ def test_every_profile(exported, tmp_path, profile):
     }
 
 
+@pytest.mark.vnni
 @pytest.mark.slow
 def test_a_free_batch(exported, tmp_path):
     result = calibrate(exported(dynamic_batch=True), tmp_path / "out", flavours=["int8-x86"])
@@ -252,6 +261,7 @@ def loses(bundle, out, source):
     return max(d for d in found["drop"]["per_task"])
 
 
+@pytest.mark.vnni
 def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_path, lines):
     worst = loses(spoiled, tmp_path / "free", source)
     assert worst > 8
@@ -269,6 +279,7 @@ def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_pat
         assert evaluate(runner, source)["per_task"] == pytest.approx(found["after"]["per_task"])
 
 
+@pytest.mark.vnni
 @pytest.mark.slow
 def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, exported, source, tmp_path, monkeypatch):
     """They share the file of weights: one flavour's layers in float may not move the other's bytes."""
@@ -294,6 +305,7 @@ def missed(monkeypatch):
     return {"max_drop": 1.0, "smooth": None}
 
 
+@pytest.mark.vnni
 @pytest.mark.quick("True")
 @pytest.mark.parametrize("searching", [True, False])
 def test_a_gate_that_is_missed_writes_nothing(missed, exported, source, tmp_path, searching):
@@ -310,6 +322,7 @@ def test_a_gate_that_is_missed_writes_nothing(missed, exported, source, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.vnni
 def test_a_refusal_keeps_the_bundle_that_was_there(missed, kept_only, exported, source, tmp_path):
     shutil.copytree(kept_only[0], tmp_path / "out")
     before = sha256(tmp_path / "out" / "manifest.json")
@@ -371,6 +384,7 @@ def fast_int8(monkeypatch):
     monkeypatch.setattr(module, "race", race)
 
 
+@pytest.mark.vnni
 def test_what_answers_otherwise_is_not_recommended(wild, source, tmp_path, lines, monkeypatch):
     fast_int8(monkeypatch)
     monkeypatch.setattr(floor, "AGREEMENT", 97.0)
@@ -387,6 +401,7 @@ def test_what_answers_otherwise_is_not_recommended(wild, source, tmp_path, lines
         assert runner.describe()["precision"] == "int8"
 
 
+@pytest.mark.vnni
 def test_smoothing_is_tried_before_layers_go_back_to_float(wild, source, tmp_path, monkeypatch):
     fast_int8(monkeypatch)
     options = {"data": source, "ranges": "images", "flavours": ["int8-x86"]}
@@ -400,11 +415,13 @@ def test_smoothing_is_tried_before_layers_go_back_to_float(wild, source, tmp_pat
     assert result["recommended"] == {"backend": "onnxruntime", "precision": "int8"}
 
 
+@pytest.mark.vnni
 def test_where_8_bits_answer_like_fp32_nothing_is_smoothed(exported, source, tmp_path, monkeypatch):
     monkeypatch.setattr(floor, "AGREEMENT", 80.0)
     assert calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"])["smooth"] is None
 
 
+@pytest.mark.vnni
 def test_four_pictures_are_said_to_be_few(exported, tmp_path, lines):
     calibrate(exported(), tmp_path / "out", flavours=["int8-x86"], say=lines.append)
     assert "warning: int8-x86: the answers of 4 images are compared; give more with --data" in lines
@@ -499,6 +516,7 @@ def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.vnni
 @pytest.mark.quick("inverted")
 @pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x // 200], ids=["inverted", "of another scale"])
 def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
@@ -509,11 +527,13 @@ def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, li
     assert "preprocessing?" in line and f"{recorded:.1f} %" in line
 
 
+@pytest.mark.vnni
 def test_few_images(exported, source, tmp_path, lines):
     calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], images=5, say=lines.append)
     assert warnings(lines) == ["warning: ranges of 15 images only; 500 are the usual advice"]
 
 
+@pytest.mark.vnni
 def test_values_that_a_method_clips(exported, tmp_path, lines):
     """Two far groups of values: a range that a method takes leaves one outside."""
     kept = Ranges.load(exported() / "ranges.npz")
@@ -597,6 +617,7 @@ def test_ranges_of_the_graph_and_of_training_name_the_same_tensors(exported):
     assert set(collect(bundle.graph(), images).tensors) <= set(kept.tasks[0].tensors)
 
 
+@pytest.mark.vnni
 def test_the_command(cli, exported, source, tmp_path, request):
     bundle, out = exported(), tmp_path / "out"
     done = cli("calibrate", bundle, "--out", out, "--data", source, "--flavour", "int8-x86", "--max-drop", 90, "--json")

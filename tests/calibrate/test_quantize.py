@@ -136,6 +136,7 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
             assert np.abs((q - zero) * scale - x).max() <= 0.51 * scale, name
 
 
+@pytest.mark.vnni
 @pytest.mark.parametrize("flavour", ["int8-x86"])
 def test_the_runtimes_own_kernels_agree(tools, flavour):
     graphs = tools.make("coda")

@@ -87,7 +87,7 @@ def statistics_of(bundle):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, head):
     run = run_of(learner, head)
-    made = export(run, tmp_path / "bundle", profile=profile, images=20)
+    made = export(run, tmp_path / "bundle", profile=profile, images=20, statistics=True)
     assert made["parity"]["max_abs_error"] < TOLERANCE / 2
     expected, got = truth(run), answers(tmp_path / "bundle")
     assert np.abs(got - expected).max() < TOLERANCE and np.ptp(expected) > 0.1
@@ -107,7 +107,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
     )
     train(more, quiet=True)
     for name, source in (("old", run), ("new", tmp_path / "more")):
-        export(source, tmp_path / f"{name}-fp32", images=20)
+        export(source, tmp_path / f"{name}-fp32", images=20, statistics=True)
         calibrate(tmp_path / f"{name}-fp32", tmp_path / name, flavours=["int8-x86"], max_drop=100.0, searching=False)
         assert np.abs(answers(tmp_path / name) - truth(source)).max() < TOLERANCE
         assert statistics_of(tmp_path / name)[0].manifest["statistics"] == "statistics.npz"
@@ -147,5 +147,5 @@ def test_without_its_statistics_nothing_is_exported(tmp_path, run_of, damage):
         held = ClassStatistics.load(path)
         dataclasses.replace(held, classes=("x", *held.classes[1:])).save(path)
     with pytest.raises(InputError, match="statistics"):
-        export(run, tmp_path / "bundle", images=8)
+        export(run, tmp_path / "bundle", images=8, statistics=True)
     assert not (tmp_path / "bundle").exists()

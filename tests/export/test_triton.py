@@ -204,7 +204,7 @@ def test_whole_or_not_at_all(bundle, tmp_path, monkeypatch):
 
     monkeypatch.setattr(triton, "config", config_of_the_first)
     with pytest.raises(OSError, match="no space"):
-        write_repository(bundle, tmp_path, graphs=("student", "query"))
+        write_repository(bundle, tmp_path, graphs=("student", "query"), replace=True)
     assert {p.name for p in tmp_path.iterdir()} == {"birds"}
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
 

@@ -106,7 +106,7 @@ def test_queries_and_distillers_do_not_see_registers():
         ),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, "normalises after pooling"),
         ("vit_tiny_patch16_224", {"norm_layer": "rmsnorm"}, "RmsNorm"),
-        ("vit_tiny_patch16_224", {"act_layer": "hard_swish"}, "HardSwish"),
+        ("vit_tiny_patch16_224", {"act_layer": "hard_swish"}, "Hardswish"),
         ("vit_tiny_patch16_224", {"img_size": (32, 48)}, "4 x 6 patches"),
         ("eva02_tiny_patch14_224", {}, "normalises after pooling"),
     ],
@@ -118,14 +118,14 @@ def test_what_is_refused(name, changes, word):
 def test_image_sizes_that_patches_do_not_divide():
     for size, near in ((100, "96 or 112"), (8, "16 or 32"), (0, "16 or 32")):
         with pytest.raises(InputError, match=f"a multiple of 16 pixels(.|\n)*{near}"):
-            load_backbone("builtin:student", size)
+            load_backbone("builtin:student-v1", size)
 
 
 def test_another_size_of_a_convolutional_stem():
-    native, larger = load_backbone("builtin:student"), load_backbone("builtin:student", 96)
+    native, larger = load_backbone("builtin:student-v1"), load_backbone("builtin:student-v1", 96)
     assert (larger.grid, larger.preprocessing.size, larger.preprocessing.resize) == (6, 96, 96)
     assert larger.identity == f"{native.identity} at 96 pixels"
-    assert load_backbone("builtin:student", 64).identity == native.identity
+    assert load_backbone("builtin:student-v1", 64).identity == native.identity
     assert torch.isfinite(larger.model(torch.zeros(1, 3, 96, 96))).all()
 
 
