@@ -1,7 +1,7 @@
 """Draws docs/results.svg from the first table of docs/results.md that has learners and distillers.
 
-    python docs/make_chart.py            # write it
-    python docs/make_chart.py --check    # exit code 1 when the file is stale
+python docs/make_chart.py            # write it
+python docs/make_chart.py --check    # exit code 1 when the file is stale
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read() -> dict[str, dict[str, tuple[float, float]]]:
 
 
 def picture() -> str:
-    """A dot with a line of one deviation to both sides for each row, a group for each learner, one colour a distiller."""
+    """A dot for each row, with a line of one deviation to both sides. One group a learner, one colour a distiller."""
     table = read()
     names = list(next(iter(table.values())))
     values = [v for row in table.values() for v in row.values()]
@@ -42,8 +42,8 @@ def picture() -> str:
         return LEFT + (value - low) * scale
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="DejaVu Sans, Verdana, Arial, '
-        f'sans-serif" font-size="12" fill="{INK}" role="img" aria-label="Accuracy of every learner and distiller">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="DejaVu Sans, Verdana, '
+        f'Arial, sans-serif" font-size="12" fill="{INK}" role="img" aria-label="Accuracy of learners and distillers">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
     ]
     right = 14.0
@@ -52,7 +52,8 @@ def picture() -> str:
         parts.append(f'<text x="{right + 10:g}" y="22">{escape(name)}</text>')
         right += 34 + 7.4 * len(name)
     for value in range(int(low), int(high) + 1):
-        parts.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP - 10}" y2="{height - 34}" stroke="#dddddd"/>')
+        ends = f'x1="{x(value):.1f}" x2="{x(value):.1f}"'
+        parts.append(f'<line {ends} y1="{TOP - 10}" y2="{height - 34}" stroke="#dddddd"/>')
         parts.append(f'<text x="{x(value):.1f}" y="{height - 18}" text-anchor="middle">{value} %</text>')
     y = float(TOP)
     for learner, row in table.items():

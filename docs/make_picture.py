@@ -1,7 +1,7 @@
 """Draws docs/way.svg, the picture of the first page: from photographs to answers on a device.
 
-    python docs/make_picture.py            # write it
-    python docs/make_picture.py --check    # exit code 1 when the file is stale
+python docs/make_picture.py            # write it
+python docs/make_picture.py --check    # exit code 1 when the file is stale
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def arrow(*points: tuple[float, float]) -> str:
 def box(x: float, y: float, width: float, height: float, fill: str, dashed: bool = False) -> str:
     """A rounded rectangle."""
     dash = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="9" fill="{fill}" stroke="{INK}"{dash}/>'
+    size = f'x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+    return f'<rect {size} rx="9" fill="{fill}" stroke="{INK}"{dash}/>'
 
 
 def picture() -> str:
@@ -67,7 +68,8 @@ def picture() -> str:
         parts += [text(x + width / 2, y + 43 + 16 * i, line, 12) for i, line in enumerate(lines)]
     for start, end, command, meaning in COMMANDS:
         middle = (start + end) / 2
-        parts += [arrow((start, 100), (end, 100)), text(middle, 90, command, 14, "bold"), text(middle, 118, meaning, 11)]
+        parts += [arrow((start, 100), (end, 100)), text(middle, 90, command, 14, "bold")]
+        parts.append(text(middle, 118, meaning, 11))
     parts += [
         # New classes: the same run goes on, and only what has changed travels.
         box(20, 214, 140, 56, GREY),

@@ -277,7 +277,8 @@ def test_the_way_that_the_readme_shows(place, cli):
     shutil.rmtree("runs")
     shutil.rmtree("bundles")
     shown = blocks(Path("section.md"))
-    assert [words[0] for b in shown if b.kind == "sh" for words in b.commands] == ["train", "export", "evaluate", "predict"]
+    verbs = [words[0] for block in shown if block.kind == "sh" for words in block.commands]
+    assert verbs == ["train", "export", "evaluate", "predict"]
     for block, behind in itertools.pairwise(shown):
         if block.kind != "sh":
             continue
