@@ -189,7 +189,10 @@ def matches(shown, real):
     return len(got) >= len(wanted) and all(re.fullmatch(w, g) for w, g in zip(wanted, got[-len(wanted) :], strict=True))
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in PAGES])
+SHOWING = [p for p in PAGES if "\n```sh\n" in (DOCS / p).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in SHOWING])
 def test_what_a_page_shows(page, place, cli):
     found = blocks(DOCS / page)
     if page == "jetson.md":  # the whole way, from the photographs on
