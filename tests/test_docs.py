@@ -289,7 +289,8 @@ def test_the_way_that_the_readme_shows(place, cli):
             answer = cli(*words, *QUICK.get(words[0], ()))
             assert answer.code == 0, (words, answer.err)
         assert behind.kind == "text"
-        real = shape(answer.out.replace("pear", "apple").replace("cherry", "apple").replace("plum", "apple"))
+        # Which class the squares of the tests look like, if any, is not what a page promises.
+        real = shape(re.sub("pear|cherry|plum", "apple", answer.out.replace("  looks like none of the classes", "")))
         for line in shape(re.sub("pear|cherry|plum", "apple", behind.text)):
             assert any(matches(line, got) for got in real), f"{line!r} is not in {real}"
 
