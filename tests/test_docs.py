@@ -270,7 +270,7 @@ def readme_section(title):
 
 def shape(printed):
     """Printed lines without what differs from run to run: every number is 0, columns are one space apart."""
-    lines = (re.sub(r"-{2,}", "--", re.sub(r"\d[\d.]*(e-\d+)?", "0", line)) for line in printed.strip().splitlines())
+    lines = (re.sub(r"-{2,}", "--", re.sub(r"-?\d[\d.]*(e-\d+)?", "0", line)) for line in printed.strip().splitlines())
     return [" ".join(line.split()) for line in lines]
 
 
