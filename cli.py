@@ -187,7 +187,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--precision", help="auto | fp32 | bf16, of training [default: auto]")
 @click.option("--teachers", help="folder of trained teachers, filled and used again [default: train anew]")
 @click.option("--range-images", type=int, help="images a task whose ranges are kept, for INT8; 0: none [default: 256]")
-@click.option("--devices", help="auto | cpu | cuda [default: auto]; several processes: see README, torchrun")
+@click.option("--devices", help="auto | cpu | cuda [default: auto]; several processes: see docs/methods.md")
 @click.option(
     "--extend",
     metavar="RUN",

@@ -1,6 +1,7 @@
 """The documentation does what it says: commands run, answers have the shape shown, options are those of the command."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -16,10 +17,13 @@ from cdl_edge.runtime.machine import cuda_driver
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(p.name for p in DOCS.glob("*.md"))
-GUIDES = ("README.md", "backbones.md", "methods.md", "bundle.md", "precision.md", "jetson.md", "security.md")
+GUIDES = (
+    *("README.md", "backbones.md", "benchmarks.md", "bundle.md", "glossary.md", "jetson.md", "methods.md"),
+    *("precision.md", "results.md", "security.md", "support.md"),
+)
 SECTIONS = ("Options", "In and out", "Exit codes", "JSON", "What goes wrong")
 QUICK = {
-    "train": ("--epochs", "1", "--limit-per-class", "4", "--threads", "1"),
+    "train": ("--epochs", "1", "--min-steps", "0", "--limit-per-class", "4", "--threads", "1"),
     "pretrain": ("--epochs", "1", "--batch-size", "8", "--threads", "1"),
     "export": ("--images", "4"),
     "profile": ("--runs", "40"),
@@ -29,8 +33,8 @@ SECONDS = ("calibrate.md", "export.md", "jetson.md", "pretrain.md", "quickstart.
 "pages whose commands train, export or calibrate"
 
 
-def load_make():
-    spec = importlib.util.spec_from_file_location("docs_make", DOCS / "make.py")
+def load_make(name="make"):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -185,7 +189,10 @@ def matches(shown, real):
     return len(got) >= len(wanted) and all(re.fullmatch(w, g) for w, g in zip(wanted, got[-len(wanted) :], strict=True))
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in PAGES])
+SHOWING = [p for p in PAGES if "\n```sh\n" in (DOCS / p).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in SHOWING])
 def test_what_a_page_shows(page, place, cli):
     found = blocks(DOCS / page)
     if page == "jetson.md":  # the whole way, from the photographs on
@@ -257,20 +264,91 @@ def test_one_bundle_goes_the_whole_way_of_the_jetson_page(place, cli, monkeypatc
     assert told["class_count"] == 6 and any(name.endswith("int8-trt") for name in told["graphs"])
 
 
+def readme_section(title):
+    return (ROOT / "README.md").read_text("utf-8").split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def shape(printed):
+    """Printed lines without what differs from run to run: every number is 0, columns are one space apart."""
+    lines = (
+        re.sub(r"-{2,}", "--", re.sub(r"[-+]?\d[\d.]*(e-\d+)?", "0", line)) for line in printed.strip().splitlines()
+    )
+    return [" ".join(line.split()) for line in lines]
+
+
 @pytest.mark.slow
 def test_the_way_that_the_readme_shows(place, cli):
-    section = (ROOT / "README.md").read_text("utf-8").split("## Your own photographs", 1)[1].split("\n## ", 1)[0]
-    Path("section.md").write_text(section)
+    Path("section.md").write_text(readme_section("Your own photographs"))
     shutil.rmtree("runs")
-    commands = [words for block in blocks(Path("section.md")) if block.kind == "sh" for words in block.commands]
-    assert {"train", "export", "predict"} <= {words[0] for words in commands}
-    for words in commands:
-        given, target = redirected(words)
-        answer = cli(*given, *QUICK.get(given[0], ()))
-        assert answer.code == 0, (given, answer.err)
-        if target:
-            Path(target).write_text(answer.out)
-    assert Path("fruit.html").is_file()
+    shutil.rmtree("bundles")
+    shown = blocks(Path("section.md"))
+    verbs = [words[0] for block in shown if block.kind == "sh" for words in block.commands]
+    assert verbs == ["train", "export", "evaluate", "predict"]
+    for block, behind in itertools.pairwise(shown):
+        if block.kind != "sh":
+            continue
+        for words in block.commands:
+            answer = cli(*words, *QUICK.get(words[0], ()))
+            assert answer.code == 0, (words, answer.err)
+        assert behind.kind == "text"
+        # Which class the squares of the tests look like, if any, is not what a page promises.
+        real = shape(re.sub("pear|cherry|plum", "apple", answer.out.replace("  looks like none of the classes", "")))
+        real = [line.replace("(ranpac)", "(slda)") for line in real]  # the better one of both
+        for line in shape(re.sub("pear|cherry|plum", "apple", behind.text)):
+            assert any(matches(line, got) for got in real), f"{line!r} is not in {real}"
+
+
+@pytest.mark.slow
+def test_the_python_that_the_readme_shows(place, capsys):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme_section("From Python"), re.M | re.S)
+    assert len(code.splitlines()) <= 8
+    quick = code.replace("train(", "train(epochs=1, min_steps=0, limit_per_class=4, threads=1, quiet=True, ")
+    assert quick.count("epochs=1") == 1
+    exec(compile(quick, "README.md", "exec"), {})
+    accuracy, answer = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert 0 <= float(accuracy) <= 100
+    assert answer.split()[0] in ("apple", "cherry", "pear", "plum") and 0 <= float(answer.split()[1]) <= 1
+
+
+def test_the_first_page_is_one_page():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    pictures = [ROOT / target for target in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)]
+    assert {p.name for p in pictures} >= {"way.svg", "report.png", "page.png"}
+    assert [p.name for p in pictures if p.stat().st_size > 200_000] == []
+    assert readme_section("Support").count("\n- ") == 5
+
+
+def test_the_table_of_results_is_the_same_on_both_pages():
+    def rows(path):
+        part = path.read_text("utf-8").split("<!-- results", 1)[1].split("<!-- end of results -->")[0]
+        return [line for line in part.splitlines() if line.startswith("|")]
+
+    assert rows(ROOT / "README.md") == rows(DOCS / "results.md")
+
+
+def test_ci_runs_commands_that_the_readme_gives():
+    given = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text("utf-8")))
+    run = set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci/run").read_text("utf-8"), re.MULTILINE))
+    assert {"quickstart", "test"} <= run <= given
+    assert given <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["make_picture", "make_chart"])
+def test_pictures_are_those_that_their_scripts_draw(name):
+    script = load_make(name)
+    assert script.TARGET.read_text("utf-8") == script.picture(), f"run: python docs/{name}.py"
+
+
+def test_the_photographs_that_the_readme_draws(tmp_path):
+    load_make("make_photos").write(tmp_path / "photos", count=2)
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.jpg")}
+    assert "photos/apple/IMG_0001.jpg" in found and "photos/cherry/IMG_0101.jpg" in found and len(found) == 8
+
+
+def test_the_glossary_has_ten_words():
+    rows = re.findall(r"^\| (?!word |---)([^|]+) \|", (DOCS / "glossary.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 10 and rows == sorted(set(rows), key=rows.index)
 
 
 def test_every_field_of_a_manifest_is_explained(base):

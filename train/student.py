@@ -76,7 +76,7 @@ def patch_query(tokens: Tensor) -> Tensor:
     """Mean and standard deviation of each channel over the patches, each normalised, added. (B, 1 + P, D) -> (B, D).
 
     Ours: in the first blocks, where prompts are chosen, the class token has seen little of the image; what its patches
-    hold in common and how they differ says more (README has the figures).
+    hold in common and how they differ says more (docs/results.md has the figures).
     """
     spread, mean = torch.var_mean(tokens[:, 1:].float(), dim=1, correction=0)
     shape = tokens.shape[-1:]
