@@ -37,14 +37,13 @@ from .evaluate import accuracy, features_of
 from .extend import Origin
 from .folder import RunFolder
 from .joint import forgetting_of_joint
-from .learners import LEARNERS
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
 from .run import SCHEMA, backbone_of, build_model, check_tail, distill_spec, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
-from .teachers import TaughtTask, TeacherKey, Teachers
+from .teachers import TaughtTask, Teachers, teacher_key
 
 
 def train(config: TrainConfig, resume: bool = False, quiet: bool = False, keep_threads: bool = False) -> dict[str, Any]:
@@ -153,28 +152,12 @@ class _Training:
         config, backbones = self.config, self.backbones
         if config.teachers is None or "teacher" not in backbones:
             return None
-        asks_student = LEARNERS[config.learner].needs_query and config.query == "two-pass"
-        key = TeacherKey(
-            data=self.data["fingerprint"]["sha256"],
-            limit_per_class=config.limit_per_class,
-            classes=tuple(self.scenario.classes_of(self.dataset)),
-            tasks=self.tasks,
-            teacher=backbones["teacher"].identity,
-            student=backbones["student"].identity if asks_student else None,
-            learner=config.learner,
-            apt_momentum=config.apt_momentum,
-            query=config.query,
-            query_regulariser=config.query_regulariser,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=float(config.learning_rate or 0),
-            min_steps=config.min_steps or 0,
-            head=f"{config.head} {config.random_features}",
-            seed=config.seed,
+        key = teacher_key(
+            config,
+            {name: backbone.identity for name, backbone in backbones.items()},
+            self.data["fingerprint"]["sha256"],
+            self.scenario.classes_of(self.dataset),
             augmented=self.augmented,
-            compat=config.compat,
-            resize_rule=config.resize_rule,
-            decoder=config.decoder,
             precision="bf16 autocast" if self.engine.bf16 else "fp32",
             device=self.engine.device.type,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import write_json
 from .checkpoint import load_state, save_state
+from .config import TrainConfig
+from .learners import LEARNERS
 
 SCHEMA = 2
 "to be raised when the code that trains a teacher changes what comes out"
@@ -73,6 +76,43 @@ class TeacherKey:
     def name(self) -> str:
         """Folder name: 16 hex digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def teacher_key(
+    config: TrainConfig,
+    identities: Mapping[str, str],
+    data: str,
+    classes: Sequence[str],
+    augmented: bool,
+    precision: str,
+    device: str,
+) -> TeacherKey:
+    """The key of a run's teacher. identities: of both backbones; data: fingerprint; classes: in learned order."""
+    asks_student = LEARNERS[config.learner].needs_query and config.query == "two-pass"
+    return TeacherKey(
+        data=data,
+        limit_per_class=config.limit_per_class,
+        classes=tuple(classes),
+        tasks=config.tasks or 1,
+        teacher=identities["teacher"],
+        student=identities["student"] if asks_student else None,
+        learner=config.learner,
+        apt_momentum=config.apt_momentum,
+        query=config.query,
+        query_regulariser=config.query_regulariser,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=float(config.learning_rate or 0),
+        min_steps=config.min_steps or 0,
+        head=f"{config.head} {config.random_features}",
+        seed=config.seed,
+        augmented=augmented,
+        compat=config.compat,
+        resize_rule=config.resize_rule,
+        decoder=config.decoder,
+        precision=precision,
+        device=device,
+    )
 
 
 @dataclass

@@ -119,7 +119,7 @@ def test_result_and_manifest(bundle, make_run):
     assert manifest["graph_parity"].keys() == {"student", "prompted"}
     assert manifest["graph_parity"]["prompted"]["max_abs_error"] <= 1e-4
     assert manifest["signatures"]["prompted"] == {
-        "inputs": {"images": [1, 16, 16, 3], "prompt_weights": [1, 5, 100]},
+        "inputs": {"images": [1, 16, 16, 3], "prompt_weights": [1, 5, 20]},
         "outputs": {"logits": [1, 10]},
     }
     assert result["manifest_sha256"] == manifest["manifest_sha256"]
@@ -134,7 +134,7 @@ def test_result_and_manifest(bundle, make_run):
         "preprocessing": run.preprocessing.to_json(),
         "normalisation": "in graph",
     }
-    assert manifest["outputs"] == {"logits": [1, 10], "prompt_weights": [1, 5, 100]}
+    assert manifest["outputs"] == {"logits": [1, 10], "prompt_weights": [1, 5, 20]}
     assert manifest["selection"] == {"kind": "weighted", "k": 5, "blocks": [0, 1, 2, 3, 4]}
     assert manifest["parity"] == result["parity"]
     assert manifest["parity"]["images"] == 100
@@ -156,7 +156,7 @@ def test_the_device_answers_as_the_run_did(bundle):
         pixels = load_dataset("digits").val.take(np.arange(3)).decode(runner.bundle.preprocessing).pixels
         outputs = runner.run(pixels)
         assert outputs.logits.shape == (3, 10)
-        assert outputs.prompt_weights is not None and outputs.prompt_weights.shape == (3, 5, 100)
+        assert outputs.prompt_weights is not None and outputs.prompt_weights.shape == (3, 5, 20)
 
 
 def test_confidence_and_selections(bundle):

@@ -80,7 +80,7 @@ def test_many_tokens_and_any_batch(lab, family, name):
 @pytest.mark.parametrize("head", ["ncm", "ranpac"])
 def test_heads_from_statistics_do_not_read_registers(lab, family, head):
     student = lab.student("coda", (12, 6), backbone=family("registers, DINOv2"))
-    student.statistics_head = StatisticsHead(head, 32, True, lab.classes, 0)
+    student.statistics_head = StatisticsHead(head, 32, True, lab.classes)
     weight = student.statistics_head.weight
     weight.normal_(generator=torch.Generator().manual_seed(0)).div_(weight.shape[1] ** 0.5)
     assert_equal(lab, student)

@@ -196,11 +196,11 @@ def test_whole_or_not_at_all(bundle, tmp_path, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     written = []
 
-    def config_of_the_first(bundle, key, model):
+    def config_of_the_first(bundle, key, model, *more):
         written.append(key)
         if len(written) == 2:
             raise OSError("no space left on device")
-        return config(bundle, key, model)
+        return config(bundle, key, model, *more)
 
     monkeypatch.setattr(triton, "config", config_of_the_first)
     with pytest.raises(OSError, match="no space"):

@@ -162,8 +162,8 @@ def test_preset(plan_of):
     assert plan.learners == ("coda", "dualprompt", "l2p", "apt")
     assert (plan.distillers[0], plan.distillers[-1]) == ("none", "kdp")
     assert {d for d in plan.distillers if d != "none"} == {d for d, kind in DISTILLERS.items() if kind.needs_teacher}
-    assert names(plan)[0] == "vitb-vits-coda-none-0"
-    first = next(c for c in plan.cells if c.name == "vitl-vitb-apt-kdp-0").config
+    assert names(plan)[0] == "vitb-vits-coda-none-learned-0"
+    first = next(c for c in plan.cells if c.name == "vitl-vitb-apt-kdp-learned-0").config
     assert (first.teacher, first.student) == (presets.VIT_L, presets.VIT_B)
     assert (first.tasks, first.batch_size, first.epochs, first.learning_rate) == (10, 64, 20, 1e-3)
     assert plan.departures == ()

@@ -65,7 +65,7 @@ def run_of(tmp_path, make_config):
 @heads
 @pytest.mark.parametrize("kd", [False, True])
 def test_the_module_is_the_numpy_head(head, kd):
-    module = StatisticsHead(head, 8, kd, 6, 3)
+    module = StatisticsHead(head, 8, kd, 6)
     width = 8 * (3 if kd else 2)
     assert module.map.parts == (("class", "kd", "patches") if kd else ("class", "patches"))
     rng = np.random.default_rng(0)
