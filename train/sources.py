@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,9 @@ def fetch(source: str, repository: str, name: str) -> Path | None:
         return None
     except Exception as error:  # the libraries below it change: their errors have no common class
         status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is None:  # nobody answered: what is in the cache will do
+            with suppress(LocalEntryNotFoundError):
+                return Path(hf_hub_download(repository, name, revision=revision or None, local_files_only=True))
         raise refused(error, login if status in (401, 403) else fix) from error
 
 
