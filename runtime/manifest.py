@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{manifest_path}: written by a newer cdl-edge",
             got=f"schema {schema}",
             expected=f"schema {SCHEMA} or older",
-            fix="upgrade cdl-edge: pip install --upgrade cdl-edge",
+            fix="upgrade cdl-edge: install a newer wheel, or `pip install .` in newer sources",
         )
     try:
         same_text = canonical(document).encode("utf-8") == text

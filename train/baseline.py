@@ -53,9 +53,10 @@ class FrozenBaseline:
 
     def learn(self, task: int, images: Images, first: int, classes: list[str]) -> None:
         """The statistics of a task, 0-based. first: label of its first class; classes: names in the order of labels."""
-        x = self.features(images)
+        own = images.labels >= first
+        x, labels = self.features(images)[own], images.labels[own] - first
         for head, map in self.maps.items():
-            part = ClassStatistics.of(map, x, images.labels - first, classes)
+            part = ClassStatistics.of(map, x, labels, classes)
             self.keeper.add(f"frozen-{head}", task + 1, part)
 
     def measure(self, val: Iterable[Images]) -> dict[str, Any]:

@@ -37,8 +37,10 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         return value
 
     tree = json.dumps(flatten(state, "state"))
+    # One entry of metadata: safetensors writes several in any order, and the same state must give the same bytes.
+    signed = json.dumps({"tree": tree, "sha256": _checksum(tree, tensors)})
     with atomic_file(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={"tree": tree, "sha256": _checksum(tree, tensors)})
+        save_file(tensors, temporary, metadata={"state": signed})
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
+            metadata = json.loads(metadata["state"]) if "state" in metadata else metadata  # before 2026-11-27: two
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         tree = json.loads(metadata["tree"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -36,14 +36,6 @@ class TrainConfig:
     "backbone: full timm tag | hf-hub:ORG/NAME | local-dir:PATH | file:PATH.safetensors | builtin:teacher"
     student: str = "builtin:student"
     "backbone of the student, likewise"
-    teacher_arch: str | None = None
-    "timm model whose weights `teacher` is; for a file that does not say so itself"
-    student_arch: str | None = None
-    "likewise of `student`"
-    image_size: int | None = None
-    "side of the images of teacher and student, pixels; None: what each backbone was trained with"
-    teacher_image_size: int | None = None
-    "of the teacher's images alone; None: image_size"
     learner: str = "coda"
     "prompt learner, of teacher and student"
     distill: str = "auto"
@@ -114,6 +106,14 @@ class TrainConfig:
     "finished run that this one goes on from: `tasks` are then the new ones (None: 1); see extend.py"
     devices: str = "auto"
     "auto: CUDA if there is one, otherwise CPU; or cpu | cuda"
+    teacher_arch: str | None = None
+    "timm model whose weights `teacher` is; for a file that does not say so itself"
+    student_arch: str | None = None
+    "likewise of `student`"
+    image_size: int | None = None
+    "side of the images of teacher and student, pixels; None: what each backbone was trained with"
+    teacher_image_size: int | None = None
+    "of the teacher's images alone; None: image_size"
 
     def __post_init__(self) -> None:
         for field in fields(self):  # a JSON file may hold anything
@@ -166,6 +166,10 @@ class TrainConfig:
 
     def _check_pair(self) -> None:
         """Refuse a distiller that makes no sense with the learner."""
+        if self.learner == "frozen" and self.distill != "none":
+            raise InputError(
+                "--learner frozen has nothing that could be taught", got=f"--distill {self.distill}", expected="none"
+            )
         distiller = DISTILLERS[self.distill]
         if distiller.learners is not None and self.learner not in distiller.learners:
             raise InputError(
@@ -195,10 +199,6 @@ class TrainConfig:
                     fix=f"leave --{name} out",
                 )
 
-        if self.learner == "frozen" and self.distill != "none":
-            raise InputError(
-                "--learner frozen has nothing that could be taught", got=f"--distill {self.distill}", expected="none"
-            )
         if LEARNERS[self.learner].whole_network and self.head != "learned":
             raise InputError(
                 f"--learner {self.learner} changes the features of earlier classes, and their statistics with them",

@@ -220,11 +220,14 @@ class _Training:
         """The statistics of a task's classes, and every head made new from those of all tasks so far."""
         classes, first = self.scenario.classes_of(self.dataset), self.scenario.tasks[task][0]
         names = classes[first : self.scenario.seen(task)]
+        own = images.labels >= first  # M2KD's exemplars of earlier classes are in their statistics already
         for name, model in self.models.items():
             head = model.statistics_head
             if head is not None:
                 x = as_numpy(features_of(images, name))
-                self.statistics.add(name, task + 1, ClassStatistics.of(head.map, x, images.labels - first, names))
+                self.statistics.add(
+                    name, task + 1, ClassStatistics.of(head.map, x[own], images.labels[own] - first, names)
+                )
                 head.set(make(self.config.head, self.statistics.totals[name], self.config.seed))
         if self.baseline is not None:
             self.baseline.learn(task, images, first, names)

@@ -75,5 +75,6 @@ def test_forgetting_needs_images_of_the_last_task_and_of_an_earlier_one(accuraci
 
 def test_every_number_is_defined():
     one = Measured([50.0, 40.0], 50.0, 0.5, 1.0)
-    said = {*one.to_json(), *compare(one, one), "agreement"} - {"average_accuracy"}
+    verdicts = {"agreement", "paired", "gate", "shortfall"}
+    said = {*one.to_json(), *compare(one, one), *verdicts} - {"average_accuracy"}
     assert {name.removesuffix("_shift") for name in said} == set(DEFINITIONS)

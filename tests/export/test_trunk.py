@@ -35,4 +35,4 @@ def test_profiles(lab, hybrid, size, profile):
     graph = lab.export(student, profile=PROFILES[profile], preprocessing=preprocessing)
     got, expected = graph.each(pixels)["logits"], lab.truth(student, pixels, preprocessing)["logits"]
     assert got.shape == expected.shape and np.abs(got - expected).max() < 1e-4
-    assert np.abs(expected[0] - expected[1]).max() > 1e-2  # pixels matter
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3  # pixels matter

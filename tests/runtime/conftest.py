@@ -154,7 +154,7 @@ def make_bundle(tmp_path: Path) -> BundleMaker:
             "backbone.bin": parts / "backbone.bin",
             "prompts.bin": parts / "prompts.bin",
         }
-        return write_bundle(tmp_path / name, make_manifest(**changes), files)
+        return write_bundle(tmp_path / name, make_manifest(**changes), files, True)
 
     return make
 

@@ -109,7 +109,7 @@ def make_two_pass(tmp_path, manifest):
             fields |= {"confidence": DOCUMENT, "selections": SELECTIONS}
             means = {n: MEANS["prompt_weights"] * (1 + i) for i, n in enumerate(names)}
             files[SELECTIONS] = pack_selections(means)
-        return write_bundle(tmp_path / f"two-pass-{mapped}-{dynamic}-{recorded}", fields, files)
+        return write_bundle(tmp_path / f"two-pass-{mapped}-{dynamic}-{recorded}", fields, files, True)
 
     return make
 

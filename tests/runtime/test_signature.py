@@ -93,5 +93,5 @@ def test_without_the_package(tmp_path, monkeypatch):
         return original(name, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(InputError, match="pip install 'cryptography"):
+    with pytest.raises(InputError, match=r"pip install 'cdl-edge\[sign\]"):
         read_public_key(tmp_path / "public.pem")

@@ -67,7 +67,7 @@ def refused(config, *words, resume=True):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
 # -- the images -------------------------------------------------------------------------------------------------------

@@ -274,9 +274,12 @@ def test_fused_kernels_are_off_only_where_they_must_be(make_bundle, monkeypatch,
 def test_an_operator_that_openvino_does_not_know(bundle):
     proto = onnx.load(str(bundle.graph()), load_external_data=False)
     proto.graph.node[0].op_type = "Nonsense"
-    bundle.graph().write_bytes(proto.SerializeToString())
+    files = {name: bundle.path / name for name in bundle.manifest["files"]}
+    odd = write_bundle(
+        bundle.path.parent / "odd", bundle.manifest, {**files, "student.onnx": proto.SerializeToString()}
+    )
     with pytest.raises(InputError, match="cannot compile the graph") as caught:
-        load(bundle, "openvino", threads=1)
+        load(odd, "openvino", threads=1)
     got = next(line for line in str(caught.value).splitlines() if line.strip().startswith("got:"))
     assert "Exception from" not in got
 

@@ -12,7 +12,7 @@ def spec(**changes):
 
 
 def test_the_learners_are_there():
-    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt", "finetune"]
+    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt", "finetune", "frozen"]
 
 
 def test_cosine_is_a_table_of_cosines():
@@ -45,7 +45,8 @@ def test_the_interface(name):
             dependent.append(block)
     assert tuple(dependent) == learner.blocks()
     assert learner.at_block(5, query, False) is None or name == "apt"
-    assert learner.selection["kind"] == {"coda": "weighted", "apt": "none", "finetune": "none"}.get(name, "top-k")
+    without = dict.fromkeys(("apt", "finetune", "frozen"), "none")
+    assert learner.selection["kind"] == {"coda": "weighted", **without}.get(name, "top-k")
 
 
 @pytest.mark.parametrize("name", LEARNERS)

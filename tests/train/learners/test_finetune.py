@@ -176,5 +176,5 @@ def test_its_export_is_equal(finished, tmp_path, dynamic_batch):
 
 
 def test_the_interface():
-    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt", "finetune"]
+    assert list(LEARNERS) == ["l2p", "dualprompt", "coda", "apt", "finetune", "frozen"]
     assert [n for n, learner in LEARNERS.items() if learner.whole_network] == ["finetune"]
