@@ -47,7 +47,9 @@ def slda_by_hand(x, labels):
     rho = min(1.0, ((1 - 2 / p) * t2 + t**2) / ((n + 1 - 2 / p) * (t2 - t**2 / p)))
     inverse = np.linalg.inv((1 - rho) * s + rho * t / p * np.eye(p))
     logits = np.array([[row @ inverse @ m - m @ inverse @ m / 2 for m in means] for row in x])
-    return logits, rho
+    own = np.array([[c @ inverse @ m - m @ inverse @ m / 2 for m in means] for c in means])
+    gap = np.mean([own[i, i] - own[i].mean() for i in range(CLASSES)])
+    return logits * min(1.0, heads.GAP / gap), rho
 
 
 def ranpac_by_hand(x, labels):

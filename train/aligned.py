@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..class_statistics import ClassStatistics
-from ..heads import LinearMap, shrinkage, slda
+from ..heads import LinearMap, moderate, shrinkage, slda
 
 DRAWN = 128
 "features of each class in an epoch"
@@ -47,4 +47,4 @@ def align(statistics: ClassStatistics, seed: int) -> LinearMap:
             optimiser.step()
             steps += 1
     found = np.linalg.solve(root.T, weight.detach().double().numpy().T).T
-    return LinearMap(found, bias.detach().double().numpy(), share)
+    return LinearMap(*moderate(found, bias.detach().double().numpy(), statistics.means), share)

@@ -1,6 +1,7 @@
 """Pre-training of blocks behind a frozen trunk, on a handful of pictures and random checkpoints."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
     assert made["epochs"] == 2 and made["data"]["train"] == 8 and 0 <= made["val_accuracy"] <= 100
     got = load_backbone(f"file:{tmp_path / 'a' / 'w.safetensors'}")
     assert (got.width, got.depth, got.grid, got.preprocessing.size) == (16, 2, 2, 64)
-    trunk, _ = load_trunk("efficientnet_lite0", weights[0])
+    trunk, _ = load_trunk("efficientnet_lite0", Path(weights[0]))
     x = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     expected = trunk(x)
     assert (got.model.patch_embed.backbone(x) - expected).abs().max() < 0.02 * expected.abs().max()  # kept in fp16
