@@ -379,7 +379,8 @@ def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
         assert [u["image"] for u in answer.json["unreadable"]] == [str(tmp_path / name)]
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    empty = struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + empty)
     cli("predict", bundle[0], tmp_path / "huge.png").assert_refused("too large")
 
 

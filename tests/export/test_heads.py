@@ -112,13 +112,13 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
         assert np.abs(answers(tmp_path / name) - truth(source)).max() < TOLERANCE
         assert statistics_of(tmp_path / name)[0].manifest["statistics"] == "statistics.npz"
     new, expected = tmp_path / "new", truth(tmp_path / "more")
-    int8 = answers(new, "int8-x86")
+    int8 = answers(new, "int8")
     assert np.abs(int8 - expected).mean() < 0.3 * np.ptp(expected)  # of 16 channels, 8 bits are coarse
     device = tmp_path / "device"
     shutil.copytree(tmp_path / "old", device)
     create(tmp_path / "old", new, tmp_path / "update.pack")
     install(tmp_path / "update.pack", device, threads=1)
-    assert np.array_equal(answers(device), answers(new)) and np.array_equal(answers(device, "int8-x86"), int8)
+    assert np.array_equal(answers(device), answers(new)) and np.array_equal(answers(device, "int8"), int8)
     opened, held = statistics_of(device)
     assert held.classes == opened.classes and len(held.classes) == 6
     assert sha256(opened.path / "statistics.npz") == sha256(tmp_path / "more" / "statistics" / "student-3.npz")

@@ -90,7 +90,7 @@ def test_what_tensorrt_inside_of_onnxruntime_is_asked_for(bundle, make_bundle, t
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*GPU.values(), "CPUExecutionProvider"])
     folders = []
-    for opened in (bundle, make_bundle(graph={"bias": tiny.BIAS + 1})):
+    for opened in (bundle, make_bundle("other", graph={"bias": tiny.BIAS + 1})):
         with load(opened, "ort-tensorrt", threads=1) as runner:
             (name, options), *behind = runner._session.asked
             assert (name, behind) == (GPU["ort-tensorrt"], [GPU["cuda"], "CPUExecutionProvider"])
