@@ -59,7 +59,7 @@ def embed(vit: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def pooling(vit: VisionTransformer) -> Tensor:
-    """float32 (4, P): what the patches of an image are multiplied by to become the last four of closed_form.feature_parts.
+    """float32 (4, P): what makes the last four of closed_form.feature_parts of the patches of an image.
 
     Their mean says what is seen; CONTRAST times the difference of lower and upper half, of right and left half, and of
     the two diagonals says where. P patches lie row by row; of an odd number the one in the middle is in neither half.
