@@ -75,6 +75,8 @@ def serve(
         handle = Handle(bundle, backend, threads, precision, runners, queue, limit_s)
         packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
         server = Server(handle, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
+        stack.callback(server.decoders.close)
+        server.decoders.start()
         config = uvicorn.Config(
             build_app(server, watch),
             http=Guard(server.metrics).protocol(),
