@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,13 @@ from cdl_edge.runtime import packs
 
 
 @pytest.fixture(scope="module")
-def attack():
-    path = Path(__file__).parents[2] / "benchmarks" / "attack.py"
-    spec = importlib.util.spec_from_file_location("attack_suite", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def attack(root):
+    """benchmarks/attack_files.py as a module."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    try:
+        return importlib.import_module("attack_files")
+    finally:
+        sys.path.pop(0)
 
 
 def test_changed_bundles(attack, make_version, tmp_path):
