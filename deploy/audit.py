@@ -37,7 +37,7 @@ def verdict(document: dict[str, Any] | None, messages: str) -> tuple[list[str], 
     lines = [f"{len(audited)} of {len(packages)} packages audited"]
     lines += [f"  not audited: {package['name']}" for package in packages if "skip_reason" in package][:3]
     weak = [
-        f"  {package['name']} {package['version']}: {found['id']}, mended in {' '.join(found['fix_versions']) or 'none'}"
+        f"  {package['name']} {package['version']}: {found['id']}, mended: {' '.join(found['fix_versions']) or 'none'}"
         for package in audited
         for found in package["vulns"]
     ]

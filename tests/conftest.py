@@ -69,6 +69,12 @@ def pytest_pycollect_makeitem() -> Any:
     return made
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Secrets that tests make are kept in a folder of theirs."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root, which is the package."""

@@ -65,7 +65,7 @@ def test_a_known_weakness_fails_the_audit(audit):
     unknown = {"name": "c", "skip_reason": "not found"}
     lines, fine = audit.verdict({"dependencies": [weak, sound, unknown]}, "")
     assert not fine and lines[0] == "2 of 3 packages audited"
-    assert "a 1.0: CVE-1, mended in 1.1" in "".join(lines) and "not audited: c" in "".join(lines)
+    assert "a 1.0: CVE-1, mended: 1.1" in "".join(lines) and "not audited: c" in "".join(lines)
     assert audit.verdict({"dependencies": [sound]}, "")[1]
 
 

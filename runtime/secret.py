@@ -1,13 +1,20 @@
-"""The token that packs are installed with: given, or made once and kept where only this user reads it."""
+"""Secrets of this user on this device: made once, and kept where only the user reads them.
+
+The token that packs are installed with, and the key that engines are sealed with.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import os
 import secrets
 import stat
 from pathlib import Path
+from typing import Any
 
-from ...errors import InputError
+from ..errors import InputError
 
 LEAST = 16
 "characters of a token; a made one has 43, for 256 bits"
@@ -17,9 +24,36 @@ def default_file() -> Path:
     """Where a made token is kept: the service's state (systemd), else that of the user."""
     if state := os.environ.get("STATE_DIRECTORY", "").split(":")[0]:
         return Path(state) / "token"
+    return state_folder() / "token"
+
+
+def state_folder() -> Path:
+    """Of this user, whether a service or a command of the shell runs. Raises: RuntimeError for a user without a home."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if state else Path.home() / ".local" / "state"
-    return base / "cdl-edge" / "token"
+    return (Path(state) if state else Path.home() / ".local" / "state") / "cdl-edge"
+
+
+def seal(document: dict[str, Any]) -> str:
+    """Hex HMAC-SHA256 of a JSON document under the key of this user on this device; its "seal" does not count.
+
+    The key is in the file that the environment variable CDL_EDGE_ENGINE_KEY names, else in `state_folder`; it is made
+    there at the first call. Whoever has the same file makes the same seals.
+
+    Raises: InputError, as `kept`.
+    """
+    try:
+        path = Path(os.environ.get("CDL_EDGE_ENGINE_KEY") or state_folder() / "engine-key")
+    except RuntimeError as error:
+        raise InputError(
+            "there is no place for a key", got=str(error), fix="set CDL_EDGE_ENGINE_KEY to a file of this user"
+        ) from error
+    plain = {key: value for key, value in document.items() if key != "seal"}
+    return hmac.new(kept(path)[0].encode(), json.dumps(plain, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+
+
+def is_sealed(document: dict[str, Any]) -> bool:
+    """Whether `seal` of this user made the document's "seal". Raises: InputError, as `kept`."""
+    return hmac.compare_digest(str(document.get("seal", "")).encode("utf-8", "replace"), seal(document).encode())
 
 
 def checked(token: str) -> str:
@@ -35,9 +69,9 @@ def checked(token: str) -> str:
 
 
 def kept(path: Path) -> tuple[str, bool]:
-    """The token in this file, and whether it was made just now.
+    """The secret in this file, and whether it was made just now.
 
-    Raises: InputError for a file that others may read, that is another user's or no token, or cannot be written.
+    Raises: InputError for a file that others may read, that is another user's or no secret, or cannot be written.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,9 +85,10 @@ def kept(path: Path) -> tuple[str, bool]:
         return token, True
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise InputError(
-            f"{path}: no token can be kept here",
+            f"{path}: no secret can be kept here",
             got=str(error),
-            fix="give --token-file FILE, or the environment variable CDL_EDGE_TOKEN",
+            fix="for the token of packs: --token-file FILE, or the environment variable CDL_EDGE_TOKEN; for the key of "
+            "engines: the environment variable CDL_EDGE_ENGINE_KEY, which names a file",
         ) from error
 
 
