@@ -28,9 +28,34 @@ def default_file() -> Path:
 
 
 def state_folder() -> Path:
-    """Of this user, whether a service or a command of the shell runs. Raises: RuntimeError for a user without a home."""
+    """Of this user, for services and commands alike. Raises: RuntimeError for a user without a home."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if state else Path.home() / ".local" / "state") / "cdl-edge"
+
+
+def private_folder(name: str) -> Path:
+    """A folder in `state_folder` that only this user reads and writes; made where it is not there.
+
+    Raises: InputError where there can be none, or others may write to it.
+    """
+    try:
+        folder = state_folder() / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"no folder {name!r} of this user alone can be made",
+            got=str(error),
+            fix="set XDG_STATE_HOME to a folder of this user",
+        ) from error
+    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022):
+        raise InputError(
+            f"{folder}: others may write here",
+            got=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
+            expected=f"mode 700, user {os.geteuid()}",
+            fix=f"chmod 700 {folder}",
+        )
+    return folder
 
 
 def seal(document: dict[str, Any]) -> str:

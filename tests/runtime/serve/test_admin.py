@@ -12,10 +12,10 @@ import pytest
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle
 from cdl_edge.runtime.handle import version_name
+from cdl_edge.runtime.secret import default_file, kept
 from cdl_edge.runtime.serve import admin as admin_room
 from cdl_edge.runtime.serve import change, guard, listen_locally, serve
 from cdl_edge.runtime.serve.body import Limits
-from cdl_edge.runtime.secret import default_file, kept
 
 PNG = {"content-type": "image/png"}
 
