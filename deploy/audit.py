@@ -8,6 +8,7 @@ without advisories, gives no answer, it says so and ends with 0: that is no faul
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def verdict(document: dict[str, Any] | None, messages: str) -> tuple[list[str], 
 
 def main() -> int:
     """Returns: the exit code."""
+    if importlib.util.find_spec("pip_audit") is None:  # not the network's fault
+        print("pip-audit is not installed: pip install '.[dev]'")
+        return 1
     good = True
     for lock in [Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("*.lock")):
         lines, fine = verdict(*audit(lock))
