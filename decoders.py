@@ -145,8 +145,8 @@ class _Process:
         with theirs:
             popen = subprocess.Popen(
                 [sys.executable, "-m", __name__],
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,  # decoders print there what they think of a file
                 cwd="/",
                 env=surroundings(),

@@ -66,7 +66,7 @@ def predict(
         for position, source in enumerate(sources[start : start + CHUNK], start):
             name = f"image {position}" if isinstance(source, (bytes, np.ndarray)) else str(source)
             try:
-                pixels.append(source if decoded else bundle.preprocessing.read(source))
+                pixels.append(np.asarray(source) if decoded else bundle.preprocessing.read(source))
                 names.append(name)
             except UnreadableImage as error:
                 unreadable.append({"image": name, "reason": " ".join(str(error).split())})

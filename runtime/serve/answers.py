@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -58,7 +59,7 @@ def _predictions(
     server: Server, runner: Runner, pictures: Sequence[tuple[str, bytes]], task: int | None, top: int, end: float
 ) -> dict[str, Any]:
     """As `runtime.predict.predict`, with the names of the files. end: of the time for the answer, time.monotonic()."""
-    pixels = []
+    pixels: list[np.ndarray] = []
     for name, content in pictures:
         left = end - time.monotonic()
         if left <= 0:
