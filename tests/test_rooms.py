@@ -22,6 +22,7 @@ BASE = (
     "class_statistics.py",
     "errors.py",
     "decoder.py",
+    "decoders.py",
     "heads.py",
     "images.py",
     "files.py",

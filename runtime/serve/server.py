@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ... import __version__
+from ...decoders import Decoders
 from ...errors import InputError
 from ..bundle import MANIFEST, open_bundle
 from ..handle import Busy, Handle, version_name
@@ -56,6 +57,8 @@ class Server:
     "held while the bundle on disk and the one in the handle may differ"
     say: Callable[[str], None] = print
     "gets a line for each exchange, and for each version that cannot be put in"
+    decoders: Decoders = field(default_factory=Decoders)
+    "where pictures are decoded; whoever makes this closes them"
     answered_at: float = 0.0
     "when a picture was classified last"
 
