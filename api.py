@@ -180,9 +180,9 @@ def evaluate(
 
         limit_threads(threads)
         return evaluate_run(Path(source), data, limit_per_class, split, say)
+    from .measurement.evaluate import evaluate as run
+    from .measurement.evaluate import fifths
     from .runtime import load
-    from .runtime.evaluate import evaluate as run
-    from .runtime.evaluate import fifths
 
     with load(source, backend, threads, precision=precision) as runner:
         return run(runner, data, limit_per_class, fifths("classified", say), split, say)
@@ -218,15 +218,15 @@ def predict(
 
 
 def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:
-    """Latency of one image a call, see runtime.profile.profile for the options."""
-    from .runtime.profile import profile as run
+    """Latency of one image a call, see measurement.profile.profile for the options."""
+    from .measurement.profile import profile as run
 
     return run(bundle, **options)
 
 
 def compare(a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
-    """Two files of `profile`: is B faster, or is it noise? See runtime.compare.compare for the options."""
-    from .runtime.compare import compare as run
+    """Two files of `profile`: is B faster, or is it noise? See measurement.compare.compare for the options."""
+    from .measurement.compare import compare as run
 
     return run(a, b, **options)
 
@@ -234,8 +234,8 @@ def compare(a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
 def create_pack(
     old: Path | str, new: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
 ) -> dict[str, Any]:
-    """BUNDLE, BUNDLE -> PACK, see runtime.packs.create."""
-    from .runtime.packs import create as run
+    """BUNDLE, BUNDLE -> PACK, see updates.packs.create."""
+    from .updates.packs import create as run
 
     return run(old, new, out, key, sequence)
 
@@ -243,36 +243,36 @@ def create_pack(
 def install_pack(
     pack: Path | str, bundle: Path | str, public_key: Path | None = None, **options: Any
 ) -> dict[str, Any]:
-    """PACK into BUNDLE, see runtime.packs.install; options: backend, threads."""
-    from .runtime.packs import install as run
+    """PACK into BUNDLE, see updates.packs.install; options: backend, threads."""
+    from .updates.packs import install as run
 
     return run(pack, bundle, public_key, **options)
 
 
 def rollback(bundle: Path | str, to: str | None = None, **options: Any) -> dict[str, Any]:
-    """A kept version of BUNDLE again, see runtime.packs.rollback; options: backend, threads."""
-    from .runtime.packs import rollback as run
+    """A kept version of BUNDLE again, see updates.packs.rollback; options: backend, threads."""
+    from .updates.packs import rollback as run
 
     return run(bundle, to, **options)
 
 
 def versions(bundle: Path | str) -> list[dict[str, Any]]:
-    """The versions of BUNDLE that are kept, oldest first, see runtime.packs.listed."""
-    from .runtime.packs import listed as run
+    """The versions of BUNDLE that are kept, oldest first, see updates.packs.listed."""
+    from .updates.packs import listed as run
 
     return run(bundle)
 
 
 def inspect(bundle: Path | str) -> dict[str, Any]:
     """What a bundle holds."""
-    from .runtime.inspect import inspect as run
+    from .measurement.inspect import inspect as run
 
     return run(bundle)
 
 
 def validate(bundle: Path | str, backend: str = "auto", precision: str | None = None) -> dict[str, Any]:
     """Check every hash, load the graph, run a picture through it."""
-    from .runtime.inspect import validate as run
+    from .measurement.inspect import validate as run
 
     return run(bundle, backend, precision=precision)
 
@@ -292,6 +292,6 @@ def report(
 
 def doctor() -> dict[str, Any]:
     """What this machine has and lacks."""
-    from .runtime.doctor import doctor as run
+    from .measurement.doctor import doctor as run
 
     return run()

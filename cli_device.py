@@ -146,7 +146,7 @@ def profile(
 ) -> None:
     """Latency of one image a call: decode and preprocess, compute, end to end."""
     from .display import latency_table
-    from .runtime.profile import profile as run
+    from .measurement.profile import profile as run
 
     result = run(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
     context = result["context"]
@@ -161,7 +161,7 @@ def profile(
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """What a bundle holds: classes, tasks, learner, sizes, parity, accuracy."""
-    from .runtime.inspect import inspect as run
+    from .measurement.inspect import inspect as run
 
     result = run(bundle)
     shown = {k: v for k, v in result.items() if k not in ("classes", "tasks", "files")}
@@ -177,7 +177,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @json_option
 def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
     """Check every hash, load the graph, run a picture through it."""
-    from .runtime.inspect import validate as run
+    from .measurement.inspect import validate as run
 
     result = run(bundle, backend, precision=precision)
     emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
@@ -197,7 +197,7 @@ def pack() -> None:
 @json_option
 def pack_create(old: Path, new: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
     """What turns bundle OLD into bundle NEW, on the same backbone."""
-    from .runtime.packs import create as run
+    from .updates.packs import create as run
 
     result = run(old, new, out, key, sequence)
     lines = [f"    {n}: {e['bytes']} of {e['of']} bytes, {e['encoding']}" for n, e in result["files"].items()]
@@ -218,7 +218,7 @@ def pack_install(
     pack_file: Path, bundle: Path, public_key: Path | None, backend: str, threads: int | None, as_json: bool
 ) -> None:
     """Verify, self-test, then swap BUNDLE's version atomically; the old one is kept."""
-    from .runtime.packs import install as run
+    from .updates.packs import install as run
 
     result = run(pack_file, bundle, public_key, backend, threads)
     text = f"{bundle}: {result['previous']} -> {result['version']}, signature {result['signature']}, self-test passed"
@@ -233,7 +233,7 @@ def pack_install(
 @json_option
 def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | None, as_json: bool) -> None:
     """Run a kept version again."""
-    from .runtime.packs import rollback as run
+    from .updates.packs import rollback as run
 
     result = run(bundle, to, backend, threads)
     emit(result, as_json, f"{bundle}: {result['previous']} -> {result['version']}, self-test passed")
@@ -244,7 +244,7 @@ def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | Non
 @json_option
 def pack_list(bundle: Path, as_json: bool) -> None:
     """The versions that are kept, oldest first."""
-    from .runtime.packs import listed as run
+    from .updates.packs import listed as run
 
     versions = run(bundle)
     lines = [
@@ -278,7 +278,7 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 @threads_option
 def serve(bundle: Path, **options: Any) -> None:
     """Answer over HTTP: predict, batch, health, metrics, the Open Inference Protocol, and a page to look at."""
-    from .runtime.serve import serve as run
+    from .server import serve as run
 
     run(bundle, say=say, **options)
 
@@ -287,7 +287,7 @@ def serve(bundle: Path, **options: Any) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """What this machine has, what is missing, and the command that mends it."""
-    from .runtime.doctor import doctor as run
+    from .measurement.doctor import doctor as run
 
     result = run()
     lines = []

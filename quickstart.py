@@ -38,9 +38,9 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     """
     from .calibrate.bundle import calibrate
     from .export import export
+    from .measurement.evaluate import evaluate
     from .report import write_report
     from .runtime import load
-    from .runtime.evaluate import evaluate
     from .train.config import TrainConfig
     from .train.loop import train
 

@@ -39,14 +39,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cdl_edge.artefacts.bundle import Bundle, open_bundle
+from cdl_edge.artefacts.manifest import MANIFEST, canonical, sealed
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
-from cdl_edge.runtime import load, packs
-from cdl_edge.runtime.bundle import Bundle, open_bundle
-from cdl_edge.runtime.inspect import inspect
-from cdl_edge.runtime.manifest import MANIFEST, canonical, sealed
-from cdl_edge.runtime.packfile import open_pack, write_pack
+from cdl_edge.measurement.inspect import inspect
+from cdl_edge.runtime import load
 from cdl_edge.runtime.predict import predict
+from cdl_edge.updates import packs
+from cdl_edge.updates.packfile import open_pack, write_pack
 
 BATCH = 50
 "cases that share a process"

@@ -151,7 +151,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     given = parser.parse_args()
 
-    from cdl_edge.runtime.profile import synthetic_jpeg
+    from cdl_edge.measurement.profile import synthetic_jpeg
 
     picture, stop = synthetic_jpeg(), threading.Event()
     command = [sys.executable, "-m", "cdl_edge.cli", "serve", str(given.bundle), "--port", "0", "--name", "attacked"]

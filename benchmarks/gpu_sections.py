@@ -284,8 +284,8 @@ def engines(job: dict[str, Any], notes: Notes) -> None:
 
 def in_engine(bundle: Path, backend: str, precision: str, runs: int) -> dict[str, Any]:
     """Parity with torch's answers to the self-test, latency of one image, and what it says it computes in."""
+    from cdl_edge.measurement.profile import profile
     from cdl_edge.runtime import load, open_bundle
-    from cdl_edge.runtime.profile import profile
     from cdl_edge.runtime.selftest import prove, reference
 
     opened = open_bundle(bundle)

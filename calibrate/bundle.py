@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
 from ..errors import InputError, choose
 from ..files import workspace
 from ..ranges import Ranges, TensorRange, merge_tensors
-from ..runtime.bundle import Bundle, check_target, open_bundle, write_bundle
 from .collect import collect
 from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
 from .floor import recommend, some_of
@@ -56,7 +56,7 @@ def calibrate(
 
     Args:
         bundle: as `export` wrote it. out: a new or empty folder; with `replace` also a bundle, see
-            runtime.bundle.foreign.
+            artefacts.bundle.foreign.
         data: image source, see data.load_dataset: all classes, or those whose images are still there. Its training
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
 from ..data import Split, held_out_early, load_dataset
 from ..errors import InputError
-from ..runtime.bundle import Bundle
 
 FEW = 32
 "calibration images below which a warning is given; 500 are the usual advice (design/EDGE.md, 4)"

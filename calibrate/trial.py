@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ..artefacts.bundle import Bundle
 from ..ranges import TensorRange
-from ..runtime.bundle import Bundle
 from .flavours import Flavour
 from .floor import FEW, shortfall
 from .measure import compare, measure

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import cdl_edge.runtime as runtime
-from cdl_edge.runtime import packs
+from cdl_edge.updates import packs
 
 
 def main(old: str, new: str, device: str) -> list[str]:

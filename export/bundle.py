@@ -14,14 +14,14 @@ import numpy as np
 import onnx
 
 from .. import __version__
+from ..artefacts.bundle import Bundle, check_target, write_bundle
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
+from ..machine import version_of
+from ..measurement.evaluate import evaluate, fifths
 from ..runtime import load
-from ..runtime.bundle import Bundle, check_target, write_bundle
 from ..runtime.confidence import SELECTIONS, fit, pack_selections
-from ..runtime.evaluate import evaluate, fifths
-from ..runtime.machine import version_of
 from ..runtime.runner import Runner
 from ..train.closed_form import load_statistics, statistics_file
 from ..train.run import Run, load_run
@@ -53,7 +53,7 @@ def export(
     """Fold a finished run's student into a bundle.
 
     Args:
-        run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see runtime.bundle.foreign.
+        run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see artefacts.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
         data: where the run's images are now, if they have moved. say: gets a line for each step.

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..artefacts.bundle import Bundle, Shape
+from ..artefacts.external import external_files
 from ..errors import InputError
 from ..files import PREFIX, atomic_folder, check_out, sha256
-from ..runtime.bundle import Bundle, Shape
-from ..runtime.external import external_files
 
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 MARK = "cdl_edge.manifest_sha256"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
-from ..runtime.bundle import Bundle
 from .words import PARITY
 
 SCHEMA = 1

@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 
 from .. import __version__
+from ..artefacts.bundle import Bundle, open_bundle
 from ..errors import InputError
 from ..files import write_text
-from ..runtime.bundle import Bundle, open_bundle
 from .charts import HEAT_DARK, HEAT_LIGHT, ink
 from .documents import (
     check_measured,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..runtime.bundle import Bundle
-from ..runtime.external import external_records
+from ..artefacts.bundle import Bundle
+from ..artefacts.external import external_records
 from .words import label_text, ms_text, power_text, size_text
 
 MOST_SENSITIVE = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..artefacts.bundle import Bundle
 from .charts import heat_cell, heat_domain, histogram_chart, line_chart
 from .mistakes import chance
 from .words import (

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays import read_npz
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
-from .bundle import Bundle
 
 SELECTIONS = "selections.npz"
 "file of a bundle: for each weights input of the prompted graph its mean over each task's images, float32 (T, L, K)"

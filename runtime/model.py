@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
+from ..artefacts.external import external_files, external_records, inlined, used_names
 from ..errors import InputError
-from .bundle import Bundle
-from .external import external_files, external_records, inlined, used_names
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, open_bundle
 from ..errors import InputError, choose
-from .bundle import Bundle, open_bundle
 from .confidence import WEIGHTS, Confidence
 from .runner import Outputs, Runner, check_images
 from .scene import SceneChange
@@ -280,7 +280,7 @@ def open_policy(
 
     Raises: InputError, as load and Selector; also for `pinned` with nothing to pin.
     """
-    from . import load
+    from .loader import load
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify)
     names = needed(opened, policy)

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, Shape
 from ..cores import default_threads
 from ..errors import InputError, choose
-from .bundle import Bundle, Shape
 from .confidence import Confidence
 from .model import read_model
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
-from . import load
-from .bundle import Bundle
+from .loader import load
 from .runner import Runner
 
 TOLERANCE = 1e-3

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 from ..cores import usable_cores
 from ..errors import InputError
 from ..files import hold
-from ..runtime.machine import read_line
+from ..machine import read_line
 
 if TYPE_CHECKING:
     from .grid import Cell  # which imports all of training

@@ -590,7 +590,7 @@ def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
 
 def test_a_bug_keeps_its_trace(monkeypatch):
     code = (
-        "import sys, cdl_edge.runtime.doctor as d\nfrom cdl_edge.cli import main\n"
+        "import sys, cdl_edge.measurement.doctor as d\nfrom cdl_edge.cli import main\n"
         "def broken(): raise ZeroDivisionError('a bug')\n"
         "d.doctor = broken\nsys.argv = ['cdl-edge', 'doctor']\nmain()"
     )

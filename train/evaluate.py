@@ -75,7 +75,7 @@ def evaluate_run(
     split: str = "auto",
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy per task of a finished run's student in torch; the same document as `runtime.evaluate`.
+    """Accuracy per task of a finished run's student in torch; the same document as `measurement.evaluate`.
 
     split: one of data.SCORED. say: told what is read. Raises: InputError when the source has no class of the run.
     """

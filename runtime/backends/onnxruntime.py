@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...artefacts.bundle import Bundle
 from ...errors import InputError, choose
-from ..bundle import Bundle
-from ..machine import cuda_driver
+from ...machine import cuda_driver
 from ..runner import Runner, Value, check_threads
 
 PROVIDERS = {

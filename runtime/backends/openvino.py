@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...artefacts.bundle import Bundle
 from ...cores import usable_cores
 from ...errors import InputError
 from ...extras import command
-from ..bundle import Bundle
 from ..runner import PRECISIONS, Runner, Value, check_threads
 
 DEVICE = "CPU"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..external import Record, external_records
+from ...artefacts.external import Record, external_records
 from .product import logger
 from .session import deserialise
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...artefacts.bundle import Bundle, Signature
+from ...artefacts.external import external_files, graph_digest
 from ...errors import InputError
 from .. import selftest
-from ..bundle import Bundle, Signature
-from ..external import external_files, graph_digest
 from ..runner import Value
 from . import achieved, sidecar
 from .build import Options, build

@@ -14,6 +14,7 @@ import cdl_edge.calibrate.bundle as module
 import cdl_edge.calibrate.floor as floor
 import cdl_edge.calibrate.latency as latency
 import cdl_edge.calibrate.trial as trial
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.calibrate import GateError
 from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.calibrate.collect import collect
@@ -24,7 +25,6 @@ from cdl_edge.errors import InputError
 from cdl_edge.files import sha256
 from cdl_edge.ranges import Ranges, TaskRanges
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.bundle import write_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def test_all_images(exported, source, tmp_path, lines):
     recorded = open_bundle(exported()).manifest["accuracy"]["per_task"]
     assert found["before"]["per_task"] == pytest.approx(recorded)
     with load(tmp_path / "out", precision="int8") as runner:
-        from cdl_edge.runtime.evaluate import evaluate
+        from cdl_edge.measurement.evaluate import evaluate
 
         measured = evaluate(runner, source)
     assert found["after"]["per_task"] == pytest.approx(measured["per_task"])
@@ -274,7 +274,7 @@ def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_pat
     assert max(found["drop"]["per_task"]) <= worst / 2
     assert any("looking for layers" in line for line in lines)
     with load(tmp_path / "out", precision="int8") as runner:
-        from cdl_edge.runtime.evaluate import evaluate
+        from cdl_edge.measurement.evaluate import evaluate
 
         assert evaluate(runner, source)["per_task"] == pytest.approx(found["after"]["per_task"])
 

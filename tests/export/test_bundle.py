@@ -15,9 +15,9 @@ from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.export import ParityError, export
 from cdl_edge.files import sha256
+from cdl_edge.measurement.evaluate import evaluate
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.confidence import Confidence
-from cdl_edge.runtime.evaluate import evaluate
 from cdl_edge.runtime.policy import open_policy
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.evaluate import evaluate_run

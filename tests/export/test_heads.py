@@ -16,13 +16,13 @@ from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.handle import Handle
-from cdl_edge.runtime.packs import create, install
+from cdl_edge.server.handle import Handle
 from cdl_edge.train.closed_form import STATISTICS_HEADS
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.extend import inherit
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
+from cdl_edge.updates.packs import create, install
 
 LEARNERS = {
     "frozen": {"learner": "frozen"},

@@ -11,13 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.export import triton
 from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import assemble
 from cdl_edge.export.triton import config, write_repository
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.bundle import write_bundle
 
 CLASSES = ["Bäume", 'a "quoted" one', "back\\slash", "tree", "street", "sky", "it's"]
 

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.report import write_report
 from cdl_edge.report.quantisation import _latency, change_text
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
 
 
 def graph(*constants: tuple[str, int, int]) -> bytes:

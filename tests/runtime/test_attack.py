@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cdl_edge.runtime import packs
+from cdl_edge.updates import packs
 
 
 @pytest.fixture(scope="module")

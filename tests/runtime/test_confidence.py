@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.bundle import write_bundle
 from cdl_edge.runtime.confidence import SELECTIONS, Confidence, cosines, energy, fit, pack_selections
 
 TASKS = ((0, 1), (2, 3))

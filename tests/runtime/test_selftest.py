@@ -7,9 +7,9 @@ import io
 import numpy as np
 import pytest
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
 from cdl_edge.runtime.selftest import LIMITS, GateError, check, prove, prove_finite, reference, self_test
 
 IMAGES = {"images": np.zeros((20, 8, 8, 3), np.uint8)}

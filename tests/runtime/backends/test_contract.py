@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
+from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
-from cdl_edge.runtime.machine import cuda_driver
 
 GPU = pytest.mark.gpu
 

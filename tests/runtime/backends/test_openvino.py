@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import openvino as room
-from cdl_edge.runtime.bundle import write_bundle
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cdl-edge[openvino]'")
 OFFERED = room.precisions(room.core())

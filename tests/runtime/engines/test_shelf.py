@@ -12,11 +12,11 @@ import json
 import numpy as np
 import pytest
 
+from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import tensorrt as backend
 from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
-from cdl_edge.runtime.bundle import open_bundle
 from cdl_edge.runtime.engines import product
 from cdl_edge.runtime.engines.build import Options
 from cdl_edge.runtime.engines.product import Gpu
