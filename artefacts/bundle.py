@@ -20,12 +20,12 @@ from ..arrays import Wanted, read_npz
 from ..errors import InputError
 from ..files import atomic_folder, check_out, sha256
 from ..images import Preprocessing
+from .layout import BUNDLE_SCHEMA, MANIFEST
 from .manifest import (
     AGAIN,
-    MANIFEST,
-    SCHEMA,
+    FileRecord,
+    Manifest,
     canonical,
-    check_manifest,
     check_names,
     is_count,
     manifest_field,
@@ -59,8 +59,8 @@ class Bundle:
 
     path: Path
     "the folder"
-    manifest: dict[str, Any]
-    "the parsed manifest.json"
+    manifest: Manifest
+    "manifest.json"
     _contents: WeakValueDictionary[str, np.ndarray] = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
     )
@@ -69,58 +69,52 @@ class Bundle:
     @property
     def name(self) -> str:
         """The bundle's own name, its folder's name when it has none."""
-        return str(self.manifest.get("name") or self.path.resolve().name)
+        return str(self.manifest.name or self.path.resolve().name)
 
-    @cached_property
+    @property
     def classes(self) -> tuple[str, ...]:
         """Class names in the order of the logits."""
-        return tuple(self.manifest["classes"])
+        return self.manifest.classes
 
-    @cached_property
+    @property
     def tasks(self) -> tuple[tuple[int, ...], ...]:
         """For each task, in learned order, the indices of its classes."""
-        return tuple(tuple(task) for task in self.manifest["tasks"])
+        return self.manifest.tasks
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes the graph's uint8 input."""
-        return Preprocessing.from_json(self.manifest["input"]["preprocessing"])
+        return Preprocessing.from_json(dict(self.manifest.input.preprocessing))
 
     @property
     def batch(self) -> int | None:
         """Images in one call of the graph; None when any number goes."""
-        fields = self.manifest["input"]
-        return None if fields.get("dynamic_batch") else int(fields["shape"][0])
+        return None if self.manifest.input.dynamic_batch else self.manifest.input.shape[0]
 
     @property
     def two_pass(self) -> bool:
         """Whether a query pass selects the prompts of the second one."""
-        return self.manifest.get("query") == "two-pass"
+        return self.manifest.query == "two-pass"
 
     @property
     def selection(self) -> dict[str, Any]:
         """How `runtime.select` reads prompt_weights: {"kind", "k", "blocks"}."""
-        return dict(self.manifest.get("selection") or {"kind": "none"})
+        return dict(self.manifest.selection)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all listed files, the manifest left out."""
-        return sum(int(entry["bytes"]) for entry in self.manifest["files"].values())
+        return sum(entry.bytes for entry in self.manifest.files.values())
 
     def signature(self, name: str = "student") -> Signature:
         """Inputs and outputs of one of the graphs."""
-        fields, signatures = self.manifest["input"], self.manifest.get("signatures") or {}
-        images = str(fields.get("name", "images"))
-        default = {"inputs": {images: fields["shape"]}, "outputs": self.manifest["outputs"]}
-        free = bool(fields.get("dynamic_batch"))
+        fields = self.manifest.input
+        default = {"inputs": {fields.name: fields.shape}, "outputs": self.manifest.outputs}
+        found = self.manifest.signatures.get(name, default)
         inputs, outputs = (
-            {
-                n: (None if free else fields["shape"][0], *shape[1:])
-                for n, shape in signatures.get(name, default)[k].items()
-            }
-            for k in ("inputs", "outputs")
+            {n: (self.batch, *shape[1:]) for n, shape in found[k].items()} for k in ("inputs", "outputs")
         )
-        return Signature(images, inputs, outputs)
+        return Signature(fields.name, inputs, outputs)
 
     def read(self, name: str) -> np.ndarray:
         """Content of a listed file, uint8 (bytes,), read only, compared with its hash after it was read.
@@ -129,11 +123,11 @@ class Bundle:
 
         Raises: InputError for a name that is not listed, a file that is not there, or that has changed.
         """
-        entry = self.manifest["files"].get(name)
+        entry = self.manifest.files.get(name)
         if entry is None:
             raise InputError(
                 f"{self.path}: {name!r} is under no hash",
-                expected="one of " + ", ".join(self.manifest["files"]),
+                expected="one of " + ", ".join(self.manifest.files),
                 fix="do not use this bundle; export it again",
             )
         content = self._contents.get(name)
@@ -142,7 +136,7 @@ class Bundle:
                 with open(self.path / name, "rb") as stream:
                     size = os.fstat(stream.fileno()).st_size
                     # No larger than listed: the file may be growing.
-                    content = np.fromfile(stream, np.uint8, min(size, entry["bytes"] + 1))
+                    content = np.fromfile(stream, np.uint8, min(size, entry.bytes + 1))
             except OSError as error:
                 raise InputError(f"{self.path / name}: cannot be read", got=error.strerror, fix=AGAIN) from error
             _check_content(self.path / name, entry, len(content), hashlib.sha256(content.data).hexdigest())
@@ -155,7 +149,7 @@ class Bundle:
 
         Raises: InputError for a bundle without them, or with others than it says.
         """
-        name = self.manifest.get("selftest")
+        name = self.manifest.selftest
         if not name:
             raise InputError(
                 f"{self.path}: no self-test in this bundle",
@@ -179,12 +173,12 @@ class Bundle:
 
     def graph_file(self, name: str = "student") -> str:
         """Name of the file of one of the graphs. Raises: InputError when the bundle has no such graph."""
-        graphs = self.manifest["graphs"]
+        graphs = self.manifest.graphs
         if name not in graphs:
             raise InputError(
                 f"{self.path}: the bundle has no graph {name!r}", got=", ".join(graphs), fix="name one of these"
             )
-        return str(graphs[name])
+        return graphs[name]
 
 
 def foreign(path: Path) -> str | None:
@@ -196,7 +190,7 @@ def foreign(path: Path) -> str | None:
     if (path / CURRENT).is_symlink() or (path / VERSIONS).exists():
         return "a store with versions and a pinned key: make a pack, or export to another path"
     try:
-        listed = {MANIFEST, *open_bundle(path).manifest["files"]}
+        listed = {MANIFEST, *open_bundle(path).manifest.files}
     except InputError as error:
         return str(error).splitlines()[0]
     folders = {str(parent) for name in listed for parent in PurePosixPath(name).parents}
@@ -228,7 +222,7 @@ def write_bundle(
     if MANIFEST in files:
         raise InputError(f"{path}: {MANIFEST} is written by write_bundle", fix="pass it as `manifest`")
     derived = ("schema", "kind", "files", "manifest_sha256", "text_sha256")
-    document: dict[str, Any] = {"schema": SCHEMA, "kind": "bundle"}
+    document: dict[str, Any] = {"schema": BUNDLE_SCHEMA, "kind": "bundle"}
     document |= {key: value for key, value in manifest.items() if key not in derived}
     with atomic_folder(path, foreign) as temporary:
         check_names(path / MANIFEST, files)
@@ -250,10 +244,10 @@ def write_bundle(
             raise InputError(
                 f"{path / MANIFEST}: not plain JSON", got=str(error), expected="strings, finite numbers, lists, objects"
             ) from error
-        check_manifest(path / MANIFEST, document)
+        written = Manifest.of(document, path / MANIFEST)
         (temporary / MANIFEST).write_bytes(canonical(document).encode("utf-8"))
         _sync(temporary / MANIFEST)
-    return Bundle(path, document)
+    return Bundle(path, written)
 
 
 def _sync(path: Path) -> None:
@@ -295,8 +289,7 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
         raise InputError(
             f"{error.filename or path}: cannot be read", got=error.strerror or str(error), fix="check its permissions"
         ) from error
-    check_manifest(path / MANIFEST, document)
-    return Bundle(path, document)
+    return Bundle(path, Manifest.of(document, path / MANIFEST))
 
 
 def current_version(path: Path) -> Path:
@@ -327,8 +320,9 @@ def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:
             expected="sha256 and bytes",
             fix=AGAIN,
         )
+    known = FileRecord(entry["sha256"], entry["bytes"])
     if not file.is_file():
-        raise InputError(f"{file}: missing", expected=f"{entry['bytes']} bytes", fix=AGAIN)
+        raise InputError(f"{file}: missing", expected=f"{known.bytes} bytes", fix=AGAIN)
     if path.resolve() not in file.resolve().parents:
         raise InputError(
             f"{file}: a link that leads out of the bundle",
@@ -336,17 +330,17 @@ def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:
             expected="a file inside the folder",
             fix="replace the link by the file itself",
         )
-    _check_content(file, entry, file.stat().st_size, sha256(file) if verify else None)
+    _check_content(file, known, file.stat().st_size, sha256(file) if verify else None)
 
 
-def _check_content(file: Path, entry: Mapping[str, Any], size: int, digest: str | None) -> None:
-    if size != entry["bytes"]:
-        problem = "truncated" if size < entry["bytes"] else "longer than it was written"
-        raise InputError(f"{file}: {problem}", got=f"{size} bytes", expected=f"{entry['bytes']} bytes", fix=AGAIN)
-    if digest is not None and digest != entry["sha256"]:
+def _check_content(file: Path, entry: FileRecord, size: int, digest: str | None) -> None:
+    if size != entry.bytes:
+        problem = "truncated" if size < entry.bytes else "longer than it was written"
+        raise InputError(f"{file}: {problem}", got=f"{size} bytes", expected=f"{entry.bytes} bytes", fix=AGAIN)
+    if digest is not None and digest != entry.sha256:
         raise InputError(
             f"{file}: changed since it was written",
             got=f"sha256 {digest}",
-            expected=f"sha256 {entry['sha256']}",
+            expected=f"sha256 {entry.sha256}",
             fix=AGAIN,
         )

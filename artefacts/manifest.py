@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from ..errors import InputError
 from ..images import Preprocessing
+from .layout import BUNDLE_SCHEMA, MANIFEST
+from .quantisation_record import Quantisation
+from .run_record import BackboneRecord
+from .typed import MalformedField, parse
 
-SCHEMA = 2
-"version of manifest.json that this code writes; older ones are read, newer ones refused"
-MANIFEST = "manifest.json"
 MAX_MANIFEST = 8 << 20
 "bytes; 10,000 classes over 1,000 tasks take 2 MB"
 MAX_AXIS = 1 << 24
@@ -23,8 +25,129 @@ MAX_SIDE = 4096
 "pixels of a graph's input, and of the picture it is cut from"
 LONGEST_NAME = 200
 "bytes of a file's name: filesystems take 255, temporary names are longer than the final ones"
-SELECTIONS = ("top-k", "weighted", "none")
+SELECTION_KINDS = ("top-k", "weighted", "none")
 AGAIN = "copy the bundle again, or export it again"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle, by its content."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """The pictures that a graph takes."""
+
+    shape: tuple[int, ...]
+    "(B, S, S, 3)"
+    dtype: str
+    preprocessing: Mapping[str, Any]
+    "see images.Preprocessing"
+    name: str = "images"
+    layout: str = "NHWC"
+    dynamic_batch: bool = False
+    "any number of images in one call"
+    normalisation: str | None = None
+
+
+@dataclass(frozen=True)
+class AccuracyRecord:
+    """Accuracy of the fp32 graph, measured when it was exported."""
+
+    average_accuracy: float | None = None
+    "%"
+    forgetting: float | None = None
+    "points"
+    per_task: tuple[float | None, ...] = ()
+    images: int | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class ParityRecord:
+    """How far a graph's logits are from the trained student's."""
+
+    max_abs_error: float | None = None
+    mean_abs_error: float | None = None
+    top1_agreement: float | None = None
+    "%"
+    images: int | None = None
+    tolerance: float | None = None
+    judged: str | None = None
+    "which of the errors is held against the tolerance"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, checked: see docs/bundle.md for what each field says."""
+
+    classes: tuple[str, ...]
+    tasks: tuple[tuple[int, ...], ...]
+    input: InputRecord
+    outputs: Mapping[str, tuple[int, ...]]
+    graphs: Mapping[str, str]
+    "file of each graph by name"
+    files: Mapping[str, FileRecord]
+    manifest_sha256: str
+    "the version"
+    schema: int = BUNDLE_SCHEMA
+    name: str | None = None
+    created: str | None = None
+    learner: str | None = None
+    distiller: str | None = None
+    query: str | None = None
+    alpha: float | None = None
+    selection: Mapping[str, Any] = field(default_factory=lambda: {"kind": "none"})
+    backbone: BackboneRecord | None = None
+    profile: str | None = None
+    opset: int | None = None
+    precision: str | None = None
+    quantisation: Quantisation | None = None
+    signatures: Mapping[str, Mapping[str, Mapping[str, tuple[int, ...]]]] = field(default_factory=dict)
+    "inputs and outputs of each graph, shapes by name"
+    selftest: str | None = None
+    "a file, or None"
+    ranges: str | None = None
+    selections: str | None = None
+    statistics: str | None = None
+    accuracy: AccuracyRecord | None = None
+    parity: ParityRecord | None = None
+    graph_parity: Mapping[str, ParityRecord] = field(default_factory=dict)
+    confidence: Mapping[str, Any] | None = None
+    "see runtime.confidence.Confidence"
+    training: Mapping[str, Any] | None = None
+    "what the run's metrics.json said, without its paths and losses; see run_record.Metrics"
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    "all of it, as it was read: what the hashes are over"
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], at: Path) -> Manifest:
+        """Check a document and read it. at: its file, for messages. Raises: InputError."""
+        check_manifest(at, document)
+        return parse(cls, document, str(at))
+
+    @property
+    def version(self) -> str:
+        """The first digits of the hash, by which versions are told apart."""
+        return self.manifest_sha256[:16]
+
+    @property
+    def shipped(self) -> dict[str, FileRecord]:
+        """The files that a device gets: ranges stay where calibration is done."""
+        return {name: entry for name, entry in self.files.items() if name != self.ranges}
+
+    def check(self) -> None:
+        """Measured numbers are about these tasks. Raises: MalformedField."""
+        for name, scheme in (self.quantisation.flavours if self.quantisation else {}).items():
+            for side in ("before", "after", "drop"):
+                found = getattr(scheme, side) if scheme.measured else None
+                if found is not None and len(found.per_task) != len(self.tasks):
+                    at = f"quantisation.flavours.{name}.{side}.per_task"
+                    raise MalformedField(at, list(found.per_task), f"{len(self.tasks)} numbers or null")
 
 
 def canonical(manifest: Mapping[str, Any]) -> str:
@@ -93,12 +216,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     schema = document.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise InputError(f"{manifest_path}: no schema version", got=repr(schema), expected=f"1 to {SCHEMA}", fix=AGAIN)
-    if schema > SCHEMA:
+        raise InputError(
+            f"{manifest_path}: no schema version", got=repr(schema), expected=f"1 to {BUNDLE_SCHEMA}", fix=AGAIN
+        )
+    if schema > BUNDLE_SCHEMA:
         raise InputError(
             f"{manifest_path}: written by a newer cdl-edge",
             got=f"schema {schema}",
-            expected=f"schema {SCHEMA} or older",
+            expected=f"schema {BUNDLE_SCHEMA} or older",
             fix="upgrade cdl-edge: install a newer wheel, or `pip install .` in newer sources",
         )
     try:
@@ -255,8 +380,8 @@ def _check_signatures(at: Path, manifest: Mapping[str, Any]) -> None:
 def _check_selection(at: Path, manifest: Mapping[str, Any], weights: object) -> None:
     selection = manifest.get("selection") or {"kind": "none"}
     kind = selection.get("kind") if isinstance(selection, dict) else selection
-    if kind not in SELECTIONS:
-        raise _contradiction(at, "field 'selection'", repr(selection), "kind " + ", ".join(SELECTIONS))
+    if kind not in SELECTION_KINDS:
+        raise _contradiction(at, "field 'selection'", repr(selection), "kind " + ", ".join(SELECTION_KINDS))
     if kind == "none":
         return
     k, blocks = selection.get("k"), selection.get("blocks")

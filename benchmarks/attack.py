@@ -40,7 +40,8 @@ import numpy as np
 from PIL import Image
 
 from cdl_edge.artefacts.bundle import Bundle, open_bundle
-from cdl_edge.artefacts.manifest import MANIFEST, canonical, sealed
+from cdl_edge.artefacts.layout import MANIFEST
+from cdl_edge.artefacts.manifest import canonical, sealed
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
 from cdl_edge.measurement.inspect import inspect
@@ -144,7 +145,7 @@ def odd_archive(content: bytes, rng: random.Random) -> bytes:
 def mutated_bundle(source: Bundle, target: Path, rng: random.Random) -> bool:
     """Write a changed copy; returns whether its hashes were made anew."""
     shutil.copytree(source.path, target)
-    names = [*source.manifest["files"], MANIFEST]
+    names = [*source.manifest.files, MANIFEST]
     if rng.random() < 0.3:
         file = target / rng.choice(names)
         before = file.read_bytes()
@@ -153,13 +154,13 @@ def mutated_bundle(source: Bundle, target: Path, rng: random.Random) -> bool:
             after = flipped(before, rng)
         file.write_bytes(after)
         return False
-    document = json.loads(json.dumps(source.manifest))
+    document = json.loads(json.dumps(source.manifest.document))
     if rng.random() < 0.6:
         document = odd_document(document, rng)
     else:
         name = rng.choice([n for n in names if n.endswith((".npz", ".onnx"))])
         content = (target / name).read_bytes()
-        archive = name.endswith(".npz") and name != source.manifest.get("ranges") and rng.random() < 0.7
+        archive = name.endswith(".npz") and name != source.manifest.ranges and rng.random() < 0.7
         content = odd_archive(content, rng) if archive else flipped(content, rng)
         (target / name).write_bytes(content)
         document["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -176,7 +177,7 @@ def use(path: Path, backend: str) -> None:
         stream = io.BytesIO()
         Image.new("RGB", (side, side), "red").save(stream, "PNG")
         predict(runner, [stream.getvalue()])
-    if bundle.manifest.get("selftest"):
+    if bundle.manifest.selftest:
         bundle.selftest()
 
 
@@ -240,7 +241,7 @@ def attack_bundles(source: Path, count: int, work: Path, seed: int = 0, backend:
 
 def attack_packs(pack: Path, device: Path, count: int, work: Path, seed: int = 0) -> Found:
     """Changed packs, put into copies of a device's bundle."""
-    before = open_bundle(device).manifest["manifest_sha256"]
+    before = open_bundle(device).manifest.manifest_sha256
     with open_pack(pack) as opened:
         head = {k: opened.document[k] for k in ("name", "from", "to", "sequence", "backbone")}
         members = {n: (e["encoding"], opened.read(n)) for n, e in opened.document["files"].items()}
@@ -267,7 +268,7 @@ def attack_packs(pack: Path, device: Path, count: int, work: Path, seed: int = 0
                 changed.write_bytes(flipped(pack.read_bytes(), rng))
             packs.install(changed, target, threads=1)
         except InputError:
-            if open_bundle(target).manifest["manifest_sha256"] != before:
+            if open_bundle(target).manifest.manifest_sha256 != before:
                 return "fault: a refused pack changed the device"
             return "refused"
         finally:
@@ -361,7 +362,7 @@ def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli:
 
     def check(finished: bool) -> str | None:
         try:
-            version = open_bundle(device).manifest["manifest_sha256"]
+            version = open_bundle(device).manifest.manifest_sha256
         except InputError as error:
             return str(error)
         return None if version in versions[finished:] else f"version {version}"

@@ -263,13 +263,13 @@ def engines(job: dict[str, Any], notes: Notes) -> None:
                 if seed == 0 or number == 1:
                     export(run, folder / f"{profile}-{seed}", profile, images=images)
             bundles[profile] = folder / f"{profile}-0"
-            notes.put({"parity": open_bundle(bundles[profile]).manifest["graph_parity"]}, "export", profile)
+            notes.put({"parity": open_bundle(bundles[profile]).manifest.document["graph_parity"]}, "export", profile)
     available = [("onnxruntime", "ort"), ("cuda", "ort"), ("ort-tensorrt", "trt10"), ("tensorrt", "trt10")]
     for backend, profile in available[:1] if job["device"] == "cpu" else available:
         if profile not in bundles:
             continue
         for precision in ("fp32", "fp16"):
-            if precision == "fp16" and "student.fp16" not in open_bundle(bundles[profile]).manifest["graphs"]:
+            if precision == "fp16" and "student.fp16" not in open_bundle(bundles[profile]).manifest.graphs:
                 notes.put(None, backend, precision)
                 continue
             with notes.part(backend, precision):

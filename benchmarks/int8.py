@@ -161,7 +161,7 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
             if path is not None:
                 logits = Session(path.read_bytes(), folder, as_written=True).logits(found.validation)
                 rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
-        return {"learner": bundle.manifest["learner"], "variants": rows}
+        return {"learner": bundle.manifest.learner, "variants": rows}
 
 
 def row(before: Measured, after: Measured, logits: np.ndarray, expected: np.ndarray) -> dict[str, float]:

@@ -168,7 +168,7 @@ def weigh(learner: str, old: Path, new: Path, folder: Path) -> dict[str, Any]:
 def answer(bundle: Path, image: np.ndarray) -> tuple[str, bytes]:
     """Open, verify, ask: the version that answered, and its logits."""
     with load(bundle, threads=1) as runner:
-        return runner.bundle.manifest["manifest_sha256"][:16], runner.infer(image).tobytes()
+        return runner.bundle.manifest.version, runner.infer(image).tobytes()
 
 
 class Killer:

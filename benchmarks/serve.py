@@ -251,8 +251,8 @@ def shifted(bundle: Path, out: Path) -> Path:
     from cdl_edge.runtime import open_bundle
 
     opened = open_bundle(bundle)
-    files = {name: opened.path / name for name in opened.manifest["files"]}
-    return write_bundle(out, {**opened.manifest, "name": f"{opened.name} again"}, files).path
+    files = {name: opened.path / name for name in opened.manifest.files}
+    return write_bundle(out, {**opened.manifest.document, "name": f"{opened.name} again"}, files).path
 
 
 def main() -> None:

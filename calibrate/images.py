@@ -47,7 +47,7 @@ def images_of(
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
-    dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.get("training")))
+    dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.training))
     if say is not None:
         say(dataset.line)
     position = {name: index for index, name in enumerate(bundle.classes)}

@@ -51,7 +51,7 @@ def evaluate(
     if limit_per_class is not None and limit_per_class < 1:
         raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     bundle = runner.bundle
-    training = bundle.manifest.get("training") or {}
+    training = bundle.manifest.training or {}
     found = find_scored(source, split, training or None, bundle.classes, say)
     dataset = found.dataset
     seed = (training.get("config") or {}).get("seed")

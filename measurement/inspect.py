@@ -55,7 +55,7 @@ def inspect(bundle: Bundle | Path | str) -> dict[str, Any]:
         "classes": list(opened.classes),
         "tasks": [[opened.classes[c] for c in task] for task in opened.tasks],
         "size_bytes": opened.size_bytes,
-        **{key: opened.manifest.get(key) for key in _COPIED},
+        **{key: opened.manifest.document.get(key) for key in _COPIED},
     }
 
 
@@ -87,7 +87,7 @@ def validate(
         return {
             "valid": True,
             "path": str(bundle.path),
-            "files": len(bundle.manifest["files"]),
+            "files": len(bundle.manifest.files),
             "size_bytes": bundle.size_bytes,
             "load_ms": runner.load_ms,
             "checks": ["manifest", "sha256 of every file", "graph loads and fits the manifest", "outputs are finite"],

@@ -106,7 +106,7 @@ def profile(
     stages = {name: np.array([s[name] for s in samples]) for name in STAGES if name in samples[0]}
     table = {name: statistics(values) for name, values in stages.items()}
     extra: dict[str, Any] = {n: resolved[n] for n in ("gpu", "achieved", "memory", "cuda_graph") if n in resolved}
-    graph = str(opened.manifest["graphs"][key])
+    graph = opened.manifest.graphs[key]
     slowed = throttled(before["limits"], after["limits"])
     context = {
         "bundle": opened.name,
@@ -139,9 +139,9 @@ def profile(
         "throttled_by": slowed,
         "load_average": busy,
         "peak_rss_bytes": peak_rss_bytes(),
-        "files_bytes": {name: entry["bytes"] for name, entry in opened.manifest["files"].items()},
-        "graph_sha256": opened.manifest["files"][graph]["sha256"],
-        "manifest_sha256": opened.manifest["manifest_sha256"],
+        "files_bytes": {name: entry.bytes for name, entry in opened.manifest.files.items()},
+        "graph_sha256": opened.manifest.files[graph].sha256,
+        "manifest_sha256": opened.manifest.manifest_sha256,
     }
     if trace is not None:
         raw: dict[str, Any] = {name: values.tolist() for name, values in stages.items()}
@@ -258,7 +258,7 @@ def _timed(runner: Runner, encoded: bytes) -> dict[str, float]:
 
 def _agreement(runner: Runner) -> dict[str, float | int] | None:
     """With the fp32 student on the bundle's own images: {"images", "top1" (%), "max_abs_error" (of a logit)}."""
-    if not runner.bundle.manifest.get("selftest"):
+    if not runner.bundle.manifest.selftest:
         return None
     images, expected = runner.bundle.selftest()
     got = runner.infer(images)

@@ -49,7 +49,7 @@ def read_model(bundle: Bundle, key: str) -> Model:
     name = bundle.graph_file(key)
     path, folder = bundle.path / name, Path(name).parent
     graph = bundle.read(name).tobytes()
-    listed, contents = bundle.manifest["files"], {}
+    listed, contents = bundle.manifest.files, {}
     own = {record.location for record in external_records(graph)}
     for location in sorted(external_files(graph)):
         file = (folder / location).as_posix()

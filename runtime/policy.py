@@ -242,10 +242,10 @@ def needed(bundle: Bundle, policy: str) -> tuple[str, ...]:
     choose("policy", policy, POLICIES)
     if policy == "exact" or not bundle.two_pass:
         return ("student",)
-    if "prompted" not in bundle.manifest["graphs"]:
+    if "prompted" not in bundle.manifest.graphs:
         raise InputError(
             f"{bundle.path}: no graph for the prompted pass alone",
-            got=", ".join(bundle.manifest["graphs"]),
+            got=", ".join(bundle.manifest.graphs),
             expected="prompted",
             fix="export the bundle again, or use --policy exact",
         )

@@ -34,7 +34,7 @@ class Busy(RuntimeError):
 
 def version_name(bundle: Bundle) -> str:
     """What answers are signed with: the first 16 hex digits of the manifest's hash, which covers every file."""
-    return str(bundle.manifest["manifest_sha256"])[:16]
+    return bundle.manifest.version
 
 
 class Pool(Runner):
@@ -154,7 +154,7 @@ class Handle:
         self.failing: str | None = None
         "why the last answer that was asked for did not come, for `health`; None: it came"
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-        self._current = self._load(opened, trust=not opened.manifest.get("selftest"))
+        self._current = self._load(opened, trust=not opened.manifest.selftest)
 
     @property
     def runner(self) -> Pool:

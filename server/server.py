@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
-from ..artefacts.bundle import MANIFEST, open_bundle
+from ..artefacts.bundle import open_bundle
+from ..artefacts.layout import MANIFEST
 from ..errors import InputError
 from ..runtime.runner import Runner
 from ..runtime.selftest import extremes, prove_answers
@@ -126,7 +127,7 @@ class Server:
             "classes": len(bundle.classes),
             "tasks": len(bundle.tasks),
             "side": bundle.preprocessing.size,
-            "learner": bundle.manifest.get("learner"),
+            "learner": bundle.manifest.learner,
             "selection": bundle.selection,
             "runner": runner.describe(),
             "cdl_edge": __version__,

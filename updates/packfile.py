@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..artefacts.manifest import MANIFEST, canonical, check_names
+from ..artefacts.layout import MANIFEST
+from ..artefacts.manifest import canonical, check_names
 from ..errors import InputError
 from ..files import atomic_file
 from .signature import is_signed, sign

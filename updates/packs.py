@@ -23,7 +23,8 @@ from typing import Any
 
 from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import Record, external_records
-from ..artefacts.manifest import MANIFEST, MAX_MANIFEST, canonical, check_names, self_hash
+from ..artefacts.layout import BACKBONE, MANIFEST
+from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names, self_hash
 from ..errors import InputError
 from ..files import UNWRITABLE, check_out, writable
 from ..runtime.selftest import self_test
@@ -32,7 +33,6 @@ from .packfile import Pack, open_pack, write_pack
 from .signature import read_public_key
 from .store import Store, link, locked, read_store, sequence_of
 
-BACKBONE = "backbone.bin"
 REFUSED = UNWRITABLE | {errno.EACCES, errno.EPERM}
 LARGEST_OWN, LARGEST_SHARE = 64 << 20, 2
 """bytes, and multiples of the bundle, that a pack may unpack to. It holds no backbone in fp32; the 8-bit one that a
@@ -58,7 +58,7 @@ def create(
     if out.is_dir():
         raise InputError(f"{out}: is a folder", expected="a file to write, as update.pack", fix="choose another path")
     check_out(out, "a pack", _foreign, replace=True)
-    source, target = (str(b.manifest["manifest_sha256"]) for b in (before, after))
+    source, target = (b.manifest.manifest_sha256 for b in (before, after))
     if source == target:
         raise InputError(
             f"{new}: nothing has changed",
@@ -66,7 +66,7 @@ def create(
             expected="OLD, which devices run, and NEW, which they shall run",
             fix="check both paths; after learning run: cdl-edge export RUN --out NEW",
         )
-    backbones = [b.manifest["files"].get(BACKBONE, {}).get("sha256") for b in (before, after)]
+    backbones = [_backbone(b) for b in (before, after)]
     if backbones[0] != backbones[1] or backbones[0] is None:
         raise InputError(
             f"{new}: another backbone than that of {old}: no pack can hold it",
@@ -89,8 +89,8 @@ def create(
     members = {MANIFEST: ("whole", (after.path / MANIFEST).read_bytes()), **_changed(before, after)}
     header = {"name": after.name, "from": source, "to": target, "sequence": number, "backbone": backbones[0]}
     packed = write_pack(out, header, members, Path(key) if key is not None else None)
-    entries = after.manifest["files"]
-    on_device = sum(int(e["bytes"]) for n, e in entries.items() if n != after.manifest.get("ranges"))
+    entries = after.manifest.files
+    on_device = sum(entry.bytes for entry in after.manifest.shipped.values())
     return {
         "pack": str(out),
         "bytes": out.stat().st_size,
@@ -101,7 +101,7 @@ def create(
         "sequence": number,
         "signed": key is not None,
         "files": {
-            n: {"encoding": encoding, "bytes": packed[n], "of": entries[n]["bytes"] if n in entries else len(content)}
+            n: {"encoding": encoding, "bytes": packed[n], "of": entries[n].bytes if n in entries else len(content)}
             for n, (encoding, content) in members.items()
         },
         "self_test": tested,
@@ -199,16 +199,22 @@ def listed(bundle: Path | str) -> list[dict[str, Any]]:
         found.append(
             {
                 "version": entry.version,
-                "manifest_sha256": opened.manifest["manifest_sha256"],
+                "manifest_sha256": opened.manifest.manifest_sha256,
                 "current": runs,
                 "sequence": entry.sequence,
                 "installed": entry.at,
-                "created": opened.manifest.get("created"),
+                "created": opened.manifest.created,
                 "classes": len(opened.classes),
                 "tasks": len(opened.tasks),
             }
         )
     return found
+
+
+def _backbone(bundle: Bundle) -> str | None:
+    """Hash of the constants that no learning changes; None for a bundle without them."""
+    found = bundle.manifest.files.get(BACKBONE)
+    return found.sha256 if found else None
 
 
 def _foreign(out: Path) -> str | None:
@@ -223,9 +229,9 @@ def _foreign(out: Path) -> str | None:
 def _changed(before: Bundle, after: Bundle) -> dict[str, tuple[str, bytes]]:
     """The files that differ, each the shorter way. Ranges stay in the workshop."""
     old_records, new_records = records(before.path, before.manifest), records(after.path, after.manifest)
-    known, members = before.manifest["files"], {}
-    for name, entry in after.manifest["files"].items():
-        if name == after.manifest.get("ranges") or known.get(name, {}).get("sha256") == entry["sha256"]:
+    known, members = before.manifest.files, {}
+    for name, entry in after.manifest.shipped.items():
+        if name in known and known[name].sha256 == entry.sha256:
             continue
         content = (after.path / name).read_bytes()
         members[name] = ("whole", content)
@@ -239,17 +245,16 @@ def _changed(before: Bundle, after: Bundle) -> dict[str, tuple[str, bytes]]:
     return members
 
 
-def records(folder: Path, manifest: Mapping[str, Any]) -> Mapping[str, list[Record]]:
+def records(folder: Path, manifest: Manifest) -> Mapping[str, list[Record]]:
     """File -> the constants that the bundle's graphs keep in it. Raises: InputError for a file that is no graph."""
-    graphs = sorted({str(name) for name in manifest["graphs"].values()})
+    graphs = sorted(set(manifest.graphs.values()))
     return by_location([record for name in graphs if "/" not in name for record in external_records(folder / name)])
 
 
 def _check_base(pack: Pack, store: Store) -> None:
     """Raises: InputError unless the pack is made for the version that runs, and newer than all that were installed."""
-    at, document, files = f"{pack.path}", pack.document, store.bundle.manifest["files"]
-    own = files.get(BACKBONE, {}).get("sha256")
-    installed = str(store.bundle.manifest["manifest_sha256"])
+    at, document = f"{pack.path}", pack.document
+    own, installed = _backbone(store.bundle), store.bundle.manifest.manifest_sha256
     if document["backbone"] != own:
         raise InputError(
             f"{at}: for another backbone",
@@ -298,34 +303,33 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
     manifest = _manifest(pack)
     packed = {name: entry["encoding"] for name, entry in pack.document["files"].items()}
     deltas = [name for name, encoding in packed.items() if encoding == "delta"]
-    check_names(pack.path, manifest["files"])
     _write(folder / MANIFEST, pack.blocks(MANIFEST))
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         if name in deltas:
             continue
         if name in packed:
-            if not isinstance(entry, dict) or entry.get("sha256") != pack.document["files"][name]["sha256"]:
+            if entry.sha256 != pack.document["files"][name]["sha256"]:
                 raise _unfit(pack, f"{name!r} is not the one of its manifest")
             _write(folder / name, pack.blocks(name))
-        elif base.manifest["files"].get(name) == entry and (base.path / name).is_file():
+        elif base.manifest.files.get(name) == entry and (base.path / name).is_file():
             link(base.path / name, folder / name)
-        elif name != manifest.get("ranges"):
+        elif name != manifest.ranges:
             raise _unfit(pack, f"{name!r} is neither in it nor in {base.path}")
-    if set(packed) - {MANIFEST} - set(manifest["files"]):
+    if set(packed) - {MANIFEST} - set(manifest.files):
         raise _unfit(pack, "it holds files that its manifest does not list")
     if not deltas:
         return
-    if set(deltas) & {MANIFEST, *manifest["graphs"].values()}:
+    if set(deltas) & {MANIFEST, *manifest.graphs.values()}:
         raise _unfit(pack, "a graph is stored as a difference")
     old_records, new_records = records(base.path, base.manifest), records(folder, manifest)
     for name in deltas:
-        if name not in old_records or name not in new_records or name not in base.manifest["files"]:
+        if name not in old_records or name not in new_records or name not in base.manifest.files:
             raise _unfit(pack, f"{name!r} is a difference to nothing")
         old = (base.path / name).read_bytes()
         _write(folder / name, [apply(old, pack.read(name), old_records[name], new_records[name])])
 
 
-def _manifest(pack: Pack) -> dict[str, Any]:
+def _manifest(pack: Pack) -> Manifest:
     """Of the bundle that the pack makes; `open_bundle` checks the rest once the files are there."""
     if pack.document["files"][MANIFEST]["bytes"] > MAX_MANIFEST:
         raise _unfit(pack, f"{MANIFEST} is longer than {MAX_MANIFEST} bytes")
@@ -339,7 +343,8 @@ def _manifest(pack: Pack) -> dict[str, Any]:
         raise _unfit(pack, f"{MANIFEST}: {error}") from error
     if not named or not known:
         raise _unfit(pack, f"{MANIFEST} is not that of {pack.document['to']:.16}")
-    return dict(manifest)
+    check_names(pack.path, manifest["files"])
+    return Manifest.of(manifest, pack.path)
 
 
 def _unfit(pack: Pack, what: str) -> InputError:

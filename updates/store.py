@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from ..artefacts.bundle import CURRENT, VERSIONS, Bundle, open_bundle
-from ..artefacts.manifest import MANIFEST, canonical
+from ..artefacts.layout import MANIFEST
+from ..artefacts.manifest import Manifest, canonical
 from ..errors import InputError
 from ..files import atomic_file
 
@@ -123,7 +124,7 @@ class Store:
 
     def install(self, staged: Path, sequence: int, public_key: str | None) -> State:
         """Make a checked bundle folder (from `stage`) the version that runs."""
-        target = open_bundle(staged, verify=False).manifest["manifest_sha256"][:16]
+        target = open_bundle(staged, verify=False).manifest.version
         _sync_folders(staged)
         if self.folder(target).exists():  # kept after a rollback
             os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
@@ -132,12 +133,12 @@ class Store:
         if self.plain:
             own = self.folder(self.state.current)
             with self.stage() as folder:
-                for name in (*self.bundle.manifest["files"], MANIFEST):
+                for name in (*self.bundle.manifest.files, MANIFEST):
                     if (self.path / name).is_file():
                         link(self.path / name, folder / name)
                 _sync_folders(folder)
                 os.replace(folder, own)
-            left = (*self.bundle.manifest["files"], MANIFEST)
+            left = (*self.bundle.manifest.files, MANIFEST)
         names = [v.version for v in self.state.versions]
         past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version != target][-KEEP:]
         after = State(
@@ -224,18 +225,18 @@ def link(source: Path, target: Path) -> None:
         _sync(target)
 
 
-def sequence_of(manifest: dict[str, Any]) -> int:
+def sequence_of(manifest: Manifest) -> int:
     """Seconds since 1970 of `created`; 0 for a bundle without it."""
     try:
-        return calendar.timegm(time.strptime(str(manifest.get("created")), "%Y-%m-%dT%H:%M:%SZ"))
+        return calendar.timegm(time.strptime(str(manifest.created), "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:
         return 0
 
 
 def _first(bundle: Bundle) -> State:
     """Of a bundle folder that never was a store."""
-    own, sequence = str(bundle.manifest["manifest_sha256"])[:16], sequence_of(bundle.manifest)
-    return State(own, (Installed(own, sequence, str(bundle.manifest.get("created"))),), sequence)
+    own, sequence = bundle.manifest.version, sequence_of(bundle.manifest)
+    return State(own, (Installed(own, sequence, str(bundle.manifest.created)),), sequence)
 
 
 def _now() -> str:

@@ -71,7 +71,7 @@ class OpenVinoRunner(Runner):
             # free, the system may move a thread away from a core that something else keeps busy.
             "ENABLE_CPU_PINNING": False,
         }
-        width = (self.bundle.manifest.get("backbone") or {}).get("width", 0)
+        width = self.bundle.manifest.backbone.width if self.bundle.manifest.backbone else 0
         if width <= NARROW and min(self._threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
             settings["SNIPPETS_MODE"] = "DISABLE"
         try:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ...artefacts.external import Record, external_records
+from ...artefacts.layout import PROMPTS
 from .product import logger
 from .session import deserialise
 
-LEARNT = "prompts.bin"
+LEARNT = PROMPTS
 "the file that holds all that learning changes (export.nodes.LEARNT)"
 
 

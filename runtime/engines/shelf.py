@@ -14,6 +14,7 @@ from typing import Any
 
 from ...artefacts.bundle import Bundle, Signature
 from ...artefacts.external import external_files, graph_digest
+from ...artefacts.layout import ENGINES
 from ...errors import InputError
 from .. import selftest
 from ..runner import Value
@@ -24,7 +25,7 @@ from .product import Gpu, identity
 from .refit import RefitError, learnt_records, possible, refit
 from .session import Session
 
-FOLDER = "engines"
+FOLDER = ENGINES
 "inside the bundle; its manifest lists its own files only, engines are each device's own"
 
 
@@ -159,13 +160,13 @@ class Shelf:
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of the files of constants, from the manifest: opening the bundle has compared them with the disk."""
-        listed = self.bundle.manifest["files"]
-        return {name: listed[name]["sha256"] for name in sorted(external_files(self.onnx))}
+        listed = self.bundle.manifest.files
+        return {name: listed[name].sha256 for name in sorted(external_files(self.onnx))}
 
     def _write(self, plan: bytes, known: dict[str, Any]) -> dict[str, Any]:
         about = {
             "key": self.key,
-            "onnx": {"file": self.onnx.name, "sha256": self.bundle.manifest["files"][self.onnx.name]["sha256"]},
+            "onnx": {"file": self.onnx.name, "sha256": self.bundle.manifest.files[self.onnx.name].sha256},
             "graph": graph_digest(self.onnx),
             "files": self._hashes(),
             "identity": identity(self.trt, self.gpu),

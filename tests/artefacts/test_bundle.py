@@ -15,7 +15,8 @@ import pytest
 
 from cdl_edge.artefacts import bundle as room
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
-from cdl_edge.artefacts.manifest import MANIFEST, SCHEMA, canonical, sealed
+from cdl_edge.artefacts.layout import BUNDLE_SCHEMA, MANIFEST
+from cdl_edge.artefacts.manifest import canonical, sealed
 from cdl_edge.errors import InputError
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load
@@ -46,10 +47,13 @@ def test_round_trip(tmp_path, manifest):
     assert opened.tasks == ((0, 1), (2, 3))
     assert (opened.batch, opened.preprocessing.size, opened.size_bytes) == (1, 8, 345)
     assert opened.graph() == tmp_path / "b" / "student.onnx"
-    assert opened.manifest["schema"] == SCHEMA
+    assert opened.manifest.document["schema"] == BUNDLE_SCHEMA
     for name, content in CONTENT.items():
         assert (tmp_path / "b" / name).read_bytes() == content
-        assert opened.manifest["files"][name] == {"sha256": sha256(tmp_path / "b" / name), "bytes": len(content)}
+        assert opened.manifest.document["files"][name] == {
+            "sha256": sha256(tmp_path / "b" / name),
+            "bytes": len(content),
+        }
     with pytest.raises(InputError, match="no graph 'query'"):
         opened.graph("query")
 
@@ -92,7 +96,7 @@ def test_one_changed_byte_of_a_file(tmp_path, manifest, name):
         message = refusal(bundle.path)
         assert name in message
         assert "changed since it was written" in message
-        assert bundle.manifest["files"][name]["sha256"] in message
+        assert bundle.manifest.document["files"][name]["sha256"] in message
     (bundle.path / name).write_bytes(good)
     open_bundle(bundle.path)
 
@@ -148,10 +152,10 @@ def test_what_is_no_bundle(tmp_path):
 
 def test_a_newer_schema_is_named_before_anything_else(tmp_path, manifest):
     path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
-    (path / MANIFEST).write_text(json.dumps({"schema": SCHEMA + 1, "something": "new"}))
+    (path / MANIFEST).write_text(json.dumps({"schema": BUNDLE_SCHEMA + 1, "something": "new"}))
     message = refusal(path)
     assert "upgrade cdl-edge" in message
-    assert f"schema {SCHEMA + 1}" in message
+    assert f"schema {BUNDLE_SCHEMA + 1}" in message
 
 
 def test_another_kind_of_artefact(tmp_path, manifest):
@@ -236,7 +240,7 @@ def test_a_link_out_of_the_folder(tmp_path, manifest):
 def test_a_subfolder_and_unlisted_files_are_fine(tmp_path, manifest):
     path = write_bundle(tmp_path / "b", manifest(), {**CONTENT, "engines/a.engine": b"plan"}).path
     (path / "notes.txt").write_text("mine")
-    assert "engines/a.engine" in open_bundle(path).manifest["files"]
+    assert "engines/a.engine" in open_bundle(path).manifest.document["files"]
 
 
 def test_an_incomplete_entry(tmp_path, manifest):
@@ -293,15 +297,16 @@ def test_a_changed_file_is_refused_before_it_is_opened(bundle, monkeypatch):
 
 def test_the_same_content_is_the_same_version(tmp_path, manifest):
     """Another day, another folder, other measured times: packs made for one fit the other."""
-    quantisation = {"recommended": None, "latency": [{"compute_ms": 1.0}]}
+    timed = {"backend": "onnxruntime", "precision": "fp32", "ratio": 1.0}
+    quantisation = {"recommended": None, "latency": [{**timed, "compute_ms": 1.0}]}
     one = write_bundle(tmp_path / "a", manifest(quantisation=quantisation), CONTENT)
-    later = {"latency": [{"compute_ms": 2.0}], "recommended": None}
+    later = {"latency": [{**timed, "compute_ms": 2.0}], "recommended": None}
     other = manifest(name="b", created="2027-01-01T00:00:00Z", quantisation={**quantisation, **later})
     two = write_bundle(tmp_path / "b", other, CONTENT)
-    assert one.manifest["manifest_sha256"] == two.manifest["manifest_sha256"]
-    assert one.manifest["text_sha256"] != two.manifest["text_sha256"]
+    assert one.manifest.document["manifest_sha256"] == two.manifest.document["manifest_sha256"]
+    assert one.manifest.document["text_sha256"] != two.manifest.document["text_sha256"]
     three = write_bundle(tmp_path / "c", manifest(alpha=0.25), CONTENT)
-    assert three.manifest["manifest_sha256"] != one.manifest["manifest_sha256"]
+    assert three.manifest.document["manifest_sha256"] != one.manifest.document["manifest_sha256"]
 
 
 def test_a_bundle_of_schema_1_opens(tmp_path, manifest):

@@ -65,11 +65,11 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
     result = export(run, tmp_path / "bundle", images=64)
     assert result["parity"]["max_abs_error"] <= 1e-4
     # One number, measured three times: at the end of training, by torch from the run folder, by the graph.
-    trained = load_run(run).metrics["student"]
+    trained = load_run(run).metrics.document["student"]
     for measured in (evaluate_run(run, "digits"), result["accuracy"]):
         for name in ("average_accuracy", "forgetting"):
             assert measured[name] == pytest.approx(trained[name], abs=1e-6), name
-    manifest = open_bundle(tmp_path / "bundle").manifest
+    manifest = open_bundle(tmp_path / "bundle").manifest.document
     assert (manifest["learner"], manifest["distiller"]) == (learner, distill)
     assert manifest["query"] == ("none" if learner == "apt" else query)
     assert manifest["confidence"]["temperature"] > 0 and manifest["confidence"]["task"]["scale"] >= 0
@@ -123,8 +123,8 @@ def test_result_and_manifest(bundle, make_run):
         "outputs": {"logits": [1, 10]},
     }
     assert result["manifest_sha256"] == manifest["manifest_sha256"]
-    assert manifest["classes"] == run.metrics["classes"]
-    assert manifest["tasks"] == run.metrics["tasks"]
+    assert manifest["classes"] == run.metrics.document["classes"]
+    assert manifest["tasks"] == run.metrics.document["tasks"]
     assert manifest["input"] == {
         "name": "images",
         "shape": [1, 16, 16, 3],
@@ -142,7 +142,7 @@ def test_result_and_manifest(bundle, make_run):
     assert manifest["accuracy"]["source"] == "digits"
     assert len(manifest["accuracy"]["per_task"]) == 5
     assert manifest["profile"] == "ort" and manifest["precision"] == "fp32" and manifest["opset"] == 23
-    assert manifest["training"]["student"]["matrix"] == run.metrics["student"]["matrix"]
+    assert manifest["training"]["student"]["matrix"] == run.metrics.document["student"]["matrix"]
     assert "loss" not in manifest["training"]["student"] and "loss" not in manifest["training"]["teacher"]
     assert manifest["backbone"]["identity"] == run.backbone.identity
     assert {"cdl-edge", "torch", "timm", "onnx", "onnxruntime"} <= manifest["versions"].keys()
@@ -161,7 +161,7 @@ def test_the_device_answers_as_the_run_did(bundle):
 
 def test_confidence_and_selections(bundle):
     opened = open_bundle(bundle[0])
-    document = opened.manifest["confidence"]
+    document = opened.manifest.document["confidence"]
     certainty = Confidence.of(opened)
     assert certainty.unknown_below is not None and document["images"] == sum(document["images_per_task"]) > 100
     assert document["nll"]["after"] <= document["nll"]["before"]

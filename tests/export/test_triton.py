@@ -131,7 +131,7 @@ def test_the_real_parser_takes_it(make, batch, key):
         v.name: (tuple(v.dims), v.data_type) for v in parsed.input
     }
     values = {k: v.string_value for k, v in parsed.parameters.items()}
-    assert values["cdl_edge.manifest_sha256"] == bundle.manifest["manifest_sha256"]
+    assert values["cdl_edge.manifest_sha256"] == bundle.manifest.document["manifest_sha256"]
     assert json.loads(values["cdl_edge.preprocessing"]) == bundle.preprocessing.to_json()
 
 

@@ -17,9 +17,9 @@ def test_summary(bundle):
     assert summary["tasks"] == [["red", "green"], ["blue", "grey"]]
     assert (summary["class_count"], summary["task_count"]) == (4, 2)
     assert summary["size_bytes"] == sum((bundle.path / n).stat().st_size for n in summary["files"])
-    assert summary["files"] == bundle.manifest["files"]
+    assert summary["files"] == bundle.manifest.document["files"]
     for key in ("learner", "accuracy", "parity", "precision", "backbone"):
-        assert summary[key] == bundle.manifest[key]
+        assert summary[key] == bundle.manifest.document[key]
     json.dumps(summary)
 
 

@@ -165,7 +165,9 @@ def test_agreement_with_fp32(bundle, tiny, tmp_path):
         logits = runner.infer(images)
     logits[1] = logits[1, ::-1]
     np.savez(tmp_path / "selftest.npz", images=images, logits=logits)
-    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"s.npz": tmp_path / "selftest.npz"}
-    tested = write_bundle(tmp_path / "tested", {**bundle.manifest, "selftest": "s.npz"}, files)
+    files = {name: bundle.path / name for name in bundle.manifest.document["files"]} | {
+        "s.npz": tmp_path / "selftest.npz"
+    }
+    tested = write_bundle(tmp_path / "tested", {**bundle.manifest.document, "selftest": "s.npz"}, files)
     agreement = profile(tested, threads=1, runs=1)["context"]["agreement"]
     assert (agreement["images"], agreement["top1"]) == (2, 50.0) and agreement["max_abs_error"] > 1

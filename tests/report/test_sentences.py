@@ -39,7 +39,7 @@ def test_a_profile_of_another_bundle_with_the_same_graph_is_refused(
 ) -> None:
     """Bundles of one architecture share their graph to the byte."""
     one, other = save_bundle(tmp_path / "a", metrics), save_bundle(tmp_path / "b", metrics, learner="apt")
-    mine, theirs = (open_bundle(b).manifest for b in (one, other))
+    mine, theirs = (open_bundle(b).manifest.document for b in (one, other))
     graph = mine["graphs"]["student"]
     assert mine["files"][graph] == theirs["files"][graph]
     context = {"graph_sha256": mine["files"][graph]["sha256"], "manifest_sha256": mine["manifest_sha256"]}

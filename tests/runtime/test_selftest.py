@@ -29,8 +29,10 @@ def test_other_answers_are_found(make_version, tmp_path, shift):
     logits[0, 0] += shift
     stream = io.BytesIO()
     np.savez(stream, images=images, logits=logits)
-    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"selftest.npz": stream.getvalue()}
-    wrong = write_bundle(tmp_path / "wrong", bundle.manifest, files)
+    files = {name: bundle.path / name for name in bundle.manifest.document["files"]} | {
+        "selftest.npz": stream.getvalue()
+    }
+    wrong = write_bundle(tmp_path / "wrong", bundle.manifest.document, files)
     with pytest.raises(InputError, match="the self-test fails"):
         self_test(wrong, threads=1)
 
@@ -44,9 +46,9 @@ def test_a_self_test_that_is_none(make_version, tmp_path, content):
         stream = io.BytesIO()
         np.savez(stream, **{name: arrays[name][: 2 * keep] for name, keep in content.items()})
         content = stream.getvalue()
-    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"selftest.npz": content}
+    files = {name: bundle.path / name for name in bundle.manifest.files} | {"selftest.npz": content}
     with pytest.raises(InputError, match=r"no self-test|does not fit"):
-        self_test(write_bundle(tmp_path / "wrong", bundle.manifest, files), threads=1)
+        self_test(write_bundle(tmp_path / "wrong", bundle.manifest.document, files), threads=1)
 
 
 def test_a_bundle_without_one(bundle):

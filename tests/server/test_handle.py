@@ -30,8 +30,8 @@ def make_handle(bundle, **options):
 def broken(make_version, tmp_path, number, **files):
     """A version whose files are replaced."""
     bundle = open_bundle(make_version(number))
-    content = {name: bundle.path / name for name in bundle.manifest["files"]} | files
-    return write_bundle(tmp_path / f"broken-{number}", bundle.manifest, content).path
+    content = {name: bundle.path / name for name in bundle.manifest.document["files"]} | files
+    return write_bundle(tmp_path / f"broken-{number}", bundle.manifest.document, content).path
 
 
 def wrong_answers(make_version, tmp_path, number):

@@ -13,7 +13,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-from cdl_edge import serve as room
+from cdl_edge import server as room
 from cdl_edge.errors import InputError
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'cdl-edge[serve]'")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
-from cdl_edge.artefacts.manifest import MANIFEST, canonical, sealed
+from cdl_edge.artefacts.layout import MANIFEST
+from cdl_edge.artefacts.manifest import canonical, sealed
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.updates import packs
@@ -35,7 +36,7 @@ def device(make_version, tmp_path):
 
 
 def version(bundle: Path) -> str:
-    return open_bundle(bundle, verify=False).manifest["manifest_sha256"][:16]
+    return open_bundle(bundle, verify=False).manifest.document["manifest_sha256"][:16]
 
 
 def refused(contents, pack: Path, bundle: Path, *words: str, **options) -> None:
@@ -165,7 +166,7 @@ def forged(pack: Path, out: Path, files=None, drop=(), **changes) -> Path:
 
 def test_packs_that_contradict_themselves(device, contents, tmp_path):
     pack, out = device.packs[0], tmp_path / "forged.pack"
-    manifest = open_bundle(device.v[1]).manifest
+    manifest = open_bundle(device.v[1]).manifest.document
 
     def resealed(**changes) -> dict[str, tuple[str, bytes]]:
         return {MANIFEST: ("whole", canonical(sealed({**manifest, **changes})).encode())}
@@ -197,9 +198,9 @@ def test_packs_that_contradict_themselves(device, contents, tmp_path):
 
 def test_a_new_version_that_answers_otherwise_is_not_installed(device, contents, make_version, tmp_path, monkeypatch):
     wrong = open_bundle(make_version(5))
-    files = {n: wrong.path / n for n in wrong.manifest["files"]}
+    files = {n: wrong.path / n for n in wrong.manifest.document["files"]}
     weights = np.fromfile(wrong.path / "prompts.bin", np.float32)
-    wrong = write_bundle(tmp_path / "wrong", wrong.manifest, {**files, "prompts.bin": (weights * 2).tobytes()})
+    wrong = write_bundle(tmp_path / "wrong", wrong.manifest.document, {**files, "prompts.bin": (weights * 2).tobytes()})
     with pytest.raises(InputError, match="the self-test fails"):
         create(device.v[0], wrong.path, tmp_path / "wrong.pack")
     monkeypatch.setattr(packs, "self_test", lambda *_: {})
@@ -227,8 +228,10 @@ def test_what_no_pack_can_be_made_of(device, make_version, tmp_path):
 
 def test_only_what_changed_travels_and_ranges_stay_in_the_workshop(make_version, tmp_path):
     old, new = make_version(0, classes=400), open_bundle(make_version(40, classes=400))
-    files = {n: new.path / n for n in new.manifest["files"]}
-    new = write_bundle(tmp_path / "new", {**new.manifest, "ranges": "ranges.npz"}, {**files, "ranges.npz": b"r" * 9})
+    files = {n: new.path / n for n in new.manifest.document["files"]}
+    new = write_bundle(
+        tmp_path / "new", {**new.manifest.document, "ranges": "ranges.npz"}, {**files, "ranges.npz": b"r" * 9}
+    )
     made = create(old, new.path, tmp_path / "a.pack")
     assert {n: e["encoding"] for n, e in made["files"].items()} == {
         "manifest.json": "whole",

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cdl_edge.artefacts.bundle import CURRENT, MANIFEST, VERSIONS, open_bundle
+from cdl_edge.artefacts.bundle import CURRENT, VERSIONS, open_bundle
+from cdl_edge.artefacts.layout import MANIFEST
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.updates.packs import create, install, listed, rollback
@@ -32,7 +33,7 @@ def device(make_version, tmp_path, monkeypatch):
     packs = [tmp_path / f"{i}.pack" for i in range(2)]
     for i, pack in enumerate(packs):
         create(v[i], v[i + 1], pack)
-    names = [open_bundle(b).manifest["manifest_sha256"][:16] for b in v]
+    names = [open_bundle(b).manifest.document["manifest_sha256"][:16] for b in v]
     return SimpleNamespace(packs=packs, names=names, answers=[answer(b) for b in v], v=v, root=tmp_path)
 
 
@@ -74,7 +75,7 @@ def steps(action: Callable[[], object], kill_at: int | None = None, after: float
 
 def check(bundle: Path, device: SimpleNamespace, versions: tuple[int, ...]) -> int:
     """Which of the versions runs: its manifest, all its hashes and its answer belong together."""
-    name = open_bundle(bundle).manifest["manifest_sha256"][:16]
+    name = open_bundle(bundle).manifest.document["manifest_sha256"][:16]
     which = device.names.index(name)
     assert which in versions
     assert answer(bundle) == device.answers[which]
@@ -161,7 +162,7 @@ def test_a_reader_keeps_the_version_that_it_opened(device):
     install(device.packs[1], bundle, threads=1)
     with load(opened, threads=1) as runner:
         assert runner.infer(IMAGE).tobytes() == device.answers[1]
-    assert opened.manifest["manifest_sha256"][:16] == opened.path.name == device.names[1]
+    assert opened.manifest.document["manifest_sha256"][:16] == opened.path.name == device.names[1]
     assert answer(bundle) == device.answers[2]
 
 
