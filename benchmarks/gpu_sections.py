@@ -248,7 +248,7 @@ def speed(job: dict[str, Any], notes: Notes) -> None:
 
 def engines(job: dict[str, Any], notes: Notes) -> None:
     """A bundle in every engine that is here; TensorRT also takes new prompts into an engine that it has built."""
-    from cdl_edge.export import export
+    from cdl_edge.export.bundle import export
     from cdl_edge.runtime import load, open_bundle
 
     folder, images = Path(job["folder"]), 8 if job["tiny"] else 64

@@ -48,7 +48,7 @@ from cdl_edge.calibrate.images import images_of
 from cdl_edge.calibrate.measure import Measured, compare, measure
 from cdl_edge.calibrate.quantize import quantise
 from cdl_edge.calibrate.session import Session
-from cdl_edge.export import export
+from cdl_edge.export.bundle import export
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.ranges import Ranges, TensorRange, merge_tensors

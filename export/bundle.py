@@ -60,7 +60,7 @@ def export(
 
     Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256", "data"}.
 
-    Raises: InputError for a run or data source that is not there, or other images than the run's; ParityError when the
+    Raises: InputError for a run or data source that is not there, or other images than the run's; GateError when the
         graph differs from the student.
     """
     dialect = get_profile(profile)
@@ -137,7 +137,7 @@ def _selftest(pixels: np.ndarray, logits: np.ndarray) -> bytes:
 def _prove(
     draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: ParityError."""
+    """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: GateError."""
     proven = {}
     for name in graphs:
         part, _, precision = name.partition(".")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..artefacts.bundle import Bundle
-from ..errors import InputError
+from ..errors import GateError, InputError
 from .loader import load
 from .runner import Runner
 
@@ -30,10 +30,6 @@ fp16 and bf16: about 4 times what 12 to 24 blocks of rounding give. int8: cosine
 """
 
 Feeds = dict[str, np.ndarray]
-
-
-class GateError(InputError):
-    """What runs computes something else than the trained student did."""
 
 
 def self_test(bundle: Bundle, backend: str = "auto", threads: int | None = None) -> dict[str, dict[str, Any]]:

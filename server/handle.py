@@ -15,9 +15,10 @@ import numpy as np
 
 from ..artefacts.bundle import Bundle, open_bundle
 from ..cores import usable_cores
+from ..errors import GateError
 from ..runtime import load
 from ..runtime.runner import Runner
-from ..runtime.selftest import GateError, extremes, prove, prove_answers, prove_finite, reference
+from ..runtime.selftest import extremes, prove, prove_answers, prove_finite, reference
 
 WARMUP = 3
 "calls of each runner before it answers: the first ones allocate and choose kernels"

@@ -568,10 +568,12 @@ def test_of_several_processes_one_answers(cli, monkeypatch, rank, world, talks):
 @pytest.mark.parametrize(("rank", "reports"), [("0", 1), ("1", 0)])
 def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank, reports):
     from cdl_edge import api
+    from cdl_edge.report import page
+    from cdl_edge.train import loop
 
     written = []
-    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
-    monkeypatch.setattr("cdl_edge.report.write_report", lambda path, run: written.append(path))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
+    monkeypatch.setattr(page, "write_report", lambda path, run: written.append(path))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     api.train(data="digits", out=str(tmp_path))

@@ -15,7 +15,7 @@ from typing import Any
 from ...artefacts.bundle import Bundle, Signature
 from ...artefacts.external import external_files, graph_digest
 from ...artefacts.layout import ENGINES
-from ...errors import InputError
+from ...errors import GateError, InputError
 from .. import selftest
 from ..runner import Value
 from . import achieved, sidecar
@@ -93,7 +93,7 @@ class Shelf:
         if obstacle is None:
             try:
                 return self._refit(document)
-            except (RefitError, selftest.GateError) as error:
+            except (RefitError, GateError) as error:
                 obstacle = f"a refit failed: {' '.join(str(error).split())}"
         return self._build(options or Options(**document["options"]), obstacle)
 
@@ -114,7 +114,7 @@ class Shelf:
             found = achieved.read(achieved.inspect(session.engine, self.trt))
             achieved.check(self.precision, found)
             passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
-        except selftest.GateError as error:
+        except GateError as error:
             session.close()
             if not plan.refittable:
                 raise
@@ -147,7 +147,7 @@ class Shelf:
         session = self._session(new)
         try:
             passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
-        except selftest.GateError:
+        except GateError:
             session.close()
             raise
         kept = {key: document[key] for key in ("options", "refittable", "achieved", "build_seconds")}

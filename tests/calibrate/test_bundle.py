@@ -10,18 +10,16 @@ import numpy as np
 import onnx
 import pytest
 
-import cdl_edge.calibrate.bundle as module
-import cdl_edge.calibrate.floor as floor
-import cdl_edge.calibrate.latency as latency
-import cdl_edge.calibrate.trial as trial
 from cdl_edge.artefacts.bundle import write_bundle
-from cdl_edge.calibrate import GateError
+from cdl_edge.calibrate import bundle as module
+from cdl_edge.calibrate import floor, latency, trial
+from cdl_edge.calibrate import opset as opset_module
 from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.search import Verdict
-from cdl_edge.errors import InputError
+from cdl_edge.errors import GateError, InputError
 from cdl_edge.files import sha256
 from cdl_edge.ranges import Ranges, TaskRanges
 from cdl_edge.runtime import load, open_bundle
@@ -454,7 +452,7 @@ def test_a_runtime_of_python_3_10(exported, tmp_path, monkeypatch):
     for folder, precision in (("new", "fp32" if newer else "int8"), ("old", "int8")):
         with load(tmp_path / folder) as runner:
             assert runner.describe()["precision"] == precision or runner.int8 == "int8-arm"
-    monkeypatch.setattr("cdl_edge.calibrate.opset.VERSION", "1.23.2")
+    monkeypatch.setattr(opset_module, "VERSION", "1.23.2")
     result = calibrate(exported(), tmp_path / "there")
     assert {f["opset"] for f in result["flavours"].values()} == {21}
     with pytest.raises(InputError, match="loads no newer one"):

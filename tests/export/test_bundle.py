@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cdl_edge.export.bundle as module
 from cdl_edge.data import load_dataset
-from cdl_edge.errors import InputError
-from cdl_edge.export import ParityError, export
+from cdl_edge.errors import GateError, InputError
+from cdl_edge.export import bundle as module
+from cdl_edge.export.bundle import export
 from cdl_edge.files import sha256
 from cdl_edge.measurement.evaluate import evaluate
 from cdl_edge.runtime import load, open_bundle
@@ -308,7 +308,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
 @pytest.mark.parametrize(("file", "where"), [("backbone.bin", 0.3), ("backbone.bin", 0.7), ("prompts.bin", 0.5)])
 def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeypatch, file, where):
     spoiled(monkeypatch, file, where)
-    with pytest.raises(ParityError, match=r"max .*mean "):
+    with pytest.raises(GateError, match=r"max .*mean "):
         # A learnt head: every constant of its bundle matters, one of 4,000 random features need not.
         export(make_run(learner="coda", distill="kdp", head="learned"), tmp_path / "new" / "bundle", images=16)
     assert [p for p in tmp_path.rglob("*") if p.name != "new"] == []
@@ -322,7 +322,7 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(make_run, tmp_path, mon
     assert export(run, out, images=16, replace=True)["bytes"] == first["bytes"]
     before = sha256(out / "manifest.json")
     spoiled(monkeypatch, "backbone.bin", 0.5)
-    with pytest.raises(ParityError):
+    with pytest.raises(GateError):
         export(run, out, images=16, replace=True)
     assert sha256(out / "manifest.json") == before
     open_bundle(out)

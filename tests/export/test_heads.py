@@ -11,7 +11,7 @@ import pytest
 from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import InputError
-from cdl_edge.export import export
+from cdl_edge.export.bundle import export
 from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256

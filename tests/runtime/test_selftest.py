@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
-from cdl_edge.errors import InputError
+from cdl_edge.errors import GateError, InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.selftest import LIMITS, GateError, check, prove, prove_finite, reference, self_test
+from cdl_edge.runtime.selftest import LIMITS, check, prove, prove_finite, reference, self_test
 
 IMAGES = {"images": np.zeros((20, 8, 8, 3), np.uint8)}
 LOGITS = np.random.default_rng(0).normal(0, 3, (20, 7)).astype(np.float32)
