@@ -48,7 +48,8 @@ class FeatureMap:
     """Which features the statistics are of: outputs of the network, and what is done to them."""
 
     parts: tuple[str, ...]
-    "what is concatenated, in order: query (class token of the bare pass), class, kd, patches (their mean)"
+    """what is concatenated, in order: class, kd (tokens), patches (their mean), vertical, horizontal, diagonal (what
+    differs between halves of the image, see train.tokens.pooling)"""
     width: int
     "of the concatenation, D"
     kind: str = "plain"

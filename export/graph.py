@@ -24,7 +24,7 @@ from ..images import Preprocessing
 from ..train.attention import RotaryAttention, head_normed, output_norm
 from ..train.closed_form import StatisticsHead
 from ..train.student import SPREAD_EPS, PromptedViT
-from ..train.tokens import token_count
+from ..train.tokens import pooling, token_count
 from .layers import activation, head_norm, turned
 from .nodes import FROZEN, LEARNT, Graph
 from .profiles import PROFILES, Profile
@@ -288,7 +288,7 @@ class StudentGraph:
             if i in student.learner.blocks():
                 weights.append(prompts.selection.weights(prompts.pools["prompt"], i, query))
             if i == self.depth - 1 and student.statistics_head is not None:
-                patches = self.patches_mean(x, count)
+                patches = self.pooled_patches(x, count)
             x = self.block(i, x, count, rows, read if i == self.depth - 1 else None, qkv if i == 0 else None)
         x = g.norm("norm", x, self.vit.norm)
         if student.statistics_head is None:
@@ -297,15 +297,16 @@ class StudentGraph:
             self.statistics_head(student.statistics_head, x, len(read), patches)
         return weights
 
-    def patches_mean(self, x: str, count: int) -> str:
-        """Mean of the normalised patches in front of the last block: (B * count, D) -> (B, D) in fp32."""
+    def pooled_patches(self, x: str, count: int) -> str:
+        """The normalised patches in front of the last block, see tokens.pooling: (B * count, D) -> (B, 4 D) in fp32."""
         g = self.g
         normed = g.reshape(g.norm("norm", x, self.vit.norm), -1, count, self.width)
         patches = g.slice(normed, self.prefix, self.tokens, 1)
-        return g.op("ReduceMean", patches, g.indices(1), keepdims=0)
+        mixed = g.op("MatMul", g.constant("head.pooling", pooling(self.vit), FROZEN), patches)
+        return g.reshape(mixed, -1, 4 * self.width)
 
     def statistics_head(self, head: StatisticsHead, x: str, rows: int, patches: str) -> None:
-        """A head made from class statistics, in fp32: (B * rows, D) and (B, D) -> `logits` (B, C)."""
+        """A head made from class statistics, in fp32: (B * rows, D) and (B, 4 D) -> `logits` (B, C)."""
         g = self.g
         classes = self.classes if self.rewrites.learnt else self.student.classes
         x = g.op("Concat", g.reshape(x, -1, rows * self.width), patches, axis=1)

@@ -16,9 +16,10 @@ from ..class_statistics import ClassStatistics
 from ..heads import CLOSED_FORM, feature_map
 from .backbone import Backbone
 from .batches import Images
-from .closed_form import StatisticsKeeper
+from .closed_form import StatisticsKeeper, feature_parts
 from .run import Run
 from .student import run_block
+from .tokens import pooled
 
 HEADS = ("slda", "ranpac")
 CHUNK = 128
@@ -30,7 +31,8 @@ class FrozenBaseline:
     def __init__(self, backbone: Backbone, random_features: int, keeper: StatisticsKeeper) -> None:
         """random_features: of the head `ranpac`."""
         self.backbone, self.keeper = backbone, keeper
-        self.maps = {h: feature_map(h, ("class", "patches"), 2 * backbone.width, random_features) for h in HEADS}
+        parts = feature_parts(kd_token=False)
+        self.maps = {h: feature_map(h, parts, len(parts) * backbone.width, random_features) for h in HEADS}
 
     @property
     def sides(self) -> list[str]:
@@ -39,14 +41,14 @@ class FrozenBaseline:
 
     @torch.no_grad()
     def features(self, images: Images) -> np.ndarray:
-        """Class token and mean of the patches, as heads read them: float32 (N, 2 D)."""
+        """Class token and pooled patches, as heads read them: float32 (N, 5 D)."""
         vit, parts = self.backbone.model, []
         for start in range(0, len(images), CHUNK):
             tokens = images.bare_tokens("student", np.arange(start, min(start + CHUNK, len(images))))
             for i, block in enumerate(vit.blocks):
                 last = i == len(vit.blocks) - 1
                 # Of the last block: in front of it, as students do.
-                patches = vit.norm(tokens[:, int(vit.num_prefix_tokens) :]).mean(dim=1)
+                patches = pooled(vit, vit.norm(tokens[:, int(vit.num_prefix_tokens) :]))
                 tokens = run_block(block, tokens, keep=[0] if last else None)
             parts.append(torch.cat([vit.norm(tokens)[:, 0], patches], dim=1).float().cpu())
         return torch.cat(parts).numpy()
@@ -64,7 +66,7 @@ class FrozenBaseline:
         return self.compare([(self.features(images), images.labels) for images in val])
 
     def compare(self, measured: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        """The same from features (N, 2 D) and labels int (N,) of each task's images."""
+        """The same from features (N, 5 D) and labels int (N,) of each task's images."""
         found: dict[str, float] = {}
         for head, map in self.maps.items():
             made = CLOSED_FORM[head][1](self.keeper.totals[f"frozen-{head}"])

@@ -74,20 +74,23 @@ class Images:
         self._pixels = {d: torch.from_numpy(v.pixels) for d, v in decoded.items()}
         self._inputs: dict[str, Tensor] = {}
         self._queries: dict[str, Tensor] = {}
+        self.features: dict[tuple[str, int | None, int | None], list[Tensor]] = {}
+        "(model, first and last + 1 image) -> what its head made from statistics reads of these, in chunks"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def size_bytes(self) -> int:
-        """Memory of what is kept: pixels, inputs, queries."""
-        kept = (*self._pixels.values(), *self._inputs.values(), *self._queries.values())
+        """Memory of what is kept: pixels, inputs, queries, features."""
+        features = (part for parts in self.features.values() for part in parts)
+        kept = (*self._pixels.values(), *self._inputs.values(), *self._queries.values(), *features)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def forget(self) -> None:
         """Keep the pixels only."""
-        self._inputs.clear()
-        self._queries.clear()
+        for kept in (self._inputs, self._queries, self.features):
+            kept.clear()
 
     def querying(self, name: str) -> str | None:
         """The model whose bare pass gives the query of model `name`: the student in two passes, itself as reference."""
@@ -206,6 +209,11 @@ class Validation:
         """read: the images of a task. limit_bytes: what may be kept; beyond it pixels only, then nothing."""
         self.read, self.limit_bytes = read, limit_bytes
         self.kept: dict[int, Images] = {}
+
+    def models_changed(self) -> None:
+        """Prompts have learnt: the features that are kept are no longer those of the models."""
+        for images in self.kept.values():
+            images.features.clear()
 
     def each(self, tasks: int) -> Iterator[Images]:
         """The images of tasks 0.. in their order; those that do not fit are read again each time."""

@@ -20,7 +20,8 @@ STATISTICS_HEADS = (*CLOSED_FORM, "aligned")
 
 def feature_parts(kd_token: bool) -> tuple[str, ...]:
     """What the features of a student are, in order; see FeatureMap."""
-    return ("class", "kd", "patches") if kd_token else ("class", "patches")
+    tokens = ("class", "kd") if kd_token else ("class",)
+    return (*tokens, "patches", "vertical", "horizontal", "diagonal")
 
 
 class StatisticsHead(nn.Module):
@@ -29,7 +30,7 @@ class StatisticsHead(nn.Module):
     def __init__(
         self, kind: str, width: int, kd_token: bool, classes: int, random_features: int = RANDOM_FEATURES
     ) -> None:
-        """width: of a token, D; the features are two or three of them. classes: of all tasks, C."""
+        """width: of a token, D; the features are five or six times as wide. classes: of all tasks, C."""
         super().__init__()
         parts = feature_parts(kd_token)
         self.kind, self.classes = kind, classes

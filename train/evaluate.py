@@ -24,8 +24,12 @@ CHUNK = 128
 @torch.no_grad()
 def logits_of(images: Images, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
     """Combined logits of the images in `rows`, float32 (N, C), cut to the first `classes`."""
-    images.keep([name], nullcontext, CHUNK)
     model = images.sides[name].model
+    head = model.statistics_head
+    if head is not None:
+        features = features_of(images, name, rows)
+        return np.concatenate([head(x)[:, :classes].float().cpu().numpy() for x in features])
+    images.keep([name], nullcontext, CHUNK)
     parts = []
     wanted = np.arange(len(images))[rows]
     for start in range(0, len(wanted), CHUNK):
@@ -36,17 +40,24 @@ def logits_of(images: Images, name: str, classes: int | None = None, rows: slice
 
 
 @torch.no_grad()
-def features_of(images: Images, name: str) -> list[torch.Tensor]:
-    """What the statistics head of a model reads of every image, in chunks, float32 (n, D)."""
+def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[torch.Tensor]:
+    """What the statistics head of a model reads of the images in `rows`, in chunks, float32 (n, D).
+
+    They are kept with the images: whoever changes the model clears `images.features`.
+    """
+    key = (name, rows.start, rows.stop)
+    if key in images.features:
+        return images.features[key]
     images.keep([name], nullcontext, CHUNK)
     model = images.sides[name].model
     parts = []
-    for start in range(0, len(images), CHUNK):
-        index = np.arange(start, min(start + CHUNK, len(images)))
-        batch = images.batch(index, [name], nullcontext)
+    wanted = np.arange(len(images))[rows]
+    for start in range(0, len(wanted), CHUNK):
+        batch = images.batch(wanted[start : start + CHUNK], [name], nullcontext)
         features = model(batch.inputs[name], batch.queries[name]).features
         assert features is not None
         parts.append(features)
+    images.features[key] = parts
     return parts
 
 

@@ -191,6 +191,7 @@ class _Training:
                     self._reuse(task, taught)
                 else:
                     answers = self._phase(task, name, images, started, answers) or answers
+                self.val.models_changed()
             self._collect(task, images)
             self._measure(task, taught, answers, len(images))
             self.position = (task + 1, "", 0)

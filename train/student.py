@@ -21,7 +21,7 @@ from .closed_form import StatisticsHead
 from .learners import LEARNERS, BlockPrompt, Learner, LearnerSpec
 from .learners.base import uniform
 from .learners.mapped import MappedPrompts
-from .tokens import embed, without_registers
+from .tokens import embed, pooled, without_registers
 
 
 class LinearHead(nn.Linear):
@@ -127,7 +127,7 @@ class StudentOutput:
     hidden: tuple[Tensor, ...] = ()
     "(B, 1 + P, D) class and patch tokens behind each block, where asked for"
     features: Tensor | None = None
-    "float32 (B, 2 D or 3 D) what a head made from statistics reads; only while not training"
+    "float32 (B, 5 D or 6 D) what a head made from statistics reads; only while not training"
 
 
 class PromptedViT(nn.Module):
@@ -276,7 +276,7 @@ class PromptedViT(nn.Module):
                 references += [term] if term is not None else []
             if i == last and self.statistics_head is not None and not training:
                 # In front of the last block, which then answers for one or two rows only.
-                patches = self.backbone.norm(x[:, int(self.backbone.num_prefix_tokens) : count]).float().mean(dim=1)
+                patches = self.backbone.norm(x[:, int(self.backbone.num_prefix_tokens) : count])
             rows = None
             if i == last and not hidden:  # only these rows are read behind it
                 rows = [0] if self.kd is None else [0, x.shape[1] - 1]
@@ -289,7 +289,7 @@ class PromptedViT(nn.Module):
         features = None
         if self.statistics_head is not None and not training:
             ends = [x[:, 0], x[:, -1]] if self.kd is not None else [x[:, 0]]
-            features = torch.cat([*(t.float() for t in ends), patches], dim=1)
+            features = torch.cat([*(t.float() for t in ends), pooled(self.backbone, patches)], dim=1)
         # Keys: the mean over blocks (the authors: their sum); the regulariser, as published, the sum over blocks.
         # In bf16 it would be swallowed.
         keys = torch.stack(losses).float() if losses else None

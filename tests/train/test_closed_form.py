@@ -66,8 +66,9 @@ def run_of(tmp_path, make_config):
 @pytest.mark.parametrize("kd", [False, True])
 def test_the_module_is_the_numpy_head(head, kd):
     module = StatisticsHead(head, 8, kd, 6)
-    width = 8 * (3 if kd else 2)
-    assert module.map.parts == (("class", "kd", "patches") if kd else ("class", "patches"))
+    width = 8 * (6 if kd else 5)
+    where = ("patches", "vertical", "horizontal", "diagonal")
+    assert module.map.parts == (("class", "kd", *where) if kd else ("class", *where))
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((80, width)).astype(np.float32) + 1, np.arange(80) % 4
     made = make(head, ClassStatistics.of(module.map, x, labels, list("abcd")), 0)
