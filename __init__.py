@@ -8,14 +8,15 @@ imported by its whole name: `from cdl_edge.train.config import TrainConfig`.
 
 from __future__ import annotations
 
+# By whole names, for pytest imports this file a second time, under the name of the folder that it lies in.
 # A package puts its name into its parent once, when it is first loaded. So these are loaded first (they hold nothing
 # but a docstring), and the functions get their names behind them, for good.
-from . import calibrate as _calibrate
-from . import export as _export
-from . import report as _report
-from . import sweep as _sweep
-from . import train as _train
-from .api import (
+from cdl_edge import calibrate as _calibrate
+from cdl_edge import export as _export
+from cdl_edge import report as _report
+from cdl_edge import sweep as _sweep
+from cdl_edge import train as _train
+from cdl_edge.api import (
     build,
     calibrate,
     compare,

@@ -144,9 +144,10 @@ def install(
         store.clean()
         with store.stage() as folder:
             _build(opened, store.bundle, folder)
-            tested = self_test(open_bundle(folder), backend, threads)
+            proven = open_bundle(folder)
+            tested = self_test(proven, backend, threads)
             previous = store.state.current
-            state = store.install(folder, opened.document["sequence"], key)
+            state = store.install(proven, opened.document["sequence"], key)
     signed = opened.document["signature"] is not None
     return {
         "bundle": str(bundle),
@@ -181,8 +182,9 @@ def rollback(
                 else "install a pack first: the version before it is kept; or copy the older bundle to the device",
             )
         store.clean()
-        tested = self_test(open_bundle(store.folder(wanted)), backend, threads)
-        store.rollback(wanted)
+        proven = open_bundle(store.folder(wanted))
+        tested = self_test(proven, backend, threads)
+        store.rollback(proven)
     return {"bundle": str(bundle), "version": wanted, "previous": previous, "self_test": tested}
 
 

@@ -122,9 +122,9 @@ class Store:
             if self.plain and not any(versions.iterdir()):
                 versions.rmdir()
 
-    def install(self, staged: Path, sequence: int, public_key: str | None) -> State:
-        """Make a checked bundle folder (from `stage`) the version that runs."""
-        target = open_bundle(staged, verify=False).manifest.version
+    def install(self, proven: Bundle, sequence: int, public_key: str | None) -> State:
+        """Make a bundle in a folder of `stage`, opened and proven, the version that runs."""
+        staged, target = proven.path, proven.manifest.version
         _sync_folders(staged)
         if self.folder(target).exists():  # kept after a rollback
             os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
@@ -151,10 +151,9 @@ class Store:
         self._swap(after)
         return after
 
-    def rollback(self, version: str) -> State:
-        """Make a kept version run again. Raises: InputError when it is damaged."""
-        open_bundle(self.folder(version))
-        after = replace(self.state, current=version)
+    def rollback(self, proven: Bundle) -> State:
+        """Make a kept version, opened and proven, run again."""
+        after = replace(self.state, current=proven.manifest.version)
         self._swap(after)
         return after
 
