@@ -13,7 +13,7 @@ from ..data import Split, held_out_early, load_dataset
 from ..errors import InputError
 
 FEW = 32
-"calibration images below which a warning is given; 500 are the usual advice (design/EDGE.md, 4)"
+"calibration images below which a warning is given; 500 are the usual advice"
 LARGEST_BYTES = 4 << 30
 
 

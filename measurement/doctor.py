@@ -263,7 +263,7 @@ def _cuda() -> Check:
         fix = "install the NVIDIA driver if there is a GPU: https://www.nvidia.com/drivers"
         return check("cuda driver", "ok" if absent else "warn", f"{driver.detail}; the CPU is used", fix)
     if version_of("onnxruntime-gpu") is None and jetson.on_jetson():
-        # PyPI has no aarch64 wheel for JetPack's Python (design/EDGE.md, 7).
+        # PyPI has no aarch64 wheel for JetPack's Python.
         return check("cuda driver", "ok", f"{driver.detail}; no onnxruntime-gpu: TensorRT or the CPU", _JETSON_ORT)
     if version_of("onnxruntime-gpu") is None:
         return check(

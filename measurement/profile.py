@@ -26,11 +26,11 @@ from ..runtime.select import selected
 from .energy import Board, Meter, throttled
 
 UNSTABLE_CV = 0.025
-"coefficient of variation of the end-to-end time above which a result is flagged `unstable` (design/EDGE.md, 5)"
+"coefficient of variation of the end-to-end time above which a result is flagged `unstable`"
 JITTER_RATIO = 1.5
-"p99 / p50 of the end-to-end time above which it is flagged `jitter` (design/EDGE.md, 5)"
+"p99 / p50 of the end-to-end time above which it is flagged `jitter`"
 ENQUEUE_SHARE = 0.8
-"enqueue / GPU time above which it is flagged `enqueue-bound`: the processor keeps the GPU waiting (EDGE.md, 5)"
+"enqueue / GPU time above which it is flagged `enqueue-bound`: the processor keeps the GPU waiting"
 CALLS, SECONDS, LEAST = 1000, 10.0, 100
 "timed calls unless told otherwise: CALLS, or fewer when SECONDS have passed, but LEAST in any case"
 STAGES = ("preprocess_ms", "h2d_ms", "enqueue_ms", "gpu_ms", "d2h_ms", "compute_ms", "post_ms", "end_to_end_ms")

@@ -1,8 +1,8 @@
 """Does what runs here compute what the trained student did? Asked on the real images that each bundle carries.
 
 Asked of an engine after every build and every refit, of a version before it answers anybody, of a pack when it is made
-and when it is installed. Fused fp16 attention has been silently wrong in several versions of TensorRT
-(design/EDGE.md, 3), and a refittable engine has lost a bias in 11.3 (its release notes): nothing is taken on trust.
+and when it is installed. Fused fp16 attention has been silently wrong in several versions of TensorRT,
+and a refittable engine has lost a bias in 11.3 (its release notes): nothing is taken on trust.
 """
 
 from __future__ import annotations

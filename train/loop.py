@@ -140,7 +140,6 @@ class _Training:
         student = self.backbones["student"]
         self.baseline: FrozenBaseline | None = FrozenBaseline(student, config.random_features, self.statistics)
         self.skipped: list[str] = []
-        self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
         "task, side and epochs done of the phase the last checkpoint stands in"
         self.optimiser_state: dict[str, Any] | None = None
