@@ -124,7 +124,7 @@ def fifths(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
 def forgetting(training: Mapping[str, Any], per_task: Sequence[float]) -> float | None:
     """Mean over tasks of the run's diagonal accuracy minus the accuracy now, in points; None without a whole diagonal.
 
-    Source: (1/T) sum_i (accuracy of task i just after it - at the end), arXiv 2407.13911, as train/metrics.py defines it.
+    Source: (1/T) sum_i (accuracy of task i just after it - at the end), see train/metrics.py.
     """
     matrix = (training.get("student") or {}).get("matrix")
     if not isinstance(matrix, list) or len(matrix) != len(per_task):

@@ -26,7 +26,7 @@ LIMITS = {"fp16": 0.02, "bf16": 0.08, "int8": 0.2}
 """Largest relative error: RMS of the difference over RMS of the reference around its mean.
 
 fp16 and bf16: about 4 times what 12 to 24 blocks of rounding give. int8: cosine 0.98; the 0.926 of ill-chosen INT8
-(design/EDGE.md, 4) is 0.38. Chosen, not measured on a GPU.
+is 0.38. Chosen, not measured on a GPU.
 """
 
 Feeds = dict[str, np.ndarray]

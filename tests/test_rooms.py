@@ -124,7 +124,8 @@ def test_no_room_is_half_the_house():
 @pytest.mark.parametrize("source", [*BASE, "display.py", "__init__.py"])
 def test_the_ground_floor_imports_no_room(source):
     outside, inside = imports(source)
-    assert {m.split("/")[0] for m in inside} <= {
+    records = {"artefacts"} if source == "display.py" else set()  # it says what is in them
+    assert {m.split("/")[0] for m in inside} - records <= {
         "arrays",
         "class_statistics",
         "cores",
