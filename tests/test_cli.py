@@ -590,6 +590,19 @@ def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
     assert slept == [60]  # in which torchrun ends it; an error of its own comes out after all
 
 
+def test_a_gate_that_is_not_passed_is_a_failure_not_wrong_usage(cli, monkeypatch):
+    """Parity, accuracy in 8 bits and the self-test alike: exit code 1, a message, no trace."""
+    from cdl_edge import api
+    from cdl_edge.errors import GateError
+
+    def fails():
+        raise GateError("the self-test fails", got="other answers", expected="the student's")
+
+    monkeypatch.setattr(api, "doctor", fails)
+    answer = cli("doctor")
+    assert answer.code == 1 and "failed: the self-test fails" in answer.err and "Traceback" not in answer.err
+
+
 def test_a_bug_keeps_its_trace(monkeypatch):
     code = (
         "import sys, cdl_edge.measurement.doctor as d\nfrom cdl_edge.cli import main\n"
