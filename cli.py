@@ -145,11 +145,15 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--student-arch", help="likewise [default: the file or its config.json says so]")
 @click.option("--image-size", type=int, help="side of the images, pixels [default: each backbone's own]")
 @click.option("--teacher-image-size", type=int, help="of the teacher's images [default: --image-size]")
-@click.option("--learner", help="l2p | dualprompt | coda | apt | finetune | frozen [default: coda]; frozen: no prompts")
+@click.option(
+    "--learner",
+    help="l2p | dualprompt | coda | apt | finetune | frozen (no prompts) [default: frozen; coda where an option is of "
+    "prompts]",
+)
 @click.option(
     "--distill",
     help="none | kd | dkd | fitnets | reviewkd | two-heads | kd-token | kdp | cdl-prompt | blockwise | m2kd "
-    "[default: kdp]; none with --learner frozen",
+    "[default: kdp; none with --learner frozen]",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"
@@ -206,7 +210,7 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @threads_option
 @json_option
 def train(config: Path | None, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
-    """Train teacher and student on one task after another; write a RUN folder."""
+    """Train a student, and a teacher where it distils, on one task after another; write a RUN folder."""
     given = merged(config, options)
     from . import api
     from .artefacts.layout import REPORT

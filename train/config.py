@@ -36,8 +36,9 @@ class TrainConfig:
     "backbone: full timm tag | hf-hub:ORG/NAME | local-dir:PATH | file:PATH.safetensors | builtin:teacher"
     student: str = "builtin:student"
     "backbone of the student, likewise"
-    learner: str = "coda"
-    "prompt learner, of teacher and student"
+    learner: str = "auto"
+    """prompt learner, of teacher and student; frozen: no prompts, only the head is made; auto: coda where anything of
+    prompts is asked for (see `_asks_for_prompts`), else frozen, which they have to beat (docs/results.md)"""
     distill: str = "auto"
     "distiller; none trains no teacher; auto: kdp, but none for --learner frozen"
     query: str = "two-pass"
@@ -118,6 +119,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in fields(self):  # a JSON file may hold anything
             self._check_type(field.name, str(field.type))
+        if self.learner == "auto":
+            object.__setattr__(self, "learner", "coda" if self._asks_for_prompts() else "frozen")
         choose("learner", self.learner, LEARNERS)
         choose("head", self.head, HEAD_KINDS)
         whole = LEARNERS[self.learner].whole_network
@@ -163,6 +166,16 @@ class TrainConfig:
             if not holds:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} is out of range", got=getattr(self, name), expected=expected)
+
+    def _asks_for_prompts(self) -> bool:
+        """Whether an option makes sense with prompts only."""
+        return (
+            self.compat
+            or self.head == "learned"
+            or self.distill not in ("auto", "none")
+            or self.query != QUERIES[0]
+            or self.prompt_tasks is not None
+        )
 
     def _check_pair(self) -> None:
         """Refuse a distiller that makes no sense with the learner."""
