@@ -7,7 +7,11 @@ READY := $(VENV)/.ready
 # Two processes; the tests of a file stay in one of them, where they share what its fixtures have made.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-all check bench attack clean
+# What deploy/ installs, for every Python and machine at once.
+LOCK := $(BIN)/uv pip compile --no-config --universal --python-version 3.10 --generate-hashes --no-header --no-annotate -q
+LOCK_SAYS = \# Made by 'make lock'. Every file by its hash, for Linux and any Python from 3.10 on: pip install --require-hashes -r
+
+.PHONY: quickstart test test-all check audit lock bench attack clean
 
 quickstart: $(READY)   ## environment, install, then the whole way once on bundled data
 	rm -rf quickstart
@@ -19,10 +23,20 @@ test: $(READY)         ## no network, no GPU; about three minutes on two cores
 test-all: $(READY)     ## the same and all that is marked slow: whole grids, kills, torchrun
 	$(PYTEST) -m ""
 
-check: $(READY)        ## style and types
+check: $(READY) audit  ## style, types, and known weaknesses of what deploy/ installs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(READY)        ## asks PyPI; where it cannot be asked a line says so
+	$(BIN)/python deploy/audit.py
+
+lock: $(READY)         ## newest versions within the ranges of deploy/requirements.txt, with hashes
+	$(BIN)/python -m pip install --quiet uv
+	$(LOCK) deploy/requirements.txt -o deploy/requirements.lock
+	echo "cuda-python>=12.6,<13" | $(LOCK) - -o deploy/cuda12.lock
+	echo "cuda-python>=13,<14" | $(LOCK) - -o deploy/cuda13.lock
+	for name in requirements cuda12 cuda13; do sed -i "1i $(LOCK_SAYS) $$name.lock" deploy/$$name.lock; done
 
 bench: $(READY)        ## the machine should have nothing else to do
 	$(BIN)/python benchmarks/export.py

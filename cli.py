@@ -147,13 +147,13 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @click.option("--teacher-image-size", type=int, help="of the teacher's images [default: --image-size]")
 @click.option(
     "--learner",
-    help="l2p | dualprompt | coda | apt | finetune | frozen (no prompts) [default: frozen; coda where an option is of "
-    "prompts]",
+    help="l2p | dualprompt | coda | apt | finetune | frozen [default: frozen, without prompts; coda where an option "
+    "asks for prompts]",
 )
 @click.option(
     "--distill",
     help="none | kd | dkd | fitnets | reviewkd | two-heads | kd-token | kdp | cdl-prompt | blockwise | m2kd "
-    "[default: kdp; none with --learner frozen]",
+    "[default: none, kdp with a prompt learner]",
 )
 @click.option(
     "--query", help="two-pass | one-pass | one-pass-patches: where pool learners get their query [default: two-pass]"

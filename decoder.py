@@ -10,7 +10,7 @@ import io
 import math
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -288,6 +288,13 @@ class Picture:
         if white is None:
             raise _no_scale(self.name, f"values up to {high:g}")
         return white
+
+
+def prepare() -> None:
+    """Load the decoders of all formats now, and not with the first picture of each."""
+    for module in (*(f"PIL.{name}" for name in _PLUGINS.values()), "pillow_heif"):
+        with suppress(ImportError):
+            importlib.import_module(module)
 
 
 def full_scale(brightest: float, floats: bool) -> float | None:

@@ -60,6 +60,8 @@ def baseline_warning(
     tried = config or {}
     ideas = {"learner": "frozen", "head": baseline["head"]}
     options = [f"--{name} {value}" for name, value in ideas.items() if tried.get(name) != value]
+    if tried.get("learner") == "frozen" and options:
+        return f"note: {options[0]} is {short:.2f} points better on these validation images"
     return (
         f"warning: the student is {short:.2f} points below the frozen baseline, the bare backbone with a "
         f"{baseline['head']} head, which trains in seconds. Try {', '.join([*options, 'more images of each class'])}"

@@ -1,463 +1,84 @@
-"""Attacks on files, and kills: bounded, seeded, and the same again with the same numbers.
+"""The project's own attack: files that were changed, commands that are killed, a server that is pestered.
 
-    python benchmarks/attack.py [--bundles 8000] [--packs 1000] [--pictures 1000] [--installs 200] [--trainings 100]
-                                [--exports 50] [--calibrations 50] [--seed 0] [--work FOLDER]
+    python benchmarks/attack.py [--bundles 8000] [--packs 1000] [--pictures 1000] [--installs 200] [--exports 50]
+                                [--calibrations 50] [--trainings 100] [--seconds 600] [--clients 32] [--silent 300]
+                                [--seed 0] [--work FOLDER]
 
-Mutations: one byte of a file changed, and files made anew by somebody who knows the format (manifests, archives, graphs
-and packs with odd content and right hashes). Each is opened, asked and inspected in a process of its own batch. What
-may come out: an answer, or one clear refusal (InputError). What may not: any other exception, a crash, a byte that was
-changed without a new hash and was accepted, a device whose version changed by a refused pack, too much memory.
-
-Kills: SIGKILL at a random moment between the start of a command and its usual end. Afterwards the old or the new
-artefact is there, whole; the same command works, and leaves nothing of the killed one behind.
-
+Bounded and seeded: the same numbers give the same files and requests. A kind of which none are asked for is left out.
+What each attack does, and what counts as a fault, stands in attack_files.py, attack_kills.py and attack_server.py.
 Prints what was found; the last line of stdout is JSON. Exit code 1 when something was.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
-import os
-import random
-import resource
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
+import attack_files  # of this folder, as the next two
+import attack_kills
+import attack_server
+from attack_files import Found
 
-from cdl_edge.artefacts.bundle import Bundle, open_bundle
-from cdl_edge.artefacts.layout import MANIFEST
-from cdl_edge.artefacts.manifest import canonical, sealed
-from cdl_edge.errors import InputError
-from cdl_edge.images import Preprocessing
-from cdl_edge.measurement.inspect import inspect
-from cdl_edge.runtime import load
-from cdl_edge.runtime.predict import predict
-from cdl_edge.updates import packs
-from cdl_edge.updates.packfile import open_pack, write_pack
-
-BATCH = 50
-"cases that share a process"
-LIMIT_S = 120
-"for a batch, after which it counts as one that never ends"
-MEMORY_MB = 600
-"that a process may take on top of what it had before the first case"
-ODD: list[Any] = [
-    None, True, -1, 0, 1, 3, 7.5, 1e308, 2**40, 2**70, "", "x", "../x", "/etc/passwd", "\x1b[31mred\x1b[0m", "\u202e",
-    "a/b/c", "n" * 5000, [], {}, [[]], [None], {"x": 1}, [0] * 1000, [1, 2, 3], ["a", "a"], {"": {}},
-]  # fmt: skip
-"values that nobody writes where they are put"
+NUMBERS = {"bundles": 8000, "packs": 1000, "pictures": 1000, "installs": 200, "exports": 50, "calibrations": 50}
+NUMBERS |= {"trainings": 100, "seconds": 600, "clients": 32, "silent": 300, "seed": 0}
 
 
-@dataclass
-class Found:
-    """What an attack has brought."""
-
-    cases: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-    peak_mb: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**vars(self), "outcomes": dict(self.outcomes), "peak_mb": round(self.peak_mb)}
-
-
-# -- mutations --------------------------------------------------------------------------------------------------------
-
-
-def flipped(content: bytes, rng: random.Random) -> bytes:
-    """With one to four bytes changed, or cut, or longer."""
-    changed = bytearray(content)
-    kind = rng.randrange(8)
-    if kind == 0:
-        return bytes(changed[: rng.randrange(len(changed) + 1)])
-    if kind == 1:
-        return bytes(changed) + rng.randbytes(rng.randrange(1, 50))
-    for _ in range(rng.randrange(1, 5)):
-        if changed:
-            changed[rng.randrange(len(changed))] ^= rng.randrange(1, 256)
-    return bytes(changed)
-
-
-def odd_document(document: Any, rng: random.Random) -> Any:
-    """A JSON document with one value exchanged, removed or added somewhere."""
-    copy = json.loads(json.dumps(document))
-    node, ways = copy, rng.randrange(1, 6)
-    for _ in range(ways):
-        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
-        if not keys:
-            break
-        key = rng.choice(keys)
-        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
-            node = node[key]
-            continue
-        if rng.random() < 0.15:
-            del node[key]
-        else:
-            node[key] = rng.choice(ODD)
-        break
-    return copy
-
-
-def odd_archive(content: bytes, rng: random.Random) -> bytes:
-    """An .npz with other arrays: missing, of other types and sizes, or a header that claims more than there is."""
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    name = rng.choice(list(arrays))
-    kind = rng.randrange(6)
-    stream = io.BytesIO()
-    if kind == 0:
-        del arrays[name]
-    elif kind == 1:
-        arrays[name] = arrays[name].astype(rng.choice(["float64", "int8", "complex64", "U3"]))
-    elif kind == 2:
-        arrays[name] = np.zeros((rng.randrange(1, 3000), rng.randrange(1, 3000)), np.uint8)
-    elif kind == 3:
-        arrays[name] = arrays[name][..., :1]
-    elif kind == 4:
-        arrays[f"{name}/x"] = arrays[name]
-    np.savez_compressed(stream, **arrays)
-    if kind < 5:
-        return stream.getvalue()
-    lied = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(stream.getvalue())) as old, zipfile.ZipFile(lied, "w", zipfile.ZIP_DEFLATED) as new:
-        for member in old.infolist():
-            whole = old.read(member)
-            new.writestr(member.filename, whole.replace(b"'shape': (", b"'shape': (9999999, ")[: len(whole)])
-    return lied.getvalue()
-
-
-def mutated_bundle(source: Bundle, target: Path, rng: random.Random) -> bool:
-    """Write a changed copy; returns whether its hashes were made anew."""
-    shutil.copytree(source.path, target)
-    names = [*source.manifest.files, MANIFEST]
-    if rng.random() < 0.3:
-        file = target / rng.choice(names)
-        before = file.read_bytes()
-        after = flipped(before, rng)
-        while after == before:
-            after = flipped(before, rng)
-        file.write_bytes(after)
-        return False
-    document = json.loads(json.dumps(source.manifest.document))
-    if rng.random() < 0.6:
-        document = odd_document(document, rng)
-    else:
-        name = rng.choice([n for n in names if n.endswith((".npz", ".onnx"))])
-        content = (target / name).read_bytes()
-        archive = name.endswith(".npz") and name != source.manifest.ranges and rng.random() < 0.7
-        content = odd_archive(content, rng) if archive else flipped(content, rng)
-        (target / name).write_bytes(content)
-        document["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (target / MANIFEST).write_bytes(canonical(sealed(document)).encode("utf-8", "surrogatepass"))
-    return True
-
-
-def use(path: Path, backend: str) -> None:
-    """All that a device does with a bundle."""
-    bundle = open_bundle(path)
-    inspect(bundle)
-    with load(bundle, backend, threads=1) as runner:
-        side = bundle.preprocessing.size
-        stream = io.BytesIO()
-        Image.new("RGB", (side, side), "red").save(stream, "PNG")
-        predict(runner, [stream.getvalue()])
-    if bundle.manifest.selftest:
-        bundle.selftest()
-
-
-# -- batches ----------------------------------------------------------------------------------------------------------
-
-
-def attack(found: Found, count: int, case: Callable[[int], str]) -> Found:
-    """Run `count` cases, BATCH of them in each child: case(number) -> outcome; an exception is a fault."""
-    for start in range(0, count, BATCH):
-        numbers = range(start, min(count, start + BATCH))
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            signal.alarm(LIMIT_S)
-            with os.fdopen(writing, "w") as told:
-                for number in numbers:
-                    print(number, file=told, flush=True)
-                    try:
-                        outcome = case(number)
-                    except BaseException as error:
-                        outcome = f"fault {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-                    print(json.dumps([outcome, peak]), file=told, flush=True)
-            os._exit(0)
-        os.close(writing)
-        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        with os.fdopen(reading) as heard:
-            lines = heard.read().splitlines()
-        status = os.waitpid(child, 0)[1]
-        for number, line in zip(lines[::2], lines[1::2], strict=False):
-            outcome, peak = json.loads(line)
-            found.outcomes[outcome.split(":")[0]] += 1
-            found.peak_mb = max(found.peak_mb, peak)
-            if outcome.startswith("fault"):
-                found.faults.append(f"case {number}: {outcome}")
-        if status:
-            found.faults.append(f"case {lines[-1] if lines else start}: the process ended with status {status}")
-        if found.peak_mb - base > MEMORY_MB:
-            found.faults.append(f"cases {numbers}: {found.peak_mb:.0f} MB")
-        found.cases += len(numbers)
-    return found
-
-
-def attack_bundles(source: Path, count: int, work: Path, seed: int = 0, backend: str = "onnxruntime") -> Found:
-    """Changed copies of a bundle."""
-    bundle = open_bundle(source)
-
-    def case(number: int) -> str:
-        rng, target = random.Random(f"{seed} bundle {number}"), work / f"bundle{number}"
-        try:
-            anew = mutated_bundle(bundle, target, rng)
-            use(target, backend)
-        except InputError:
-            return "refused"
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
-        return "answered" if anew else "fault: changed bytes were accepted"
-
-    return attack(Found(), count, case)
-
-
-def attack_packs(pack: Path, device: Path, count: int, work: Path, seed: int = 0) -> Found:
-    """Changed packs, put into copies of a device's bundle."""
-    before = open_bundle(device).manifest.manifest_sha256
-    with open_pack(pack) as opened:
-        head = {k: opened.document[k] for k in ("name", "from", "to", "sequence", "backbone")}
-        members = {n: (e["encoding"], opened.read(n)) for n, e in opened.document["files"].items()}
-
-    def case(number: int) -> str:
-        rng, changed = random.Random(f"{seed} pack {number}"), work / f"{number}.pack"
-        target = Path(shutil.copytree(device, work / f"device{number}"))
-        anew = rng.random() < 0.6
-        try:
-            if anew:
-                other, header = dict(members), dict(head)
-                name = rng.choice(list(other))
-                encoding, content = other[name]
-                if name == MANIFEST and rng.random() < 0.8:
-                    document = sealed(odd_document(json.loads(content), rng))
-                    content, header["to"] = canonical(document).encode(), document["manifest_sha256"]
-                else:
-                    content = flipped(content, rng)
-                other[name] = (encoding, content)
-                if rng.random() < 0.2:
-                    other[rng.choice(["q", "q/r", "n" * 300, f"{name}/x"])] = ("whole", b"x")
-                write_pack(changed, header, other)
-            else:
-                changed.write_bytes(flipped(pack.read_bytes(), rng))
-            packs.install(changed, target, threads=1)
-        except InputError:
-            if open_bundle(target).manifest.manifest_sha256 != before:
-                return "fault: a refused pack changed the device"
-            return "refused"
-        finally:
-            changed.unlink(missing_ok=True)
-            opens = open_bundle(target)
-            shutil.rmtree(target)
-        return "installed" if anew and opens else "fault: changed bytes were accepted"
-
-    return attack(Found(), count, case)
-
-
-def attack_pictures(count: int, seed: int = 0) -> Found:
-    """Changed pictures of every format that is written here."""
-    noise = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    formats = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-    preprocessing = Preprocessing(16, 16)
-
-    def case(number: int) -> str:
-        rng, stream = random.Random(f"{seed} picture {number}"), io.BytesIO()
-        Image.fromarray(noise).save(stream, formats[number % len(formats)])
-        try:
-            preprocessing.read(flipped(stream.getvalue(), rng))
-        except InputError:
-            return "refused"
-        return "read"
-
-    return attack(Found(), count, case)
-
-
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-
-def kill(
-    command: list[str], count: int, check: Callable[[bool], str | None], seed: int, fresh: Callable[[], None]
-) -> Found:
-    """Kill a command at random moments. fresh: before each. check: what is wrong; told whether the command ended."""
-    rng, found = random.Random(f"{seed} {command}"), Found()
-    fresh()
-    begin = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    usual = time.monotonic() - begin
-    for number in range(count):
-        fresh()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0, 1.05 * usual))
-        process.kill()
-        killed = process.wait() == -signal.SIGKILL
-        if wrong := check(False):
-            found.faults.append(f"kill {number}: {wrong}")
-        after = subprocess.run(command, capture_output=True, text=True)
-        refused = after.returncode == 2 and "--force" in after.stderr
-        if after.returncode and not refused and "already installed" not in after.stderr:
-            found.faults.append(f"kill {number}: the next command ends with {after.returncode}: {after.stderr[-300:]}")
-        if wrong := check(True):
-            found.faults.append(f"kill {number}, after the next command: {wrong}")
-        found.outcomes["killed" if killed else "was done"] += 1
-        found.cases += 1
-    return found
-
-
-def leftovers(folder: Path) -> list[str]:
-    """Hidden entries that are not there in a finished artefact."""
-    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
-
-
-def kill_bundle_command(command: list[str], out: Path, count: int, seed: int) -> Found:
-    """Of a command that writes a bundle at `out`."""
-
-    def check(finished: bool) -> str | None:
-        if out.exists():
-            try:
-                open_bundle(out)
-            except InputError as error:
-                return str(error)
-        elif finished:
-            return "no bundle"
-        return f"left behind: {left}" if finished and (left := leftovers(out.parent)) else None
-
-    return kill(command, count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
-
-
-def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli: list[str]) -> Found:
-    """Of a pack, into a fresh copy of a device's bundle each."""
-    device = work / "killed-device"
-    with open_pack(pack) as opened:
-        versions = [opened.document["from"], opened.document["to"]]
-
-    def fresh() -> None:
-        shutil.rmtree(device, ignore_errors=True)
-        shutil.copytree(old, device)
-
-    def check(finished: bool) -> str | None:
-        try:
-            version = open_bundle(device).manifest.manifest_sha256
-        except InputError as error:
-            return str(error)
-        return None if version in versions[finished:] else f"version {version}"
-
-    return kill([*cli, "pack", "install", str(pack), str(device), "--threads", "1"], count, check, seed, fresh)
-
-
-def kill_trainings(command: list[str], out: Path, count: int, seed: int) -> Found:
-    """Of `train`; the next command resumes, and comes to the matrix of a run that was never killed."""
-    wanted: list[Any] = []
-
-    def check(finished: bool) -> str | None:
-        if not finished:
-            return None
-        if not (out / "metrics.json").is_file():
-            return "not finished"
-        matrix = json.loads((out / "metrics.json").read_text())["student"]["matrix"]
-        wanted.append(matrix)
-        if matrix != wanted[0]:
-            return "other numbers than without the kill"
-        return f"left behind: {left}" if (left := leftovers(out)) else None
-
-    return kill([*command, "--resume"], count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
-
-
-# -- all of it --------------------------------------------------------------------------------------------------------
-
-
-def prepare(work: Path, cli: list[str]) -> dict[str, Path]:
-    """Two small runs, their bundles, a pack from the first to the second."""
-    paths = {name: work / name for name in ("run0", "run1", "old", "new", "update.pack")}
-    for seed in (0, 1):
-        subprocess.run(train_command(cli, paths[f"run{seed}"], seed), check=True, capture_output=True)
-    for run, bundle in (("run0", "old"), ("run1", "new")):
-        command = [*cli, "export", str(paths[run]), "--out", str(paths[bundle]), "--images", "8"]
-        subprocess.run(command, check=True, capture_output=True)
-    numbers = ("--sequence", str(1 << 33))
-    command = [
-        *cli,
-        "pack",
-        "create",
-        str(paths["old"]),
-        str(paths["new"]),
-        "--out",
-        str(paths["update.pack"]),
-        *numbers,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return paths
-
-
-def train_command(cli: list[str], out: Path, seed: int = 0) -> list[str]:
-    """A training of seconds."""
-    options = {"data": "digits", "learner": "coda", "distill": "kdp", "tasks": 2, "epochs": 1, "limit-per-class": 8}
-    given = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    return [*cli, "train", *given, "--seed", str(seed), "--threads", "1", "--out", str(out)]
-
-
-def attacks(options: argparse.Namespace, work: Path) -> Iterator[tuple[str, Found]]:
-    """Each with what it found."""
-    cli, seed = [sys.executable, "-m", "cdl_edge.cli"], options.seed
-    yield "pictures", attack_pictures(options.pictures, seed)
-    at = prepare(work, cli)
-    yield "bundles", attack_bundles(at["old"], options.bundles, work, seed)
-    yield "packs", attack_packs(at["update.pack"], at["old"], options.packs, work, seed)
-    yield "killed installs", kill_installs(at["update.pack"], at["old"], options.installs, work, seed, cli)
-    for name, count, command in (
-        ("exports", options.exports, ["export", str(at["run0"]), "--images", "8"]),
-        ("calibrations", options.calibrations, ["calibrate", str(at["old"])]),
-    ):
-        out = work / name / "bundle"
-        out.parent.mkdir()
-        yield f"killed {name}", kill_bundle_command([*cli, *command, "--out", str(out)], out, count, seed)
-    out = work / "trainings" / "run"
-    yield "killed trainings", kill_trainings(train_command(cli, out), out, options.trainings, seed)
+def attacks(given: argparse.Namespace, work: Path) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Each with its name: those of which some are asked for."""
+    cli, seed = [sys.executable, "-m", "cdl_edge.cli"], given.seed
+    if given.pictures:
+        yield "changed pictures", lambda: attack_files.attack_pictures(given.pictures, seed)
+    at = attack_kills.prepare(work, cli)
+    pack, old, run = at["update.pack"], at["old"], at["run0"]
+    if given.bundles:
+        yield "changed bundles", lambda: attack_files.attack_bundles(old, given.bundles, work, seed)
+    if given.packs:
+        yield "changed packs", lambda: attack_files.attack_packs(pack, old, given.packs, work, seed)
+    if given.seconds:
+        yield "bad requests", lambda: attack_server.attack(old, given.seconds, given.clients, given.silent, seed=seed)
+    if given.installs:
+        yield "killed installs", lambda: attack_kills.kill_installs(pack, old, given.installs, work, seed, cli)
+    commands = {"exports": ["export", str(run), "--images", "8"], "calibrations": ["calibrate", str(old)]}
+    for name, command in commands.items():
+        if count := getattr(given, name):
+            out = work / name / "bundle"
+            out.parent.mkdir()
+            whole = [*cli, *command, "--out", str(out)]
+            yield f"killed {name}", lambda c=whole, o=out, n=count: attack_kills.kill_bundle_command(c, o, n, seed)
+    if given.trainings:
+        out = work / "trainings" / "run"
+        train = attack_kills.train_command(cli, work, out)
+        yield "killed trainings", lambda: attack_kills.kill_trainings(train, out, given.trainings, seed)
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    numbers = {"bundles": 8000, "packs": 1000, "pictures": 1000, "installs": 200, "trainings": 100, "exports": 50}
-    for name, count in {**numbers, "calibrations": 50, "seed": 0}.items():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, count in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--work", type=Path, help="folder to work in [default: a temporary one]")
-    options = parser.parse_args()
-    found: dict[str, Found] = {}
-    with tempfile.TemporaryDirectory(prefix="cdl-edge-attack-", dir=options.work) as folder:
-        for name, result in attacks(options, Path(folder)):
-            found[name] = result
-            outcomes = ", ".join(f"{n} {what}" for what, n in sorted(result.outcomes.items()))
-            print(f"{name:18s} {result.cases:6d}  {outcomes}  faults {len(result.faults)}", flush=True)
-            for fault in result.faults[:20]:
+    given = parser.parse_args()
+    results: dict[str, Found] = {}
+    with tempfile.TemporaryDirectory(prefix="cdl-edge-attack-", dir=given.work) as folder:
+        for name, attack in attacks(given, Path(folder)):
+            begin = time.monotonic()
+            results[name] = found = attack()
+            found.seconds = round(time.monotonic() - begin, 1)
+            outcomes = ", ".join(f"{n} {what}" for what, n in sorted(found.outcomes.items()))
+            line = f"{name:18s} {found.cases:7d}  {outcomes}  faults {len(found.faults)}"
+            print(f"{line}  {found.peak_mb:.0f} MB  {found.seconds:.0f} s", flush=True)
+            for fault in found.faults[:20]:
                 print(f"    {fault}", flush=True)
-    print(json.dumps({name: result.to_json() for name, result in found.items()}))
-    sys.exit(any(result.faults for result in found.values()))
+    numbers = {name: getattr(given, name) for name in NUMBERS}
+    about = {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "numbers": numbers}
+    print(json.dumps({**about, "found": {name: found.to_json() for name, found in results.items()}}))
+    sys.exit(any(found.faults for found in results.values()))
 
 
 if __name__ == "__main__":

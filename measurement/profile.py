@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import platform
 import time
@@ -17,7 +18,7 @@ from PIL import Image
 from .. import __version__
 from ..artefacts.bundle import Bundle, open_bundle
 from ..errors import InputError
-from ..files import write_json
+from ..files import check_out, write_json
 from ..machine import board, cpu_model, governor, peak_rss_bytes, temperature_c, version_of
 from ..runtime import load
 from ..runtime.predict import probabilities
@@ -81,6 +82,8 @@ def profile(
         raise InputError(
             "the number of runs is wrong", got=f"runs {runs}, warmup {warmup}", expected="runs >= 1, warmup >= 0"
         )
+    if trace is not None:
+        check_out(Path(trace), "a trace", _foreign, replace=True)
     begin = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     check_ms = None if isinstance(bundle, Bundle) else (time.perf_counter() - begin) * 1e3
@@ -199,6 +202,16 @@ def flags(
     if throttled_by:
         found.append("throttled")
     return found
+
+
+def _foreign(path: Path) -> str | None:
+    """What an existing file is instead of a trace, see files.check_out."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return str(error).splitlines()[0][:100]
+    ours = isinstance(found, dict) and {"end_to_end_ms", "backend", "context"} <= set(found)
+    return None if ours else "JSON of another kind"
 
 
 @cache

@@ -13,7 +13,7 @@ from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.profile_record import ProfileRecord
 from ..artefacts.run_record import Metrics, read_metrics
 from ..errors import InputError
-from ..files import write_text
+from ..files import check_out, write_text
 from .charts import HEAT_DARK, HEAT_LIGHT, ink
 from .documents import check_measured, check_pair
 from .mistakes import mistakes_section, verdict
@@ -21,6 +21,8 @@ from .quantisation import quantisation_section
 from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
 
 TEMPLATE = "page.html.j2"
+_GENERATOR = b'<meta name="generator" content="cdl-edge '
+"in the head of every page that is written here"
 
 
 def write_report(
@@ -55,8 +57,17 @@ def write_report(
     return out
 
 
+def _foreign(out: Path) -> str | None:
+    """What an existing file is instead of a page of ours, see files.check_out."""
+    if not out.is_file():
+        return "no file"
+    with open(out, "rb") as stream:
+        return None if _GENERATOR in stream.read(2000) else "a file of another origin"
+
+
 def write_page(out: Path, html: str) -> None:
-    """Write it, whole or not at all."""
+    """Write it, whole or not at all; only a page that was written here is replaced. Raises: InputError."""
+    check_out(out, "a report", _foreign, replace=True)
     # A file name that is no UTF-8 reaches JSON as a lone surrogate, which no UTF-8 file can hold.
     write_text(out, html.encode("utf-8", "replace").decode("utf-8"))
 

@@ -29,6 +29,7 @@ def predict(
     task: int | None = None,
     top: int = 1,
     skip_unreadable: bool = False,
+    decoded: bool = False,
 ) -> dict[str, Any]:
     """Classify pictures.
 
@@ -39,6 +40,7 @@ def predict(
         task: index into the manifest's tasks, from 0 (on the command line the first task is 1): only its classes
             compete. None: all of them do.
         top: with more than 1 each prediction also carries its `top` most probable classes, itself first.
+        decoded: the sources are what `bundle.preprocessing.read` gives, uint8 RGB (size, size, 3).
         skip_unreadable: name what cannot be read in "unreadable": [{"image", "reason"}] and classify the others.
 
     Returns: {"backend", "precision", "definitions", "predictions": [{"image", "label", "index", "probability",
@@ -64,7 +66,7 @@ def predict(
         for position, source in enumerate(sources[start : start + CHUNK], start):
             name = f"image {position}" if isinstance(source, (bytes, np.ndarray)) else str(source)
             try:
-                pixels.append(bundle.preprocessing.read(source))
+                pixels.append(np.asarray(source) if decoded else bundle.preprocessing.read(source))
                 names.append(name)
             except UnreadableImage as error:
                 unreadable.append({"image": name, "reason": " ".join(str(error).split())})

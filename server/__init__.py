@@ -52,18 +52,18 @@ def serve(
         name: of the model in the Open Inference Protocol; empty: the bundle's folder.
         watch: put in every version that appears at `bundle`, once it has proven itself.
         token: who has it may install packs; None: the one in token_file.
-        token_file: holds the token, made there at the first start; None: `server.token.default_file`.
+        token_file: holds the token, made there at the first start; None: `runtime.secret.default_file`.
         public_key, allow_unsigned: whose packs; see `server.admin`.
         socket_path: of a Unix socket, through which this user may install packs without the token.
 
     Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
     """
     uvicorn = _import()
+    from ..runtime.secret import checked, default_file, kept
     from .app import build_app
     from .guard import Guard
     from .handle import Handle
     from .server import Server
-    from .token import checked, default_file, kept
 
     file = token_file or default_file()
     secret, made = (kept(file)) if token is None else (checked(token), False)
@@ -75,6 +75,8 @@ def serve(
         handle = Handle(bundle, backend, threads, precision, runners, queue, limit_s)
         packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
         server = Server(handle, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
+        stack.callback(server.decoders.close)
+        server.decoders.start()
         config = uvicorn.Config(
             build_app(server, watch),
             http=Guard(server.metrics).protocol(),

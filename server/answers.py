@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +18,7 @@ from . import protocol
 from .body import content_type
 from .handle import version_name
 from .refuse import Refused
-from .server import answered, server_of
+from .server import Server, answered, server_of
 
 VERSION_HEADER = "x-bundle-version"
 # The last one is what `curl -d` says of itself, in every example of the protocol.
@@ -41,8 +42,8 @@ async def _classified(request: Request, single: bool) -> Response:
         pictures = await reader.pictures()
         if single and len(pictures) != 1:
             raise Refused(400, "one picture expected", got=f"{len(pictures)} files", fix="send several to /batch")
-        most = 1 if top is None else top
-        result, facts = await server.compute(lambda runner: _predictions(runner, pictures, task, most))
+        most, end = 1 if top is None else top, time.monotonic() + server.limits.answer_s
+        result, facts = await server.compute(lambda runner: _predictions(server, runner, pictures, task, most, end))
     server.answered_at = time.monotonic()
     return answered({**result, **facts}, headers={VERSION_HEADER: facts["version"]})
 
@@ -54,17 +55,21 @@ async def classes(request: Request) -> Response:
     return answered({"version": version_name(bundle), "tasks": tasks})
 
 
-def _predictions(runner: Runner, pictures: Sequence[tuple[str, bytes]], task: int | None, top: int) -> dict[str, Any]:
-    """As `runtime.predict.predict`, with the names of the files."""
-    try:
-        result = classify(runner, [content for _, content in pictures], task, top)
-    except UnreadableImage as error:
-        for name, content in pictures:  # which one?
-            try:
-                runner.bundle.preprocessing.read(content)
-            except UnreadableImage as found:
-                raise InputError(f"{name[:200]}: {found}" if name else str(found)) from error
-        raise
+def _predictions(
+    server: Server, runner: Runner, pictures: Sequence[tuple[str, bytes]], task: int | None, top: int, end: float
+) -> dict[str, Any]:
+    """As `runtime.predict.predict`, with the names of the files. end: of the time for the answer, time.monotonic()."""
+    pixels: list[np.ndarray] = []
+    for name, content in pictures:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise Refused(504, "no answer in time", got=f"{len(pixels)} of {len(pictures)} pictures decoded")
+        limit = min(left, server.limits.decode_s)
+        try:
+            pixels.append(server.decoders.read(runner.bundle.preprocessing, content, limit))
+        except UnreadableImage as error:
+            raise InputError(f"{name[:200]}: {error}" if name else str(error)) from error
+    result = classify(runner, pixels, task, top, decoded=True)
     for (name, _), prediction in zip(pictures, result["predictions"], strict=True):
         prediction["image"] = name or prediction["image"]
     return result

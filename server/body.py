@@ -41,6 +41,8 @@ class Limits:
     "until a body has arrived; a pack has ten times as long"
     answer_s: float = 30.0
     "from then until the answer"
+    decode_s: float = 10.0
+    "of that, for decoding one picture"
 
 
 class Upload:

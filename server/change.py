@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..decoders import surroundings
 from ..errors import InputError
 
 REFUSED = 2
@@ -34,8 +34,6 @@ def in_a_process(
     Returns: what the function returns. Raises: InputError when it refuses, crashes or does not end in `seconds`.
     """
     command = [sys.executable, "-m", __name__]
-    # What is importable here is there, too. The working folder is not: whoever may write there shall not be imported.
-    places = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path)}
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -44,7 +42,7 @@ def in_a_process(
         encoding="utf-8",
         errors="replace",
         cwd="/",
-        env=places,
+        env=surroundings(),
     )
     started(process)
     try:

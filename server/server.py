@@ -20,6 +20,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..artefacts.bundle import open_bundle
 from ..artefacts.layout import MANIFEST
+from ..decoders import Decoders
 from ..errors import InputError
 from ..runtime.runner import Runner
 from ..runtime.selftest import extremes, prove_answers
@@ -57,6 +58,8 @@ class Server:
     "held while the bundle on disk and the one in the handle may differ"
     say: Callable[[str], None] = print
     "gets a line for each exchange, and for each version that cannot be put in"
+    decoders: Decoders = field(default_factory=Decoders)
+    "where pictures are decoded; whoever makes this closes them"
     answered_at: float = 0.0
     "when a picture was classified last"
 

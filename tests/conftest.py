@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -79,6 +80,12 @@ def pytest_pycollect_makeitem() -> Any:
     return made
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Secrets that tests make are kept in a folder of theirs."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root, which is the package."""
@@ -118,6 +125,18 @@ def write_folder(root: Path, **parts: dict[str, int]) -> Path:
 def image_folder() -> Callable[..., Path]:
     """`write_folder`; unsplit={...} puts the classes into the root."""
     return write_folder
+
+
+@pytest.fixture(scope="session")
+def slow_jpeg() -> bytes:
+    """30 kB that keep a decoder busy for seconds: 36 megapixels in 64 scans, of which little is there."""
+    stream = io.BytesIO()
+    Image.effect_noise((64, 48), 50).convert("RGB").save(stream, "JPEG", progressive=True)
+    whole = bytearray(stream.getvalue())
+    at = whole.index(b"\xff\xc2") + 5
+    whole[at : at + 4] = struct.pack(">HH", 6_000, 6_000)
+    last = whole.rindex(b"\xff\xda")
+    return bytes(whole[:-2] + whole[last:-2] * (64 - whole.count(b"\xff\xda")) + whole[-2:])
 
 
 @pytest.fixture(scope="session")

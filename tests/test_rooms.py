@@ -24,6 +24,7 @@ BASE = (
     "class_statistics.py",
     "errors.py",
     "decoder.py",
+    "decoders.py",
     "heads.py",
     "images.py",
     "jetson.py",

@@ -20,6 +20,12 @@ KD_HEADS = ("learner", *HEADS)
 REPLAY = "--distill m2kd --head learned"
 PRUNING = "--distill m2kd --learner finetune"
 HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
+PROMPT_OPTIONS = {
+    *("teacher", "teacher_arch", "teacher_image_size", "teachers", "distill", "alpha", "tau", "compat"),
+    *("query", "query_regulariser", "prompt_tasks", "kd_blocks", "kd_length", "kd_head", "apt_momentum"),
+    *("epochs", "learning_rate", "min_steps", "exemplars", "retrain_epochs", "pruned"),
+}
+"options that do nothing without prompts, or a network, that learn"
 FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
 "options that runs had before there was a name for them"
 
@@ -37,8 +43,8 @@ class TrainConfig:
     student: str = "builtin:student"
     "backbone of the student, likewise"
     learner: str = "auto"
-    """prompt learner, of teacher and student; frozen: no prompts, only the head is made; auto: coda where anything of
-    prompts is asked for (see `_asks_for_prompts`), else frozen, which they have to beat (docs/results.md)"""
+    """prompt learner, of teacher and student; frozen: no prompts, only the head is made; auto: coda where an
+    option asks for prompts (PROMPT_OPTIONS), else frozen, which they have to beat (docs/results.md)"""
     distill: str = "auto"
     "distiller; none trains no teacher; auto: kdp, but none for --learner frozen"
     query: str = "two-pass"
@@ -168,14 +174,9 @@ class TrainConfig:
                 raise InputError(f"--{option} is out of range", got=getattr(self, name), expected=expected)
 
     def _asks_for_prompts(self) -> bool:
-        """Whether an option makes sense with prompts only."""
-        return (
-            self.compat
-            or self.head == "learned"
-            or self.distill not in ("auto", "none")
-            or self.query != QUERIES[0]
-            or self.prompt_tasks is not None
-        )
+        """Whether an option was given that does nothing without prompts."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default} & PROMPT_OPTIONS
+        return bool(given - {"distill"}) or self.head == "learned" or self.distill not in ("auto", "none")
 
     def _check_pair(self) -> None:
         """Refuse a distiller that makes no sense with the learner."""

@@ -106,8 +106,10 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
     """
     hybrid, out = HYBRIDS[config.arch], Path(config.out)
     checkpoint, curve_file = out.with_suffix(".checkpoint"), out.with_suffix(".curve.json")
-    if not resume and (checkpoint.exists() or out.exists()):
-        raise InputError(f"{out}: is there already", fix="add --resume, or choose another --out")
+    if (checkpoint.exists() or out.exists()) and not (resume and checkpoint.exists()):
+        raise InputError(
+            f"{out}: is there already", fix="choose another --out; with its checkpoint beside it, --resume goes on"
+        )
     dataset = load_dataset(config.data)
     say(dataset.line)
     split = dataset.train

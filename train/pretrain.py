@@ -94,8 +94,10 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
     if skipped:
         say(f"{len(skipped)} unreadable image(s) skipped")
 
-    if not resume and (checkpoint.exists() or out.exists()):
-        raise InputError(f"{out}: is there already", fix="add --resume, or choose another --out")
+    if (checkpoint.exists() or out.exists()) and not (resume and checkpoint.exists()):
+        raise InputError(
+            f"{out}: is there already", fix="choose another --out; with its checkpoint beside it, --resume goes on"
+        )
     epoch, curve, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
         state = load_kept(checkpoint, say)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ...artefacts.bundle import Bundle
-from ...artefacts.layout import ENGINES
 from ...errors import InputError, choose
 from ...machine import cuda_driver
 from ..runner import Runner, Value, check_threads
+from ..secret import private_folder
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -21,6 +25,8 @@ PROVIDERS = {
 WITHOUT_QDQ_23 = (1, 23)
 "the newest release that has no QuantizeLinear of opset 23; the last one for Python 3.10"
 WORKSPACE = 1 << 30
+KEPT = 4
+"versions whose TensorRT engines are kept, each of some ten megabytes"
 "bytes that TensorRT may use while it looks for kernels"
 
 
@@ -107,8 +113,9 @@ class OrtRunner(Runner):
         if self._wanted == cuda:
             return [cuda, cpu]
         # Engines are found again by the graph's structure alone: after an update with other weights the old engine
-        # would answer. Each version of a bundle has a folder of its own, therefore.
-        folder = self.bundle.path / ENGINES / f"ort-{self.bundle.manifest.version}"
+        # would answer. Each version of a bundle has a folder of its own, therefore. They are executable code, which
+        # onnxruntime loads without a look at who wrote it: not in the bundle, then, which others may hand on.
+        folder = _kept(private_folder("ort-engines"), self.bundle.manifest.version)
         options = {
             "trt_max_workspace_size": str(WORKSPACE),
             "trt_engine_cache_enable": "1",
@@ -160,6 +167,17 @@ class OrtTensorRTRunner(OrtRunner):
         self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
     ) -> None:
         super().__init__(bundle, graph, "tensorrt", threads, precision)
+
+
+def _kept(folder: Path, version: str) -> Path:
+    """The folder of a version's engines; of others only those that were used last stay."""
+    mine = folder / version
+    mine.mkdir(mode=0o700, exist_ok=True)
+    os.utime(mine)
+    known = [path for path in folder.iterdir() if re.fullmatch("[0-9a-f]{16}", path.name) and path.is_dir()]
+    for old in sorted(known, key=lambda path: path.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return mine
 
 
 def is_old(version: str) -> bool:

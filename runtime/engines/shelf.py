@@ -18,6 +18,7 @@ from ...artefacts.layout import ENGINES
 from ...errors import GateError, InputError
 from .. import selftest
 from ..runner import Value
+from ..secret import is_sealed
 from . import achieved, sidecar
 from .build import Options, build
 from .memory import Memory
@@ -66,6 +67,8 @@ class Shelf:
     ) -> tuple[Session, dict[str, Any]]:
         """A session on an engine that has passed, and its sidecar.
 
+        An engine is executable code: one that this user did not build on this device is not loaded but built again.
+
         Args:
             options: None takes an engine whatever it was built with, and builds with the same again.
             rebuild: whatever is there. may_build: False refuses instead of building or refitting (minutes on a board).
@@ -74,8 +77,10 @@ class Shelf:
             fails, a precision that was not achieved, answers that are not the student's.
         """
         document = None if rebuild else sidecar.read(self.engine)
+        reason = "asked for" if rebuild else "there is none for this graph and GPU yet"
+        if document is not None and not is_sealed(document):  # nothing in it is believed, its options neither
+            document, reason = None, "the one that is there was not built by this user on this device"
         if document is None:
-            reason = "asked for" if rebuild else "there is none for this graph and GPU yet"
             if not may_build:
                 raise InputError(f"{self.engine}: {reason}", expected="an engine", fix="cdl-edge build BUNDLE")
             return self._build(options or Options(), reason)

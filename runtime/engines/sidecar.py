@@ -2,7 +2,8 @@
 
 trtexec, DeepStream and Triton read a plain plan; metadata in front of it would break them. Everything here is compared
 before a plan is deserialised: a plan is executable code, and it works on one TensorRT, one GPU and one JetPack only.
-The sidecar says which plan was written, not by whom: whoever can write the folder can write both.
+The sidecar says which plan was written, and its seal that this user wrote it on this device: whoever may write the
+folder can write a plan and a sidecar, but not the seal (see `runtime.secret`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import atomic_file, sha256, write_json
+from ..secret import seal
 
 SCHEMA = 1
 REBUILD = "rebuild with: cdl-edge build BUNDLE --rebuild"
@@ -36,11 +38,15 @@ def sidecar_path(engine: Path) -> Path:
 
 
 def write(engine: Path, plan: bytes, document: dict[str, Any]) -> dict[str, Any]:
-    """Write a plan and its sidecar; a crash in between leaves a plan without a sidecar, which nobody loads."""
+    """Write a plan and its sealed sidecar; a crash in between leaves a plan without a sidecar, which nobody loads.
+
+    Raises: InputError where no key for the seal can be kept.
+    """
     sidecar_path(engine).unlink(missing_ok=True)
     with atomic_file(engine) as temporary:
         temporary.write_bytes(plan)
     document = {"schema": SCHEMA, "kind": "engine", "sha256": sha256(engine), "bytes": len(plan), **document}
+    document["seal"] = seal(document)
     write_json(sidecar_path(engine), document)
     return document
 

@@ -171,3 +171,16 @@ def test_agreement_with_fp32(bundle, tiny, tmp_path):
     tested = write_bundle(tmp_path / "tested", {**bundle.manifest.document, "selftest": "s.npz"}, files)
     agreement = profile(tested, threads=1, runs=1)["context"]["agreement"]
     assert (agreement["images"], agreement["top1"]) == (2, 50.0) and agreement["max_abs_error"] > 1
+
+
+def test_only_a_trace_of_ours_is_replaced(bundle, tmp_path):
+    trace = tmp_path / "trace.json"
+    for content in ('{"name": "a web page"}', "not JSON"):
+        trace.write_text(content)
+        with pytest.raises(InputError, match="is there already, and is not just a trace of ours"):
+            profile(bundle.path, threads=1, runs=2, warmup=0, trace=trace)
+        assert trace.read_text() == content
+    trace.unlink()
+    for _ in range(2):
+        profile(bundle.path, threads=1, runs=2, warmup=0, trace=trace)
+    assert len(json.loads(trace.read_text())["end_to_end_ms"]) == 2

@@ -108,6 +108,19 @@ def test_names_are_escaped(
     assert not any("onload" in attrs for _, attrs in page.tags)
 
 
+def test_only_a_page_of_ours_is_replaced(
+    tmp_path: Path, metrics: dict[str, Any], save_run: Callable[..., Path]
+) -> None:
+    run, out = save_run(tmp_path / "run", metrics), tmp_path / "photo.jpg"
+    out.write_bytes(b"years of work")
+    with pytest.raises(InputError, match="is there already, and is not just a report of ours"):
+        write_report(out, run)
+    assert out.read_bytes() == b"years of work"
+    page = write_report(tmp_path / "r.html", run)
+    first = page.read_bytes()
+    assert write_report(page, run).read_bytes() == first
+
+
 def test_lone_surrogates_of_file_names_are_replaced(
     tmp_path: Path, metrics: dict[str, Any], save_run: Callable[..., Path], read_page: Callable[[Path], Any]
 ) -> None:

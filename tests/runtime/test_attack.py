@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,13 +11,17 @@ from cdl_edge.updates import packs
 
 
 @pytest.fixture(scope="module")
-def attack():
-    path = Path(__file__).parents[2] / "benchmarks" / "attack.py"
-    spec = importlib.util.spec_from_file_location("attack_suite", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def suite(root):
+    """suite(name) -> that module of benchmarks/."""
+    sys.path.insert(0, str(root / "benchmarks"))
+    yield importlib.import_module
+    sys.path.remove(str(root / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def attack(suite):
+    """benchmarks/attack_files.py as a module."""
+    return suite("attack_files")
 
 
 def test_changed_bundles(attack, make_version, tmp_path):
@@ -47,3 +50,25 @@ def test_a_fault_is_found(attack, tmp_path):
 
     found = attack.attack(attack.Found(), 5, case)
     assert found.outcomes["fine"] == 4 and "case 3" in found.faults[0] and "KeyError" in found.faults[0]
+
+
+def test_kills_find_what_is_half_written(suite, tmp_path):
+    kills, out = suite("attack_kills"), tmp_path / "out"
+    slow = "import pathlib, time; p = pathlib.Path({!r}); p.write_text('half'); time.sleep(0.3); p.write_text('whole')"
+    command = [sys.executable, "-c", slow.format(str(out))]
+
+    def check(finished):
+        return "half of it" if out.exists() and out.read_text() == "half" else None
+
+    found = kills.kill(command, 8, check, 0, lambda: out.unlink(missing_ok=True))
+    assert found.cases == 8 and found.outcomes["killed"] >= 1
+    assert all("half of it" in fault and "after the next command" not in fault for fault in found.faults)
+    assert found.faults, "eight kills, and none of them within the 0.3 s"
+
+
+@pytest.mark.slow
+def test_a_server_under_attack(suite, make_version):
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'cdl-edge[serve]'")
+    found = suite("attack_server").attack(make_version(0), 2.0, 4, 20)
+    assert [fault for fault in found.faults if "p99" not in fault] == []  # the clock of a busy machine proves nothing
+    assert found.outcomes["good: 200"] > 5 and any(name.startswith("bad: 4") for name in found.outcomes)

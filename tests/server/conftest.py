@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("starlette", reason="the server's packages are not installed: pip install 'cdl-edge[serve]'")
 pytest.importorskip("python_multipart", reason="the server's packages are not installed: pip install 'cdl-edge[serve]'")
 
+from cdl_edge.decoders import Decoders
 from cdl_edge.server import listen as listen_on
 from cdl_edge.server.app import build_app
 from cdl_edge.server.handle import Handle
@@ -29,8 +30,16 @@ def admin() -> dict[str, str]:
     return {"authorization": f"Bearer {TOKEN}"}
 
 
+@pytest.fixture(scope="session")
+def decoders() -> Iterator[Decoders]:
+    """Processes that all tests share: each takes a while to start."""
+    made = Decoders()
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def make_server(make_version: Callable[..., Path]) -> Iterator[Callable[..., Server]]:
+def make_server(make_version: Callable[..., Path], decoders: Decoders) -> Iterator[Callable[..., Server]]:
     """make(bundle=version 0, queue=..., token=..., ...) -> Server; its handle is closed at the end.
 
     It knows TOKEN and takes packs without a signature.
@@ -40,7 +49,7 @@ def make_server(make_version: Callable[..., Path]) -> Iterator[Callable[..., Ser
     def make(bundle: Path | None = None, **options: Any) -> Server:
         own = {k: options.pop(k) for k in ("queue", "runners", "limit_s", "load_s", "backend") if k in options}
         path = bundle or make_version(0)
-        server = Server(Handle(path, threads=1, **own), path, **{**DEFAULTS, **options})
+        server = Server(Handle(path, threads=1, **own), path, **{**DEFAULTS, "decoders": decoders, **options})
         made.append(server)
         return server
 

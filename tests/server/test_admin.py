@@ -11,11 +11,11 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle
+from cdl_edge.runtime.secret import default_file, kept
 from cdl_edge.server import admin as admin_room
 from cdl_edge.server import change, guard, listen_locally, serve
 from cdl_edge.server.body import Limits
 from cdl_edge.server.handle import version_name
-from cdl_edge.server.token import default_file, kept
 
 PNG = {"content-type": "image/png"}
 
@@ -307,7 +307,7 @@ def test_a_token_is_made_once_and_read_by_its_user_alone(tmp_path, monkeypatch):
         kept(path)
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="no token can be kept"):
+    with pytest.raises(InputError, match="no secret can be kept"):
         kept(path)
     assert not (tmp_path / "elsewhere").exists()
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))

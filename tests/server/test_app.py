@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import struct
 import threading
 import time
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdl_edge.decoders import Decoders
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.predict import predict
@@ -92,6 +94,20 @@ def test_health(client, tiny):
     assert document["status"] == "ok" and document["latency"]["n"] == 1
     assert document["model"]["classes"] == 4 and document["model"]["runner"]["backend"] == "onnxruntime"
     assert document["model"]["version"] == document["version"]
+
+
+def test_a_picture_that_takes_too_long_is_stopped(make_server, make_client, tiny, slow_jpeg):
+    """Not only given up: nothing goes on computing for it."""
+    with Decoders() as decoders:
+        client = make_client(make_server(decoders=decoders, limits=Limits(decode_s=0.05)))
+        decoders.start()
+        (process,) = decoders.processes()
+        answer = client.post("/predict", files={"a": ("slow.jpg", slow_jpeg, "image/jpeg")})
+        assert answer.status_code == 400 and "slow.jpg: the image takes too long to decode" in answer.json()["error"]
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+    client = make_client(make_server(limits=Limits(answer_s=0.0)))
+    assert client.post("/predict", content=tiny.png((255, 0, 0)), headers=PNG).status_code == 504
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

@@ -205,3 +205,25 @@ def test_a_stored_run_without_a_decoder_rule_has_the_first():
     assert TrainConfig.stored({**BASE, "decoder": 2}).decoder == 2
     assert TrainConfig.from_json(BASE).decoder == 2
     refused("decoder rule", "upgrade", decoder=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "learner", "distill"),
+    [
+        ({}, "frozen", "none"),
+        ({"distill": "none"}, "frozen", "none"),
+        ({"head": "slda"}, "frozen", "none"),
+        ({"tasks": 5, "batch_size": 8}, "frozen", "none"),
+        ({"distill": "kd"}, "coda", "kd"),
+        ({"head": "learned"}, "coda", "kdp"),
+        ({"teacher": "file:other.safetensors"}, "coda", "kdp"),
+        ({"epochs": 3}, "coda", "kdp"),
+        ({"compat": True}, "coda", "kdp"),
+        ({"epochs": 3, "distill": "none"}, "coda", "none"),
+        ({"epochs": 3, "learner": "frozen"}, "frozen", "none"),
+    ],
+)
+def test_prompts_learn_where_an_option_asks_for_them(options, learner, distill):
+    config = TrainConfig("digits", "x", **options)
+    assert (config.learner, config.distill) == (learner, distill)
+    assert TrainConfig.from_json(config.to_json()) == config

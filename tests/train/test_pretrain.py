@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from cdl_edge.errors import InputError
 from cdl_edge.train import pretrain as module
 from cdl_edge.train.backbone import load_backbone
+from cdl_edge.train.hybrid import HybridConfig, pretrain_hybrid
 from cdl_edge.train.pretrain import ARCHITECTURES, PretrainConfig, pretrain
 
 SPEC = ((6, 4, 2, 0), (8, 3, 2, 1))
@@ -97,6 +98,19 @@ def test_what_is_there_is_not_overwritten_without_resume(tmp_path, photos, small
     with pytest.raises(InputError, match="is there already"):
         pretrain(config, say=quiet)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["plain", "hybrid"])
+def test_a_file_of_another_origin_is_not_overwritten_with_resume_either(tmp_path, photos, kind):
+    out = tmp_path / "photo.jpg"
+    out.write_bytes(b"years of work")
+    begin, config = {
+        "plain": (pretrain, PretrainConfig(photos, "student-plain", str(out), epochs=1)),
+        "hybrid": (pretrain_hybrid, HybridConfig(photos, "hybrid-student", str(out), "none", "none")),
+    }[kind]
+    with pytest.raises(InputError, match="is there already"):
+        begin(config, resume=True, say=quiet)
+    assert out.read_bytes() == b"years of work"
 
 
 def test_resume_with_other_options_is_refused(tmp_path, photos, small):

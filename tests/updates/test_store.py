@@ -213,3 +213,19 @@ def test_a_link_set_by_hand_does_not_lower_the_sequence(device):
     with pytest.raises(InputError, match="a replay"):
         install(device.packs[0], bundle, threads=1)
     assert check(bundle, device, (0,)) == 0
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_the_umask_says_who_may_read_a_store(device, umask, file, folder):
+    before = os.umask(umask)
+    try:
+        bundle = prepared(device, 0, f"store of {umask:o}")
+        for path in bundle.rglob("*"):
+            path.chmod(file)
+        install(device.packs[0], bundle, threads=1)
+    finally:
+        os.umask(before)
+    assert (bundle / STATE).is_file()
+    for path in bundle.rglob("*"):
+        if not path.is_symlink():
+            assert path.stat().st_mode & 0o777 == (folder if path.is_dir() else file), path

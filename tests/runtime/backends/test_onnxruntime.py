@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
+from cdl_edge.runtime.backends.onnxruntime import _kept
+from cdl_edge.runtime.secret import private_folder
 
 
 def test_description(bundle):
@@ -97,10 +100,26 @@ def test_what_tensorrt_inside_of_onnxruntime_is_asked_for(bundle, make_bundle, t
             assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
             assert runner.int8 == "int8-trt"
             folders.append(options["trt_engine_cache_path"])
-            assert folders[-1].startswith(str(opened.path / "engines"))
+            assert not folders[-1].startswith(str(opened.path)), "executable code, which others may write there"
+            assert (
+                os.stat(folders[-1]).st_mode & 0o777 == os.stat(os.path.dirname(folders[-1])).st_mode & 0o777 == 0o700
+            )
     assert folders[0].rsplit("/", 1)[1] != folders[1].rsplit("/", 1)[1]
     with load(bundle, "cuda") as runner:
         assert runner._session.asked == [GPU["cuda"], "CPUExecutionProvider"]
+
+
+def test_engines_of_old_versions_go_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = private_folder("ort-engines")
+    (folder / "notes").mkdir()
+    for number in range(7):
+        _kept(folder, f"{number:016x}")
+        os.utime(folder / f"{number:016x}", (number, number))
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{number:016x}" for number in range(3, 7)), "notes"]
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match="others may write here"):
+        private_folder("ort-engines")
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")

@@ -21,6 +21,7 @@ from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
 from cdl_edge.runtime.engines import product
 from cdl_edge.runtime.engines.build import Options
 from cdl_edge.runtime.engines.product import Gpu
+from cdl_edge.runtime.secret import seal
 
 NAME = "student.orin-sm87.engine"
 
@@ -156,7 +157,7 @@ def test_what_makes_an_engine_unfit(fake, make, monkeypatch, capsys, tiny, case,
             known["graph"] = "0" * 64
         else:
             known["files"]["backbone.bin"] = "0" * 64
-        path.write_text(json.dumps(known))
+        path.write_text(json.dumps({**known, "seal": seal(known)}))
     capsys.readouterr()
     calls = len(fake.calls)
     with pytest.raises(InputError, match="cannot be used here") as caught:
@@ -189,6 +190,37 @@ def test_a_changed_engine_is_never_loaded(fake, make):
     build_engine(bundle, rebuild=True)
     load(bundle, "tensorrt").close()
     assert len(fake.built) == 2
+
+
+@pytest.mark.parametrize("by", ["nobody", "another"])
+def test_an_engine_that_somebody_else_built_is_never_loaded(fake, make, monkeypatch, tmp_path, capsys, by):
+    """Whoever may write the folder writes a plan, which is executable code, and a sidecar with its right hash."""
+    bundle = make()
+    with monkeypatch.context() as other:
+        other.setenv("CDL_EDGE_ENGINE_KEY", str(tmp_path / "key-of-somebody-else"))
+        build_engine(bundle)
+    engine = bundle.path / "engines" / NAME
+    if by == "nobody":  # as early versions wrote it
+        document = sidecar(bundle)
+        del document["seal"]
+        (engine.parent / f"{NAME}.json").write_text(json.dumps(document))
+    calls = len(fake.calls)
+    with pytest.raises(InputError, match="not built by this user on this device"):
+        TensorRTRunner(bundle, may_build=False)
+    assert "Runtime" not in fake.calls[calls:] and len(fake.built) == 1
+    load(bundle, "tensorrt").close()
+    assert len(fake.built) == 2 and "not built by this user on this device" in capsys.readouterr().err
+    load(bundle, "tensorrt").close()
+    assert len(fake.built) == 2
+
+
+def test_devices_that_share_a_key_share_engines(fake, make, monkeypatch, tmp_path):
+    bundle = make()
+    monkeypatch.setenv("CDL_EDGE_ENGINE_KEY", str(tmp_path / "fleet"))
+    build_engine(bundle)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another-device"))
+    TensorRTRunner(bundle, may_build=False).close()
+    assert len(fake.built) == 1
 
 
 def test_may_not_build(fake, make):

@@ -1,0 +1,182 @@
+"""Commands that are killed at random moments: afterwards the old or the new artefact is there, whole.
+
+The same command then works, and leaves nothing of the killed one behind. Bundles and runs are of backbones of some
+thousand numbers, so that a command takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from attack_files import MEMORY_MB, Found  # of this folder
+
+from cdl_edge.artefacts.bundle import open_bundle
+from cdl_edge.errors import InputError
+from cdl_edge.updates.packfile import open_pack
+
+
+def kill(
+    command: list[str], count: int, check: Callable[[bool], str | None], seed: int, fresh: Callable[[], None]
+) -> Found:
+    """Kill a command at random moments. fresh: before each. check: what is wrong; told whether the command ended."""
+    rng, found = random.Random(f"{seed} {command[3:5]}"), Found()
+    fresh()
+    begin = time.monotonic()
+    code, said, _ = ended(command)
+    usual = time.monotonic() - begin
+    if code:
+        raise RuntimeError(f"{command} ends with {code}: {said}")
+    for number in range(count):
+        fresh()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0, 1.05 * usual))
+        process.kill()
+        killed = process.wait() == -signal.SIGKILL
+        if wrong := check(False):
+            found.faults.append(f"kill {number}: {wrong}")
+        code, said, peak_mb = ended(command)
+        found.peak_mb = max(found.peak_mb, peak_mb)
+        refused = code == 2 and "--force" in said
+        if code and not refused and "already installed" not in said:
+            found.faults.append(f"kill {number}: the next command ends with {code}: {said[-300:]}")
+        if wrong := check(True):
+            found.faults.append(f"kill {number}, after the next command: {wrong}")
+        found.outcomes["killed" if killed else "was done"] += 1
+        found.cases += 1
+    if found.peak_mb > MEMORY_MB:
+        found.faults.append(f"{found.peak_mb:.0f} MB")
+    return found
+
+
+def ended(command: list[str]) -> tuple[int, str, float]:
+    """Run it to its end: (exit code, what it said on stderr, most memory that it held in MB)."""
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return process.returncode, said.read(), used.ru_maxrss / 1024
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Hidden entries that are not there in a finished artefact."""
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def kill_bundle_command(command: list[str], out: Path, count: int, seed: int) -> Found:
+    """Of a command that writes a bundle at `out`."""
+
+    def check(finished: bool) -> str | None:
+        if out.exists():
+            try:
+                open_bundle(out)
+            except InputError as error:
+                return str(error)
+        elif finished:
+            return "no bundle"
+        return f"left behind: {left}" if finished and (left := leftovers(out.parent)) else None
+
+    return kill(command, count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
+
+
+def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli: list[str]) -> Found:
+    """Of a pack, into a fresh copy of a device's bundle each."""
+    device = work / "killed-device"
+    with open_pack(pack) as opened:
+        versions = [opened.document["from"], opened.document["to"]]
+
+    def fresh() -> None:
+        shutil.rmtree(device, ignore_errors=True)
+        shutil.copytree(old, device)
+
+    def check(finished: bool) -> str | None:
+        try:
+            version = open_bundle(device).manifest.manifest_sha256
+        except InputError as error:
+            return str(error)
+        return None if version in versions[finished:] else f"version {version}"
+
+    return kill([*cli, "pack", "install", str(pack), str(device), "--threads", "1"], count, check, seed, fresh)
+
+
+def kill_trainings(command: list[str], out: Path, count: int, seed: int) -> Found:
+    """Of `train`; the next command resumes, and comes to the matrix of a run that was never killed."""
+    wanted: list[Any] = []
+
+    def check(finished: bool) -> str | None:
+        if not finished:
+            return None
+        if not (out / "metrics.json").is_file():
+            return "not finished"
+        matrix = json.loads((out / "metrics.json").read_text())["student"]["matrix"]
+        wanted.append(matrix)
+        if matrix != wanted[0]:
+            return "other numbers than without the kill"
+        return f"left behind: {left}" if (left := leftovers(out)) else None
+
+    return kill([*command, "--resume"], count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
+
+
+# -- what is killed ---------------------------------------------------------------------------------------------------
+
+
+def prepare(work: Path, cli: list[str]) -> dict[str, Path]:
+    """Two small runs, their bundles, a pack from the first to the second."""
+    paths = {name: work / name for name in ("run0", "run1", "old", "new", "update.pack")}
+    done([sys.executable, __file__, str(work)])
+    for seed in (0, 1):
+        done(train_command(cli, work, paths[f"run{seed}"], seed))
+    for run, bundle in (("run0", "old"), ("run1", "new")):
+        done([*cli, "export", str(paths[run]), "--out", str(paths[bundle]), "--images", "8"])
+    old, new, out = (str(paths[name]) for name in ("old", "new", "update.pack"))
+    done([*cli, "pack", "create", old, new, "--out", out, "--sequence", str(1 << 33)])
+    return paths
+
+
+def done(command: list[str]) -> None:
+    """Run it. Raises: RuntimeError when it fails."""
+    code, said, _ = ended(command)
+    if code:
+        raise RuntimeError(f"{command} ends with {code}: {said}")
+
+
+def train_command(cli: list[str], work: Path, out: Path, seed: int = 0) -> list[str]:
+    """A training of seconds."""
+    options = {"data": "digits", "learner": "coda", "distill": "kdp", "tasks": 2, "epochs": 1, "limit-per-class": 8}
+    options |= {"min-steps": 0, "random-features": 64, "seed": seed, "threads": 1, "out": out}
+    options |= {side: f"file:{work / side}.safetensors" for side in ("teacher", "student")}
+    return [*cli, "train", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
+
+
+def main() -> None:
+    """Write teacher.safetensors and student.safetensors into the folder that is named: ViTs of random weights.
+
+    In a process of its own: torch would count as memory of every process that is started from here.
+    """
+    import torch
+
+    from cdl_edge.images import Preprocessing
+    from cdl_edge.train.backbone import Architecture, save_backbone
+
+    for side, width in (("teacher", 24), ("student", 16)):
+        architecture = Architecture(16, 8, width, 6, 2, 3)
+        generator, model = torch.Generator().manual_seed(0), architecture.build()
+        for value in model.state_dict().values():
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+        made = Path(sys.argv[1]) / f"{side}.safetensors"
+        save_backbone(made, architecture, model.eval(), Preprocessing(16, 18), {"trained_on": "nothing"})
+
+
+if __name__ == "__main__":
+    main()
