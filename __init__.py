@@ -1,22 +1,63 @@
 """cdl-edge: from a folder of photographs to a small, fast, updatable classifier on an edge device.
 
-The verbs of the command line are functions here: `from cdl_edge import train, export, predict`; see api.py.
+The commands of the command line are functions here: `from cdl_edge import train, export, predict`; see api.py.
+
+Some of them have the name of a package too. The name in this module is always the function; what the package holds is
+imported by its whole name: `from cdl_edge.train.config import TrainConfig`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
-__version__ = "0.1.0"
-VERBS = (
-    *("build", "pretrain", "evaluate", "predict", "profile", "compare", "inspect", "validate", "doctor"),
-    *("create_pack", "install_pack", "rollback", "versions"),
+# By whole names, for pytest imports this file a second time, under the name of the folder that it lies in.
+# A package puts its name into its parent once, when it is first loaded. So these are loaded first (they hold nothing
+# but a docstring), and the functions get their names behind them, for good.
+from cdl_edge import calibrate as _calibrate
+from cdl_edge import export as _export
+from cdl_edge import report as _report
+from cdl_edge import sweep as _sweep
+from cdl_edge import train as _train
+from cdl_edge.api import (
+    build,
+    calibrate,
+    compare,
+    create_pack,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    install_pack,
+    predict,
+    pretrain,
+    profile,
+    report,
+    rollback,
+    serve,
+    sweep,
+    train,
+    validate,
+    versions,
 )
 
-
-def __getattr__(name: str) -> Any:
-    """The verbs, found when first asked for; those that are rooms too (train, export, report) are callable modules."""
-    if name in VERBS:
-        return getattr(import_module(".api", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__version__ = "0.1.0"
+__all__ = [
+    "build",
+    "calibrate",
+    "compare",
+    "create_pack",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "install_pack",
+    "predict",
+    "pretrain",
+    "profile",
+    "report",
+    "rollback",
+    "serve",
+    "sweep",
+    "train",
+    "validate",
+    "versions",
+]
+del _calibrate, _export, _report, _sweep, _train

@@ -1,6 +1,7 @@
-"""The verbs of the command line as functions: `from cdl_edge import train, export, predict, ...`.
+"""The commands of the command line as functions: `from cdl_edge import train, export, predict, ...`.
 
-Each imports what it needs when it is called. All raise InputError for bad input.
+Each imports what it needs when it is called. All raise InputError for bad input, and GateError where a gate is not
+passed. The command line calls these and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
+
+    from .train.options import SweepOptions, TrainOptions
+
+
+def _silent(line: str) -> None:
+    """For progress that nobody asked for."""
 
 
 def limit_threads(threads: int | None) -> None:
@@ -28,18 +36,39 @@ def quickstart(
     out: Path | str = "quickstart",
     say: Callable[[str], None] = print,
     threads: int | None = None,
+    show: Callable[[str], None] = _silent,
 ) -> dict[str, Any]:
-    """The whole way once: train, export, calibrate, evaluate, profile, report. threads: see limit_threads."""
+    """The whole way once: train, export, calibrate, evaluate, profile, report.
+
+    threads: see limit_threads. show: gets the results as text.
+    """
     from .quickstart import quickstart as run
 
     limit_threads(threads)
-    return run(data, Path(out), say)[0]
+    document, text = run(data, Path(out), say)
+    show(text)
+    return document
 
 
 def pretrain(
-    resume: bool = False, say: Callable[[str], None] = print, threads: int | None = None, **options: Any
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+    threads: int | None = None,
+    *,
+    data: str,
+    arch: str,
+    out: str,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    trunk: str | None = None,
+    distill_from: str | None = None,
+    views: int | None = None,
+    limit_per_class: int | None = None,
+    freeze_stem: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Make a small backbone; options: the fields of train.pretrain.PretrainConfig, or of train.hybrid.HybridConfig.
+    """Make a small backbone, see train.pretrain.PretrainConfig, for hybrids train.hybrid.HybridConfig; None: default.
 
     threads: see limit_threads.
     """
@@ -48,42 +77,59 @@ def pretrain(
     from .train.pretrain import PretrainConfig
     from .train.pretrain import pretrain as run
 
-    config: Any = HybridConfig if options.get("arch") in HYBRIDS else PretrainConfig
+    given = {
+        "data": data,
+        "arch": arch,
+        "out": out,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "trunk": trunk,
+        "distill_from": distill_from,
+        "views": views,
+        "limit_per_class": limit_per_class,
+        "freeze_stem": freeze_stem,
+        "seed": seed,
+    }
+    options: dict[str, Any] = {k: v for k, v in given.items() if v is not None and v is not False}
+    config: Any = HybridConfig if arch in HYBRIDS else PretrainConfig
     known = config.__dataclass_fields__
-    given = {k: v for k, v in options.items() if v is not None and v is not False}
-    if odd := [k for k in given if k not in known]:
+    if odd := [k for k in options if k not in known]:
         raise InputError(
-            f"--{odd[0].replace('_', '-')} does not belong to --arch {options.get('arch')}",
+            f"--{odd[0].replace('_', '-')} does not belong to --arch {arch}",
             expected=", ".join(f"--{k.replace('_', '-')}" for k in known),
         )
-    if missing := [k for k, f in known.items() if k not in given and f.default is MISSING]:
-        raise InputError(
-            f"pretrain --arch {options.get('arch')}: an option is missing", got="nothing", expected=missing[0]
-        )
+    if missing := [k for k, f in known.items() if k not in options and f.default is MISSING]:
+        raise InputError(f"pretrain --arch {arch}: an option is missing", got="nothing", expected=missing[0])
     limit_threads(threads)
-    return (pretrain_hybrid if config is HybridConfig else run)(config(**given), resume, say)
+    return dict((pretrain_hybrid if config is HybridConfig else run)(config(**options), resume, say))
 
 
-def train(resume: bool = False, quiet: bool = False, threads: int | None = None, **options: Any) -> dict[str, Any]:
+def train(
+    resume: bool = False, quiet: bool = False, threads: int | None = None, **options: Unpack[TrainOptions]
+) -> dict[str, Any]:
     """Train teacher and student on one task after another and write a RUN folder with its report.
 
     options: the fields of train.config.TrainConfig, `data` and `out` at least; with `extend` those not given are that
     run's. threads: of the CPU; None: as many as the run began with if it is resumed, else see limit_threads.
     Returns: the contents of metrics.json.
     """
+    from .artefacts.layout import REPORT
     from .files import first_process
-    from .report import write_report
+    from .report.page import write_report
     from .train.config import TrainConfig
     from .train.extend import inherit
     from .train.loop import train as run
 
-    if options.get("extend") is not None:
-        options = inherit(options)
+    given: dict[str, Any] = {**options}
+    if given.get("extend") is not None:
+        given = inherit(given)
     limit_threads(threads)
-    metrics = run(TrainConfig.from_json(options), resume, quiet, keep_threads=threads is not None)
-    folder = Path(metrics["config"]["out"])
+    config = TrainConfig.from_json(given)
+    metrics = run(config, resume, quiet, keep_threads=threads is not None)
+    folder = Path(config.out)
     if first_process():
-        write_report(folder / "report.html", run=folder)
+        write_report(folder / REPORT, run=folder)
     return metrics
 
 
@@ -92,7 +138,7 @@ def sweep(
     parallel: int | None = None,
     threads: int | None = None,
     say: Callable[[str], None] = print,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> dict[str, Any]:
     """Train a grid of learners, distillers, queries and seeds, or what is missing of it, and compare them.
 
@@ -100,7 +146,7 @@ def sweep(
     """
     from .sweep.sweep import sweep as run
 
-    return run(Path(out), options, parallel, threads, say)
+    return run(Path(out), {**options}, parallel, threads, say)
 
 
 def export(
@@ -112,10 +158,10 @@ def export(
     target: str = "bundle",
     data: str | None = None,
     replace: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _silent,
     statistics: bool = False,
 ) -> dict[str, Any]:
-    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: export.ParityError.
+    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: GateError.
 
     say: gets a line for each step.
     """
@@ -125,9 +171,9 @@ def export(
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
         return fold(run, out, profile, dynamic_batch, images, data, say, replace, statistics)
+    from .artefacts.bundle import open_bundle
     from .export.triton import check_repository, write_repository
     from .files import workspace
-    from .runtime import open_bundle
 
     check_repository(Path(out))
     with workspace(Path(out).parent) as folder:
@@ -138,11 +184,41 @@ def export(
     return {**result, "bundle": None, "repository": str(out)}
 
 
-def calibrate(bundle: Path | str, out: Path | str, **options: Any) -> dict[str, Any]:
-    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: calibrate.GateError."""
+def calibrate(
+    bundle: Path | str,
+    out: Path | str,
+    data: str | None = None,
+    ranges: str = "auto",
+    method: str = "max",
+    smooth: float | str | None = "auto",
+    flavours: Sequence[str] | None = None,
+    images: int = 64,
+    max_drop: float | None = None,
+    searching: bool = True,
+    opset: int | None = None,
+    limit_per_class: int | None = None,
+    say: Callable[[str], None] = _silent,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: GateError."""
     from .calibrate.bundle import calibrate as run
 
-    return run(bundle, out, **options)
+    return run(
+        bundle,
+        out,
+        data,
+        ranges,
+        method,
+        smooth,
+        flavours,
+        images,
+        max_drop,
+        searching,
+        opset,
+        limit_per_class,
+        say,
+        replace,
+    )
 
 
 def build(
@@ -150,14 +226,20 @@ def build(
     graph: str = "student",
     precision: str | None = None,
     rebuild: bool = False,
-    **options: Any,
+    *,
+    workspace_mib: int = 1024,
+    level: int = 3,
+    max_batch: int = 8,
+    unfuse_attention: bool = False,
+    refit: bool = True,
 ) -> dict[str, Any]:
-    """The TensorRT engine of a bundle for this GPU; options: the fields of runtime.engines.build.Options."""
-    from .runtime import open_bundle
+    """The TensorRT engine of a bundle for this GPU; the last five: see runtime.engines.build.Options."""
+    from .artefacts.bundle import open_bundle
     from .runtime.backends.tensorrt import build_engine
     from .runtime.engines.build import Options
 
-    result = build_engine(open_bundle(bundle), graph, precision, Options(**options), rebuild)
+    options = Options(workspace_mib, level, max_batch, unfuse_attention, refit)
+    result = build_engine(open_bundle(bundle), graph, precision, options, rebuild)
     return {**result, "engine": str(result["engine"])}
 
 
@@ -169,20 +251,22 @@ def evaluate(
     threads: int | None = None,
     precision: str | None = None,
     split: str = "auto",
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _silent,
 ) -> dict[str, Any]:
     """Accuracy per task: of a RUN in torch, of a BUNDLE on a backend. split: which images, see data.Dataset.scored.
 
     say: for progress.
     """
-    if (Path(source) / "config.json").is_file():
+    from .artefacts.layout import CONFIG
+
+    if (Path(source) / CONFIG).is_file():
         from .train.evaluate import evaluate_run
 
         limit_threads(threads)
         return evaluate_run(Path(source), data, limit_per_class, split, say)
+    from .measurement.evaluate import evaluate as run
+    from .measurement.evaluate import fifths
     from .runtime import load
-    from .runtime.evaluate import evaluate as run
-    from .runtime.evaluate import fifths
 
     with load(source, backend, threads, precision=precision) as runner:
         return run(runner, data, limit_per_class, fifths("classified", say), split, say)
@@ -217,62 +301,77 @@ def predict(
     return {**result, "data": {"images": len(files), "left_out": dict(left_out)}}
 
 
-def profile(bundle: Path | str, **options: Any) -> dict[str, Any]:
-    """Latency of one image a call, see runtime.profile.profile for the options."""
-    from .runtime.profile import profile as run
+def profile(
+    bundle: Path | str,
+    backend: str = "auto",
+    threads: int | None = None,
+    runs: int | None = None,
+    images: Sequence[Path | str | bytes] | None = None,
+    warmup: int = 20,
+    trace: Path | str | None = None,
+    precision: str | None = None,
+) -> dict[str, Any]:
+    """Latency of one image a call, see measurement.profile.profile."""
+    from .measurement.profile import profile as run
 
-    return run(bundle, **options)
+    return run(bundle, backend, threads, runs, images, warmup, trace, precision)
 
 
-def compare(a: Path | str, b: Path | str, **options: Any) -> dict[str, Any]:
-    """Two files of `profile`: is B faster, or is it noise? See runtime.compare.compare for the options."""
-    from .runtime.compare import compare as run
+def compare(a: Path | str, b: Path | str, stage: str = "end_to_end_ms", floor: float | None = None) -> dict[str, Any]:
+    """Two files of `profile`: is B faster, or is it noise? See measurement.compare.compare."""
+    from .measurement.compare import compare as run
 
-    return run(a, b, **options)
+    return run(a, b, stage, floor)
 
 
 def create_pack(
     old: Path | str, new: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
 ) -> dict[str, Any]:
-    """BUNDLE, BUNDLE -> PACK, see runtime.packs.create."""
-    from .runtime.packs import create as run
+    """BUNDLE, BUNDLE -> PACK, see updates.packs.create."""
+    from .updates.packs import create as run
 
     return run(old, new, out, key, sequence)
 
 
 def install_pack(
-    pack: Path | str, bundle: Path | str, public_key: Path | None = None, **options: Any
+    pack: Path | str,
+    bundle: Path | str,
+    public_key: Path | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
 ) -> dict[str, Any]:
-    """PACK into BUNDLE, see runtime.packs.install; options: backend, threads."""
-    from .runtime.packs import install as run
+    """PACK into BUNDLE, see updates.packs.install; backend, threads: of the self-test."""
+    from .updates.packs import install as run
 
-    return run(pack, bundle, public_key, **options)
+    return run(pack, bundle, public_key, backend, threads)
 
 
-def rollback(bundle: Path | str, to: str | None = None, **options: Any) -> dict[str, Any]:
-    """A kept version of BUNDLE again, see runtime.packs.rollback; options: backend, threads."""
-    from .runtime.packs import rollback as run
+def rollback(
+    bundle: Path | str, to: str | None = None, backend: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """A kept version of BUNDLE again, see updates.packs.rollback; backend, threads: of the self-test."""
+    from .updates.packs import rollback as run
 
-    return run(bundle, to, **options)
+    return run(bundle, to, backend, threads)
 
 
 def versions(bundle: Path | str) -> list[dict[str, Any]]:
-    """The versions of BUNDLE that are kept, oldest first, see runtime.packs.listed."""
-    from .runtime.packs import listed as run
+    """The versions of BUNDLE that are kept, oldest first, see updates.packs.listed."""
+    from .updates.packs import listed as run
 
     return run(bundle)
 
 
 def inspect(bundle: Path | str) -> dict[str, Any]:
     """What a bundle holds."""
-    from .runtime.inspect import inspect as run
+    from .measurement.inspect import inspect as run
 
     return run(bundle)
 
 
 def validate(bundle: Path | str, backend: str = "auto", precision: str | None = None) -> dict[str, Any]:
     """Check every hash, load the graph, run a picture through it."""
-    from .runtime.inspect import validate as run
+    from .measurement.inspect import validate as run
 
     return run(bundle, backend, precision=precision)
 
@@ -284,7 +383,7 @@ def report(
     profile: dict[str, Any] | None = None,
 ) -> Path:
     """One self-contained HTML page about a run, a bundle, or both; profile: what `profile` returned."""
-    from .report import write_report
+    from .report.page import write_report
 
     paths = [Path(p) if p is not None else None for p in (run, bundle)]
     return write_report(Path(out), run=paths[0], bundle=paths[1], profile=profile)
@@ -292,6 +391,49 @@ def report(
 
 def doctor() -> dict[str, Any]:
     """What this machine has and lacks."""
-    from .runtime.doctor import doctor as run
+    from .measurement.doctor import doctor as run
 
     return run()
+
+
+def serve(
+    bundle: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    backend: str = "auto",
+    precision: str | None = None,
+    threads: int | None = None,
+    queue: int = 32,
+    runners: int = 1,
+    watch: bool = False,
+    token: str | None = None,
+    token_file: Path | None = None,
+    public_key: Path | None = None,
+    allow_unsigned: bool = False,
+    socket_path: Path | None = None,
+    limit_s: float = 10.0,
+    name: str = "",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answer over HTTP until SIGTERM or SIGINT, see server.serve."""
+    from .server import serve as run
+
+    run(
+        bundle,
+        host,
+        port,
+        backend,
+        precision,
+        threads,
+        queue,
+        runners,
+        watch,
+        token,
+        token_file,
+        public_key,
+        allow_unsigned,
+        socket_path,
+        limit_s,
+        name,
+        say,
+    )

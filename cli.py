@@ -1,4 +1,7 @@
-"""The command line: parses and calls. Nothing heavy is imported before the verb that needs it runs."""
+"""The command line: its entry point, and the commands that need the extra `train`; cli_device.py has the others.
+
+They parse, and call the function of their name in api.py. Nothing heavy is imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,16 @@ from typing import Any
 import click
 
 from . import __version__
-from .cli_device import VERBS
+from .cli_device import COMMANDS
 from .cli_options import (
-    backend_option,
     emit,
     force_option,
     json_option,
-    precision_option,
     resumable,
     say,
     threads_option,
 )
-from .errors import InputError
+from .errors import GateError, InputError
 from .extras import command, extra_of
 from .files import first_process
 
@@ -51,6 +52,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         cli(prog_name="cdl-edge")
+    except GateError as error:
+        say(f"failed: {error}")
+        sys.exit(1)
     except InputError as error:
         if not first_process():  # it says the same, and torchrun ends the others; unless the error is ours alone
             time.sleep(60)
@@ -60,8 +64,8 @@ def main() -> None:
         extra = extra_of(error)
         if extra is None:
             raise
-        verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "this")
-        click.echo(f"error: `{verb}` needs {error.name}, of the extra `{extra}`: {command(extra)}", err=True)
+        name = next((word for word in sys.argv[1:] if not word.startswith("-")), "this")
+        click.echo(f"error: `{name}` needs {error.name}, of the extra `{extra}`: {command(extra)}", err=True)
         sys.exit(2)
 
 
@@ -85,13 +89,12 @@ def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
 @json_option
 def quickstart(out: Path, data: str, threads: int | None, as_json: bool) -> None:
     """The whole way once: train, export, calibrate, evaluate, profile, report. No network, minutes on two cores."""
-    from .api import limit_threads
-    from .quickstart import quickstart as run
+    from . import api
 
-    limit_threads(threads)
+    text: list[str] = []
     with resumable(f"nothing was finished; remove {out}, or give another --out, and start again"):
-        document, text = run(data, out, say)
-    emit(document, as_json, text)
+        document = api.quickstart(data, out, say, threads, text.append)
+    emit(document, as_json, "\n".join(text))
 
 
 @cli.command()
@@ -210,24 +213,33 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     """Train a student, and a teacher where it distils, on one task after another; write a RUN folder."""
     given = merged(config, options)
     from . import api
+    from .artefacts.layout import REPORT
+    from .artefacts.run_record import Metrics
     from .display import accuracy_table, baseline_line, baseline_warning, forgetting_line
 
     with resumable(f"{given.get('out')}: the last whole epoch is kept; go on with the same command and --resume"):
-        metrics = api.train(resume, threads=threads, **given)
-    out = metrics["config"]["out"]
-    report = Path(out) / "report.html"
+        metrics = Metrics.of(api.train(resume, threads=threads, **given), "what train returned")
+    out = str(metrics.config["out"])
+    report = Path(out) / REPORT
     keys = ("average_accuracy", "forgetting", "matrix")
-    sides = {s: {k: metrics[s][k] for k in keys} if metrics[s] else None for s in ("student", "teacher")}
-    data = {k: v for k, v in (metrics.get("data") or {}).items() if k not in ("source", "fingerprint")} or None
-    found, baseline = metrics["student"]["average_accuracy"], metrics.get("baseline")
-    document = {**sides, "baseline": baseline, "seconds": metrics["seconds"], "data": data}
+    sides = {name: {k: getattr(side, k) for k in keys} for name, side in metrics.sides.items()}
+    data = {k: v for k, v in (metrics.data or {}).items() if k not in ("source", "fingerprint")} or None
+    found, baseline = metrics.student.average_accuracy, metrics.document.get("baseline")
+    document = {
+        "student": None,
+        "teacher": None,
+        **sides,
+        "baseline": baseline,
+        "seconds": metrics.seconds,
+        "data": data,
+    }
     document |= {"run": out, "report": str(report)}
-    lines = [accuracy_table(metrics), "", baseline_line(found, baseline), forgetting_line(metrics["student"]), ""]
+    lines = [accuracy_table(metrics), "", baseline_line(found, baseline), forgetting_line(metrics.student), ""]
     text = "\n".join(line for line in lines if line is not None)
-    if (warning := baseline_warning(found, baseline, metrics["config"])) is not None and first_process():
+    if (warning := baseline_warning(found, baseline, metrics.config)) is not None and first_process():
         say(warning)
-    defined = [k for k in ("average_accuracy", "forgetting", "baseline") if k in metrics["definitions"]]
-    text += "\n" + "\n".join(f"{k}: {metrics['definitions'][k]}" for k in defined)
+    defined = [k for k in ("average_accuracy", "forgetting", "baseline") if k in metrics.definitions]
+    text += "\n" + "\n".join(f"{k}: {metrics.definitions[k]}" for k in defined)
     emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
 
 
@@ -292,13 +304,8 @@ def export(
     """Fold a run's student into static ONNX graphs, prove them equal, write a BUNDLE."""
     from . import api
     from .display import parity_line
-    from .export import ParityError
 
-    try:
-        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
-    except ParityError as error:
-        say(f"failed: {error}")
-        sys.exit(1)
+    result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
     if target == "triton":
         text = f"model repository: {out}\nnext: tritonserver --model-repository {out}"
     else:
@@ -337,99 +344,14 @@ def export(
 def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: Any) -> None:
     """Add INT8 graphs to a bundle, from ranges kept while learning: the images of earlier tasks are not needed."""
     from . import api
-    from .calibrate import GateError
     from .display import quantisation_table
 
-    try:
-        result = api.calibrate(bundle, out, say=say, replace=force, **options)
-    except GateError as error:
-        say(f"failed: {error}")
-        sys.exit(1)
+    result = api.calibrate(bundle, out, say=say, replace=force, **options)
     emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
 
 
-@cli.command()
-@click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
-@click.option("--data", required=True, help="image source, see `train --help`")
-@click.option("--limit-per-class", type=click.IntRange(1), help="images a class [default: all]")
-@click.option(
-    "--split",
-    default="auto",
-    show_default=True,
-    help="auto | val | test | train | all: the images that count. auto: those of val/, or of test/ without one; of "
-    "class folders without parts all, unless the student was trained on them: then the held-out fifth",
-)
-@backend_option
-@precision_option
-@threads_option
-@json_option
-def evaluate(
-    source: Path,
-    data: str,
-    limit_per_class: int | None,
-    split: str,
-    backend: str,
-    precision: str | None,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Accuracy per task on images that were not trained on, of a trained RUN (torch) or a BUNDLE (as deployed)."""
-    from . import api
-
-    result = api.evaluate(source, data, limit_per_class, backend, threads, precision, split, say)
-    per_task = " ".join("-" if a is None else f"{a:.1f}" for a in result["per_task"])
-    forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
-    text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "
-    text += f"{result['backend']} in {result['precision']}\n"
-    if "baseline" in result:  # of a run
-        from .display import baseline_line, baseline_warning
-
-        text += f"{baseline_line(result['average_accuracy'], result['baseline'])}\n"
-        if (warning := baseline_warning(result["average_accuracy"], result["baseline"])) is not None:
-            say(warning)
-    text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
-    emit(result, as_json, text)
-
-
-@cli.command()
-@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN|BUNDLE...")
-@click.option(
-    "--profile",
-    "profile_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="the saved output of `profile --json`",
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help=".html file to write")
-@json_option
-def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_json: bool) -> None:
-    """One self-contained HTML page about a run, a bundle, or both."""
-    from .report import write_report
-
-    run = bundle = None
-    for source in sources:
-        if (source / "manifest.json").is_file():
-            bundle = source
-        elif (source / "metrics.json").is_file():
-            run = source
-        else:
-            raise InputError(
-                f"{source}: neither a finished run nor a bundle", expected="metrics.json or manifest.json in it"
-            )
-    measured = None
-    if profile_file is not None:
-        text = profile_file.read_text(encoding="utf-8", errors="replace").strip()
-        try:
-            measured = json.loads(text if text.startswith("{") else (text.splitlines() or [""])[-1])
-        except json.JSONDecodeError as error:
-            raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
-        if not isinstance(measured, dict):
-            raise InputError(f"{profile_file}: not the output of `profile --json`", got=type(measured).__name__)
-    path = write_report(out, run=run, bundle=bundle, profile=measured)
-    emit({"report": str(path)}, as_json, f"report: {path}")
-
-
-for verb in VERBS:
-    cli.add_command(verb)
+for each in COMMANDS:
+    cli.add_command(each)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The verbs that a device needs: they parse and call, and import nothing heavy before they run."""
+"""The commands of a device: all that run without the extra `train`. They parse, and call the function in api.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import click
 
+from .artefacts.layout import MANIFEST, METRICS
 from .cli_options import backend_option, emit, json_option, precision_option, say, threads_option
+from .errors import InputError
 
 
 @click.command()
@@ -118,7 +120,7 @@ class ProfileCommand(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """The context of the inner verb where the first word names one."""
+        """The context of the inner command where the first word names one."""
         if args and args[0] in self.inner:
             name = args[0]
             return self.inner[name].make_context(f"{info_name} {name}", args[1:], parent, **extra)
@@ -145,10 +147,10 @@ def profile(
     as_json: bool,
 ) -> None:
     """Latency of one image a call: decode and preprocess, compute, end to end."""
+    from . import api
     from .display import latency_table
-    from .runtime.profile import profile as run
 
-    result = run(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
+    result = api.profile(bundle, backend, threads, runs, list(images) or None, trace=trace, precision=precision)
     context = result["context"]
     flags = ", ".join(result["flags"]) or "none"
     how = f"backend {result['backend']}, {context['precision']}, threads {context.get('threads')}, flags: {flags}"
@@ -161,9 +163,9 @@ def profile(
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """What a bundle holds: classes, tasks, learner, sizes, parity, accuracy."""
-    from .runtime.inspect import inspect as run
+    from . import api
 
-    result = run(bundle)
+    result = api.inspect(bundle)
     shown = {k: v for k, v in result.items() if k not in ("classes", "tasks", "files")}
     lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in shown.items() if v is not None]
     lines += [f"task {i + 1}: {', '.join(names)}" for i, names in enumerate(result["tasks"])]
@@ -177,9 +179,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @json_option
 def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
     """Check every hash, load the graph, run a picture through it."""
-    from .runtime.inspect import validate as run
+    from . import api
 
-    result = run(bundle, backend, precision=precision)
+    result = api.validate(bundle, backend, precision)
     emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
 
 
@@ -197,9 +199,9 @@ def pack() -> None:
 @json_option
 def pack_create(old: Path, new: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
     """What turns bundle OLD into bundle NEW, on the same backbone."""
-    from .runtime.packs import create as run
+    from . import api
 
-    result = run(old, new, out, key, sequence)
+    result = api.create_pack(old, new, out, key, sequence)
     lines = [f"    {n}: {e['bytes']} of {e['of']} bytes, {e['encoding']}" for n, e in result["files"].items()]
     size = f"{result['bytes']} bytes, {100 * result['share']:.2f} % of the bundle"
     end = "signed" if result["signed"] else "not signed"
@@ -218,9 +220,9 @@ def pack_install(
     pack_file: Path, bundle: Path, public_key: Path | None, backend: str, threads: int | None, as_json: bool
 ) -> None:
     """Verify, self-test, then swap BUNDLE's version atomically; the old one is kept."""
-    from .runtime.packs import install as run
+    from . import api
 
-    result = run(pack_file, bundle, public_key, backend, threads)
+    result = api.install_pack(pack_file, bundle, public_key, backend, threads)
     text = f"{bundle}: {result['previous']} -> {result['version']}, signature {result['signature']}, self-test passed"
     emit(result, as_json, f"{text}\nback: cdl-edge pack rollback {bundle}")
 
@@ -233,9 +235,9 @@ def pack_install(
 @json_option
 def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | None, as_json: bool) -> None:
     """Run a kept version again."""
-    from .runtime.packs import rollback as run
+    from . import api
 
-    result = run(bundle, to, backend, threads)
+    result = api.rollback(bundle, to, backend, threads)
     emit(result, as_json, f"{bundle}: {result['previous']} -> {result['version']}, self-test passed")
 
 
@@ -244,9 +246,9 @@ def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | Non
 @json_option
 def pack_list(bundle: Path, as_json: bool) -> None:
     """The versions that are kept, oldest first."""
-    from .runtime.packs import listed as run
+    from . import api
 
-    versions = run(bundle)
+    versions = api.versions(bundle)
     lines = [
         f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, "
         f"sequence {v['sequence']}, since {v['installed']}"
@@ -278,18 +280,18 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 @threads_option
 def serve(bundle: Path, **options: Any) -> None:
     """Answer over HTTP: predict, batch, health, metrics, the Open Inference Protocol, and a page to look at."""
-    from .runtime.serve import serve as run
+    from . import api
 
-    run(bundle, say=say, **options)
+    api.serve(bundle, say=say, **options)
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
     """What this machine has, what is missing, and the command that mends it."""
-    from .runtime.doctor import doctor as run
+    from . import api
 
-    result = run()
+    result = api.doctor()
     lines = []
     for check in result["checks"]:
         lines.append(f"{check['status']:>5}  {check['name']}: {check['detail']}")
@@ -300,4 +302,84 @@ def doctor(as_json: bool) -> None:
         sys.exit(1)
 
 
-VERBS = (build, predict, profile, inspect, validate, pack, serve, doctor)
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
+@click.option("--data", required=True, help="image source, see `train --help`")
+@click.option("--limit-per-class", type=click.IntRange(1), help="images a class [default: all]")
+@click.option(
+    "--split",
+    default="auto",
+    show_default=True,
+    help="auto | val | test | train | all: the images that count. auto: those of val/, or of test/ without one; of "
+    "class folders without parts all, unless the student was trained on them: then the held-out fifth",
+)
+@backend_option
+@precision_option
+@threads_option
+@json_option
+def evaluate(
+    source: Path,
+    data: str,
+    limit_per_class: int | None,
+    split: str,
+    backend: str,
+    precision: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Accuracy per task on images that were not trained on, of a trained RUN (torch) or a BUNDLE (as deployed)."""
+    from . import api
+
+    result = api.evaluate(source, data, limit_per_class, backend, threads, precision, split, say)
+    per_task = " ".join("-" if a is None else f"{a:.1f}" for a in result["per_task"])
+    forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
+    text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "
+    text += f"{result['backend']} in {result['precision']}\n"
+    if "baseline" in result:  # of a run
+        from .display import baseline_line, baseline_warning
+
+        text += f"{baseline_line(result['average_accuracy'], result['baseline'])}\n"
+        if (warning := baseline_warning(result["average_accuracy"], result["baseline"])) is not None:
+            say(warning)
+    text += f"per task %: {per_task}\n" + "\n".join(f"{k}: {v}" for k, v in result["definitions"].items())
+    emit(result, as_json, text)
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN|BUNDLE...")
+@click.option(
+    "--profile",
+    "profile_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="the saved output of `profile --json`",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help=".html file to write")
+@json_option
+def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_json: bool) -> None:
+    """One self-contained HTML page about a run, a bundle, or both."""
+    from . import api
+
+    run = bundle = None
+    for source in sources:
+        if (source / MANIFEST).is_file():
+            bundle = source
+        elif (source / METRICS).is_file():
+            run = source
+        else:
+            raise InputError(
+                f"{source}: neither a finished run nor a bundle", expected="metrics.json or manifest.json in it"
+            )
+    measured = None
+    if profile_file is not None:
+        text = profile_file.read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            measured = json.loads(text if text.startswith("{") else (text.splitlines() or [""])[-1])
+        except json.JSONDecodeError as error:
+            raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
+        if not isinstance(measured, dict):
+            raise InputError(f"{profile_file}: not the output of `profile --json`", got=type(measured).__name__)
+    path = api.report(out, run, bundle, measured)
+    emit({"report": str(path)}, as_json, f"report: {path}")
+
+
+COMMANDS = (build, predict, evaluate, profile, inspect, validate, pack, serve, report, doctor)

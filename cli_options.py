@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: options, and how they answer."""
+"""What the commands of the command line share: options, and how they answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ precision_option = click.option(
 
 @contextmanager
 def resumable(advice: str) -> Iterator[None]:
-    """Ctrl-C ends a verb with what is kept and how to go on, and exit code 1."""
+    """Ctrl-C ends a command with what is kept and how to go on, and exit code 1."""
     try:
         yield
     except KeyboardInterrupt:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artefacts.run_record import Metrics, Side
 
 
 def printable(text: str) -> str:
@@ -26,15 +29,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *(line(r) for r in cells[1:])])
 
 
-def accuracy_table(metrics: dict[str, Any]) -> str:
-    """Accuracy after each task for teacher and student, from metrics.json."""
-    sides = [s for s in ("teacher", "student") if metrics.get(s)]
-    header = ["after task", *(f"{s} accuracy %" for s in sides), *(f"{s} forgetting" for s in sides)]
-    rows = []
-    for i in range(len(metrics["tasks"])):
-        accuracies = [f"{metrics[s]['accuracy_after_task'][i]:.2f}" for s in sides]
-        rows.append([i + 1, *accuracies, *(f"{metrics[s]['forgetting_after_task'][i]:.2f}" for s in sides)])
-    return table(header, rows)
+def accuracy_table(metrics: Metrics) -> str:
+    """Accuracy after each task for teacher and student."""
+    sides = [(name, side) for name in ("teacher", "student") if (side := metrics.side(name)) is not None]
+    header = ["after task", *(f"{name} accuracy %" for name, _ in sides), *(f"{name} forgetting" for name, _ in sides)]
+    columns = [side.accuracy_after_task or () for _, side in sides]
+    columns += [side.forgetting_after_task or () for _, side in sides]
+    return table(header, [[i + 1, *(f"{v:.2f}" for v in row)] for i, row in enumerate(zip(*columns, strict=True))])
 
 
 def baseline_line(accuracy: float, baseline: Mapping[str, Any] | None) -> str:
@@ -67,13 +68,13 @@ def baseline_warning(
     )
 
 
-def forgetting_line(student: Mapping[str, Any]) -> str | None:
+def forgetting_line(student: Side) -> str | None:
     """Forgetting beside that of the same head made from all images at once; None where that is not known."""
-    joint = student.get("forgetting_of_joint")
+    joint = student.forgetting_of_joint
     if joint is None:
         return None
     return (
-        f"forgetting {student['forgetting']:.2f} points; the same head made from all images at once: {joint:.2f}, "
+        f"forgetting {student.forgetting:.2f} points; the same head made from all images at once: {joint:.2f}, "
         "which comes with more classes alone"
     )
 

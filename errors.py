@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", shared by every room."""
+"""The exceptions that are a user's to read: the input is wrong, or a gate was not passed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class InputError(Exception):
         if fix is not None:
             parts.append(f"  do:       {fix}")
         super().__init__("\n".join(parts))
+
+
+class GateError(InputError):
+    """A gate was not passed: what was computed differs from what the trained student computes, by more than it may.
+
+    Nothing about the input is wrong: the command line exits with 1.
+    """
 
 
 def choose(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the package installs for itself, and which extra brings what a verb needs besides."""
+"""What the package installs for itself, and which extra brings what a command needs besides."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from .display import (
     quantisation_table,
 )
 from .errors import InputError
-from .verb import make_callable
 
 
 def _profile(bundle: Path) -> dict[str, Any]:
@@ -36,11 +35,12 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
 
     Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
     """
+    from .artefacts.run_record import Metrics
     from .calibrate.bundle import calibrate
-    from .export import export
-    from .report import write_report
+    from .export.bundle import export
+    from .measurement.evaluate import evaluate
+    from .report.page import write_report
     from .runtime import load
-    from .runtime.evaluate import evaluate
     from .train.config import TrainConfig
     from .train.loop import train
 
@@ -50,8 +50,9 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     say("1/5 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
     # Scans of digits look like nothing the backbones have seen: five times the papers' rate, or minutes become many.
     config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, learning_rate=5e-3)
-    metrics = train(config)
-    if warning := baseline_warning(metrics["student"]["average_accuracy"], metrics["baseline"], metrics["config"]):
+    metrics = Metrics.of(train(config), "what train returned")
+    average, baseline = metrics.student.average_accuracy, metrics.document["baseline"]
+    if warning := baseline_warning(average, baseline, metrics.config):
         say(warning)
     say("2/5 export: static ONNX graphs, compared with the trained student")
     exported = export(out / "run", out / "bundle", say=say)
@@ -64,10 +65,12 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     say("5/5 report")
     report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle8", profile=latency)
     document = {
-        "student": {k: metrics["student"][k] for k in ("average_accuracy", "forgetting", "matrix")},
-        "teacher": {k: metrics["teacher"][k] for k in ("average_accuracy", "forgetting", "matrix")},
-        "baseline": metrics["baseline"],
-        "data": {k: v for k, v in metrics["data"].items() if k not in ("source", "fingerprint")},
+        **{
+            name: {k: getattr(side, k) for k in ("average_accuracy", "forgetting", "matrix")}
+            for name, side in metrics.sides.items()
+        },
+        "baseline": baseline,
+        "data": {k: v for k, v in (metrics.data or {}).items() if k not in ("source", "fingerprint")},
         "parity": exported["parity"],
         "evaluate": accuracy,
         "calibrate": {k: quantised[k] for k in ("flavours", "latency", "recommended")},
@@ -79,7 +82,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     text = "\n\n".join(
         [
             accuracy_table(metrics),
-            baseline_line(metrics["student"]["average_accuracy"], metrics["baseline"]),
+            baseline_line(average, baseline),
             f"bundle on {accuracy['backend']}: average accuracy {accuracy['average_accuracy']:.2f} % "
             f"over {accuracy['images']} images",
             parity_line(exported["parity"]),
@@ -90,6 +93,3 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
         ]
     )
     return document, text
-
-
-make_callable(__name__)

@@ -26,14 +26,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cdl_edge.artefacts.bundle import Bundle, open_bundle
+from cdl_edge.artefacts.layout import MANIFEST
+from cdl_edge.artefacts.manifest import canonical, sealed
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
-from cdl_edge.runtime import load, packs
-from cdl_edge.runtime.bundle import Bundle, open_bundle
-from cdl_edge.runtime.inspect import inspect
-from cdl_edge.runtime.manifest import MANIFEST, canonical, sealed
-from cdl_edge.runtime.packfile import open_pack, write_pack
+from cdl_edge.measurement.inspect import inspect
+from cdl_edge.runtime import load
 from cdl_edge.runtime.predict import predict
+from cdl_edge.updates import packs
+from cdl_edge.updates.packfile import open_pack, write_pack
 
 BATCH = 50
 "cases that share a process"
@@ -133,7 +135,7 @@ def odd_archive(content: bytes, rng: random.Random) -> bytes:
 def mutated_bundle(source: Bundle, target: Path, rng: random.Random) -> bool:
     """Write a changed copy; returns whether its hashes were made anew."""
     shutil.copytree(source.path, target)
-    names = [*source.manifest["files"], MANIFEST]
+    names = [*source.manifest.files, MANIFEST]
     if rng.random() < 0.3:
         file = target / rng.choice(names)
         before = file.read_bytes()
@@ -142,13 +144,13 @@ def mutated_bundle(source: Bundle, target: Path, rng: random.Random) -> bool:
             after = flipped(before, rng)
         file.write_bytes(after)
         return False
-    document = json.loads(json.dumps(source.manifest))
+    document = json.loads(json.dumps(source.manifest.document))
     if rng.random() < 0.6:
         document = odd_document(document, rng)
     else:
         name = rng.choice([n for n in names if n.endswith((".npz", ".onnx"))])
         content = (target / name).read_bytes()
-        archive = name.endswith(".npz") and name != source.manifest.get("ranges") and rng.random() < 0.7
+        archive = name.endswith(".npz") and name != source.manifest.ranges and rng.random() < 0.7
         content = odd_archive(content, rng) if archive else flipped(content, rng)
         (target / name).write_bytes(content)
         document["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -165,7 +167,7 @@ def use(path: Path, backend: str) -> None:
         stream = io.BytesIO()
         Image.new("RGB", (side, side), "red").save(stream, "PNG")
         predict(runner, [stream.getvalue()])
-    if bundle.manifest.get("selftest"):
+    if bundle.manifest.selftest:
         bundle.selftest()
 
 
@@ -228,7 +230,7 @@ def attack_bundles(source: Path, count: int, work: Path, seed: int = 0, backend:
 
 def attack_packs(pack: Path, device: Path, count: int, work: Path, seed: int = 0) -> Found:
     """Changed packs, put into copies of a device's bundle."""
-    before = open_bundle(device).manifest["manifest_sha256"]
+    before = open_bundle(device).manifest.manifest_sha256
     with open_pack(pack) as opened:
         head = {k: opened.document[k] for k in ("name", "from", "to", "sequence", "backbone")}
         members = {n: (e["encoding"], opened.read(n)) for n, e in opened.document["files"].items()}
@@ -255,7 +257,7 @@ def attack_packs(pack: Path, device: Path, count: int, work: Path, seed: int = 0
                 changed.write_bytes(flipped(pack.read_bytes(), rng))
             packs.install(changed, target, threads=1)
         except InputError:
-            if open_bundle(target).manifest["manifest_sha256"] != before:
+            if open_bundle(target).manifest.manifest_sha256 != before:
                 return "fault: a refused pack changed the device"
             return "refused"
         finally:

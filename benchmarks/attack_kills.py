@@ -21,9 +21,9 @@ from typing import Any
 
 from attack_files import MEMORY_MB, Found  # of this folder
 
+from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.bundle import open_bundle
-from cdl_edge.runtime.packfile import open_pack
+from cdl_edge.updates.packfile import open_pack
 
 
 def kill(
@@ -102,7 +102,7 @@ def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli:
 
     def check(finished: bool) -> str | None:
         try:
-            version = open_bundle(device).manifest["manifest_sha256"]
+            version = open_bundle(device).manifest.manifest_sha256
         except InputError as error:
             return str(error)
         return None if version in versions[finished:] else f"version {version}"

@@ -207,7 +207,7 @@ def served(bundle: Path, folder: Path, threads: int) -> Iterator[tuple[subproces
 
 def attack(source: Path, seconds: float, count: int, waiting: int, share: float = SHARE, seed: int = 0) -> Found:
     """A copy of this bundle, served; see the module. waiting: connections that say nothing, or half of something."""
-    from cdl_edge.runtime.profile import synthetic_jpeg
+    from cdl_edge.measurement.profile import synthetic_jpeg
 
     picture, stop, found = synthetic_jpeg(), threading.Event(), Found()
     peaks: dict[int, float] = {}

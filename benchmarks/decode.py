@@ -19,7 +19,7 @@ from PIL import Image, __version__
 from rounds import ceiling, machine, race, ratio, show
 
 from cdl_edge.images import Preprocessing
-from cdl_edge.runtime.profile import synthetic_jpeg
+from cdl_edge.measurement.profile import synthetic_jpeg
 
 SIZES = {"0.3 MP JPEG": (640, 480), "2 MP JPEG": (1920, 1080), "12 MP JPEG": (4032, 3024)}
 

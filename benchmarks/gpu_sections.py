@@ -248,7 +248,7 @@ def speed(job: dict[str, Any], notes: Notes) -> None:
 
 def engines(job: dict[str, Any], notes: Notes) -> None:
     """A bundle in every engine that is here; TensorRT also takes new prompts into an engine that it has built."""
-    from cdl_edge.export import export
+    from cdl_edge.export.bundle import export
     from cdl_edge.runtime import load, open_bundle
 
     folder, images = Path(job["folder"]), 8 if job["tiny"] else 64
@@ -263,13 +263,13 @@ def engines(job: dict[str, Any], notes: Notes) -> None:
                 if seed == 0 or number == 1:
                     export(run, folder / f"{profile}-{seed}", profile, images=images)
             bundles[profile] = folder / f"{profile}-0"
-            notes.put({"parity": open_bundle(bundles[profile]).manifest["graph_parity"]}, "export", profile)
+            notes.put({"parity": open_bundle(bundles[profile]).manifest.document["graph_parity"]}, "export", profile)
     available = [("onnxruntime", "ort"), ("cuda", "ort"), ("ort-tensorrt", "trt10"), ("tensorrt", "trt10")]
     for backend, profile in available[:1] if job["device"] == "cpu" else available:
         if profile not in bundles:
             continue
         for precision in ("fp32", "fp16"):
-            if precision == "fp16" and "student.fp16" not in open_bundle(bundles[profile]).manifest["graphs"]:
+            if precision == "fp16" and "student.fp16" not in open_bundle(bundles[profile]).manifest.graphs:
                 notes.put(None, backend, precision)
                 continue
             with notes.part(backend, precision):
@@ -284,8 +284,8 @@ def engines(job: dict[str, Any], notes: Notes) -> None:
 
 def in_engine(bundle: Path, backend: str, precision: str, runs: int) -> dict[str, Any]:
     """Parity with torch's answers to the self-test, latency of one image, and what it says it computes in."""
+    from cdl_edge.measurement.profile import profile
     from cdl_edge.runtime import load, open_bundle
-    from cdl_edge.runtime.profile import profile
     from cdl_edge.runtime.selftest import prove, reference
 
     opened = open_bundle(bundle)

@@ -48,7 +48,7 @@ from cdl_edge.calibrate.images import images_of
 from cdl_edge.calibrate.measure import Measured, compare, measure
 from cdl_edge.calibrate.quantize import quantise
 from cdl_edge.calibrate.session import Session
-from cdl_edge.export import export
+from cdl_edge.export.bundle import export
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.ranges import Ranges, TensorRange, merge_tensors
@@ -161,7 +161,7 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
             if path is not None:
                 logits = Session(path.read_bytes(), folder, as_written=True).logits(found.validation)
                 rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
-        return {"learner": bundle.manifest["learner"], "variants": rows}
+        return {"learner": bundle.manifest.learner, "variants": rows}
 
 
 def row(before: Measured, after: Measured, logits: np.ndarray, expected: np.ndarray) -> dict[str, float]:

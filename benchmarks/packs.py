@@ -37,23 +37,23 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.export.bundle import SELFTEST_IMAGES
 from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import assemble
+from cdl_edge.machine import cpu_model
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
-from cdl_edge.runtime.machine import cpu_model
-from cdl_edge.runtime.packs import create, install, listed, rollback
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.student import PromptedViT
+from cdl_edge.updates.packs import create, install, listed, rollback
 
 LIMITS = {"apt": 1.0, "coda": 10.0}
 "learner -> largest share of the bundle that a pack for one new task may have, in %"
 INSTALL = """
 import sys
-from cdl_edge.runtime.packs import install
+from cdl_edge.updates.packs import install
 import onnxruntime
 print("ready", flush=True)
 install(sys.argv[1], sys.argv[2], threads=1)
@@ -168,7 +168,7 @@ def weigh(learner: str, old: Path, new: Path, folder: Path) -> dict[str, Any]:
 def answer(bundle: Path, image: np.ndarray) -> tuple[str, bytes]:
     """Open, verify, ask: the version that answered, and its logits."""
     with load(bundle, threads=1) as runner:
-        return runner.bundle.manifest["manifest_sha256"][:16], runner.infer(image).tobytes()
+        return runner.bundle.manifest.version, runner.infer(image).tobytes()
 
 
 class Killer:

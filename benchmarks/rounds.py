@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from cdl_edge.runtime.machine import cpu_flags, cpu_model
+from cdl_edge.machine import cpu_flags, cpu_model
 
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]

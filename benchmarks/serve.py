@@ -43,11 +43,11 @@ def served(listening: socket.socket, bundle: Path, options: dict[str, Any], orde
     """Process of the server; does what `orders` says beside it."""
     import uvicorn
 
-    from cdl_edge.runtime.handle import Handle, version_name
     from cdl_edge.runtime.predict import predict
-    from cdl_edge.runtime.serve.app import build_app
-    from cdl_edge.runtime.serve.metrics import resident_bytes
-    from cdl_edge.runtime.serve.server import Server
+    from cdl_edge.server.app import build_app
+    from cdl_edge.server.handle import Handle, version_name
+    from cdl_edge.server.metrics import resident_bytes
+    from cdl_edge.server.server import Server
 
     handle = Handle(bundle, **options)
     server = uvicorn.Server(
@@ -186,7 +186,7 @@ def load(port: int, clients: int, seconds: float, picture: bytes, watch: Any) ->
 def swaps(port: int, orders: Connection, bundles: list[Path], clients: int, count: int) -> dict[str, Any]:
     """`count` exchanges under load; tensors in, logits out, compared with those of the version that is named."""
     from cdl_edge.runtime import load as load_runner
-    from cdl_edge.runtime.handle import version_name
+    from cdl_edge.server.handle import version_name
 
     expected = {}
     for bundle in bundles:
@@ -247,12 +247,12 @@ def swaps(port: int, orders: Connection, bundles: list[Path], clients: int, coun
 
 def shifted(bundle: Path, out: Path) -> Path:
     """The bundle under another name: another version with the same answers."""
+    from cdl_edge.artefacts.bundle import write_bundle
     from cdl_edge.runtime import open_bundle
-    from cdl_edge.runtime.bundle import write_bundle
 
     opened = open_bundle(bundle)
-    files = {name: opened.path / name for name in opened.manifest["files"]}
-    return write_bundle(out, {**opened.manifest, "name": f"{opened.name} again"}, files).path
+    files = {name: opened.path / name for name in opened.manifest.files}
+    return write_bundle(out, {**opened.manifest.document, "name": f"{opened.name} again"}, files).path
 
 
 def main() -> None:
@@ -269,8 +269,8 @@ def main() -> None:
     parser.add_argument("--image", type=Path)
     given = parser.parse_args()
 
-    from cdl_edge.runtime.profile import synthetic_jpeg
-    from cdl_edge.runtime.serve import listen
+    from cdl_edge.measurement.profile import synthetic_jpeg
+    from cdl_edge.server import listen
 
     picture = given.image.read_bytes() if given.image else synthetic_jpeg()
     listening = listen("127.0.0.1", 0)

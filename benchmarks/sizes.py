@@ -32,7 +32,7 @@ def made(size: int, out: Path, options: dict[str, Any], profile: str) -> dict[st
         train(resume=(run / "config.json").is_file(), out=str(run), image_size=size, **options)
     if not (bundle / "manifest.json").is_file():
         export(run, bundle, profile=profile)
-    manifest = open_bundle(bundle).manifest
+    manifest = open_bundle(bundle).manifest.document
     accuracy = manifest["accuracy"]
     return {
         "size": size,

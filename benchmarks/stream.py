@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cdl_edge.artefacts.bundle import Bundle, open_bundle, write_bundle
+from cdl_edge.artefacts.layout import SELECTIONS
 from cdl_edge.data import Split, load_dataset
 from cdl_edge.export.bundle import KNOWN_IMAGES
 from cdl_edge.export.graph import StudentGraph
@@ -34,10 +36,9 @@ from cdl_edge.export.model import assemble
 from cdl_edge.export.parity import sample
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.images import Preprocessing
+from cdl_edge.machine import cpu_model, version_of
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import Bundle, open_bundle, write_bundle
-from cdl_edge.runtime.confidence import SELECTIONS, fit, pack_selections
-from cdl_edge.runtime.machine import cpu_model, version_of
+from cdl_edge.runtime.confidence import fit, pack_selections
 from cdl_edge.runtime.policy import Selector
 from cdl_edge.runtime.scene import SceneChange
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
 from ..errors import InputError, choose
 from ..files import workspace
 from ..ranges import Ranges, TensorRange, merge_tensors
-from ..runtime.bundle import Bundle, check_target, open_bundle, write_bundle
 from .collect import collect
 from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
 from .floor import recommend, some_of
@@ -56,7 +56,7 @@ def calibrate(
 
     Args:
         bundle: as `export` wrote it. out: a new or empty folder; with `replace` also a bundle, see
-            runtime.bundle.foreign.
+            artefacts.bundle.foreign.
         data: image source, see data.load_dataset: all classes, or those whose images are still there. Its training
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
@@ -104,7 +104,7 @@ def calibrate(
     if found is not None:
         _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels), say)
     kept, situation = _ranges(opened, found, ranges, say)
-    chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest["profile"]), ("int8-x86",))]
+    chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
     for flavour in chosen:
         _warn_clipped(kept, method, flavour, say)
     known = Known(pixels, expected, labels, found.training if found is not None else None, opened.tasks, max_drop)
@@ -135,7 +135,7 @@ def calibrate(
         "flavours": report,
         "definitions": DEFINITIONS,
     }
-    manifest = {**opened.manifest, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
+    manifest = {**opened.manifest.document, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
     with workspace(Path(out).parent) as folder:
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
         say("latency: every precision that runs here, in turns")
@@ -148,7 +148,7 @@ def calibrate(
     for entry in document["refused"]:
         say(f"warning: {entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
-    sizes = {name: entry["bytes"] for name, entry in written.manifest["files"].items()}
+    sizes = {name: entry.bytes for name, entry in written.manifest.files.items()}
     return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
 
 
@@ -170,19 +170,19 @@ def _strengths(smooth: float | str | None) -> list[float | None]:
 def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str], dict[str, Any]]:
     """Files, graphs and signatures without an earlier calibration's: its constants may not fit the new graphs."""
     manifest = bundle.manifest
-    graphs = {name: file for name, file in manifest["graphs"].items() if name.partition(".")[2] not in FLAVOURS}
-    old = {*manifest["graphs"].values()} - {*graphs.values()}
+    graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in FLAVOURS}
+    old = {*manifest.graphs.values()} - {*graphs.values()}
     old |= {WEIGHTS, *(scales_file(flavour) for flavour in FLAVOURS.values())}
-    files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest["files"] if name not in old}
-    return files, graphs, {k: v for k, v in (manifest.get("signatures") or {}).items() if k in graphs}
+    files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest.files if name not in old}
+    return files, graphs, {k: v for k, v in manifest.signatures.items() if k in graphs}
 
 
 def _ranges(
     bundle: Bundle, found: Images | None, source: str, say: Callable[[str], None]
 ) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """The range of every tensor, and what it comes from. Raises: InputError when there is nothing to take it from."""
-    name = bundle.manifest.get("ranges")
-    kept = Ranges.load(bundle.path / str(name)) if name else None
+    name = bundle.manifest.ranges
+    kept = Ranges.load(bundle.path / name) if name else None
     if source == "images" or (source == "auto" and (kept is None or (found is not None and found.whole))):
         kept_used = None
     else:
@@ -216,8 +216,8 @@ def _warn_unlike(bundle: Bundle, found: Measured, images: int, say: Callable[[st
     Answers see what ranges do not: inverted or BGR photographs move no tensor's histogram by more than other
     photographs do, and cost half of the accuracy (2026-11-21).
     """
-    recorded = (bundle.manifest.get("accuracy") or {}).get("per_task") or []
-    pairs = [(r, a) for r, a in zip(recorded, found.per_task, strict=False) if a is not None]
+    recorded = bundle.manifest.accuracy.per_task if bundle.manifest.accuracy else ()
+    pairs = [(r, a) for r, a in zip(recorded, found.per_task, strict=False) if r is not None and a is not None]
     if not pairs:
         return
     before, now = (float(np.mean(column)) for column in zip(*pairs, strict=True))

@@ -1,4 +1,4 @@
-"""Which form of 8-bit graph suits which processor (design/EDGE.md, 4)."""
+"""Which form of 8-bit graph suits which processor."""
 
 from __future__ import annotations
 

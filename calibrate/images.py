@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
 from ..data import Split, held_out_early, load_dataset
 from ..errors import InputError
-from ..runtime.bundle import Bundle
 
 FEW = 32
-"calibration images below which a warning is given; 500 are the usual advice (design/EDGE.md, 4)"
+"calibration images below which a warning is given; 500 are the usual advice"
 LARGEST_BYTES = 4 << 30
 
 
@@ -47,7 +47,7 @@ def images_of(
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
-    dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.get("training")))
+    dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.training))
     if say is not None:
         say(dataset.line)
     position = {name: index for index, name in enumerate(bundle.classes)}

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
 from ..runtime import load
-from ..runtime.bundle import Bundle
 
 CANDIDATES = (
     ("onnxruntime", "fp32"),

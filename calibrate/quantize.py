@@ -1,7 +1,7 @@
 """The encoder's Linears in 8 bits: QuantizeLinear and DequantizeLinear around them, and their weights as bytes.
 
 Only what takes the time: Q, K, V, projection and both layers of the MLP, where a Linear sees all tokens. Residual
-sums, LayerNorm, softmax, GELU and both products of the attention stay as they are (design/EDGE.md, 4). Query pass and
+sums, LayerNorm, softmax, GELU and both products of the attention stay as they are. Query pass and
 prompted pass have ranges of their own and share the weights.
 """
 

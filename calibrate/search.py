@@ -8,14 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import GateError
 from .paired import Paired
 
 Answers = Callable[[Collection[str]], np.ndarray]
 "units that stay in float -> logits (N, C) of the 8-bit graph on the images of a gate or of a sensitivity"
-
-
-class GateError(RuntimeError):
-    """8 bits cost more than they may, whatever stays in float."""
 
 
 @dataclass(frozen=True)

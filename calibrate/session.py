@@ -19,8 +19,8 @@ CHUNK = 16
 class Session:
     """ONNX Runtime on the CPU.
 
-    Symmetric graphs are run as written, without the runtime's own changes: on x86 those are slow or refused
-    (design/EDGE.md, 4), and the numbers are what matters here.
+    Symmetric graphs are run as written, without the runtime's own changes: on x86 those are slow or refused,
+    and the numbers are what matters here.
     """
 
     def __init__(self, model: bytes, folder: Path, as_written: bool = False, threads: int | None = None) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ..artefacts.bundle import Bundle
+from ..artefacts.layout import BACKBONE, PROMPTS
 from ..ranges import TensorRange
-from ..runtime.bundle import Bundle
 from .flavours import Flavour
 from .floor import FEW, shortfall
 from .measure import compare, measure
@@ -79,15 +80,15 @@ class Trial:
 
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
         """All graphs of the bundle's base precision."""
-        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest["graphs"] else ""
-        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest["graphs"]]
+        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
+        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
         graphs = {name: self.bundle.graph(name + base) for name in names}
         return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset)
 
     def session(self, skip: Collection[str] = ()) -> Session:
         """The student in 8 bits but for some units."""
         made = self.quantised(skip)
-        for name in ("backbone.bin", "prompts.bin"):
+        for name in (BACKBONE, PROMPTS):
             if not (self.folder / name).exists():
                 (self.folder / name).write_bytes((self.bundle.path / name).read_bytes())
         for name, content in made.constants.items():

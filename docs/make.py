@@ -1,9 +1,9 @@
-"""The parts of docs/ that come from the command line itself: usage, options, the list of verbs.
+"""The parts of docs/ that come from the command line itself: usage, options, the list of commands.
 
     python docs/make.py            # write them
     python docs/make.py --check    # name the pages that are stale; exit code 1 then
 
-A page marks where they go: `<!-- options of train -->` ... `<!-- end -->`, and `<!-- verbs -->` ... `<!-- end -->`.
+A page marks where they go: `<!-- options of train -->` ... `<!-- end -->`, and `<!-- commands -->` ... `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import click
 from cdl_edge.cli import cli
 
 DOCS = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- (options of [a-z -]+|verbs) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (options of [a-z -]+|commands) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABSENT = "(Not on the command line of this version; from Python: see below.)\n"
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    """Every verb by its whole name, "pack create" included."""
+    """Every command by its whole name, "pack create" included."""
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from commands(command, (*path, name))
@@ -34,7 +34,7 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 
 def options(name: str) -> str:
-    """Usage and a table of the options of one verb."""
+    """Usage and a table of the options of one command."""
     command = dict(commands()).get(name)
     if command is None:
         return ABSENT
@@ -74,10 +74,10 @@ def takes(option: click.Option) -> str:
     return found + (", may be repeated" if option.multiple else "")
 
 
-def verbs() -> str:
-    """All verbs with their first sentence and their page."""
+def overview() -> str:
+    """All commands with their first sentence and their page."""
     rows = [f"| [{n}]({n.split()[0]}.md) | {c.get_short_help_str(200)} |" for n, c in commands()]
-    return "\n".join(["| verb | what it does |", "|---|---|", *rows]) + "\n"
+    return "\n".join(["| command | what it does |", "|---|---|", *rows]) + "\n"
 
 
 def fresh(text: str) -> str:
@@ -85,7 +85,7 @@ def fresh(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         what = match[2]
-        return match[1] + (verbs() if what == "verbs" else options(what.removeprefix("options of "))) + match[3]
+        return match[1] + (overview() if what == "commands" else options(what.removeprefix("options of "))) + match[3]
 
     return BLOCK.sub(block, text)
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import cdl_edge.runtime as runtime
-from cdl_edge.runtime import packs
+from cdl_edge.updates import packs
 
 
 def main(old: str, new: str, device: str) -> list[str]:
@@ -25,7 +25,7 @@ def main(old: str, new: str, device: str) -> list[str]:
     for name, entry in made["files"].items():
         print(f"  {name}: {entry['encoding']}, {entry['bytes']} bytes for {entry['of']}")
 
-    ran = [runtime.open_bundle(device).manifest["manifest_sha256"][:16]]
+    ran = [runtime.open_bundle(device).manifest.version]
     ran.append(packs.install(pack, device)["version"])  # on the device; self-test before the swap
     for kept in packs.listed(device):
         print(f"{'*' if kept['current'] else ' '} {kept['version']}  {kept['classes']} classes, {kept['installed']}")

@@ -14,14 +14,15 @@ import numpy as np
 import onnx
 
 from .. import __version__
+from ..artefacts.bundle import Bundle, check_target, write_bundle
+from ..artefacts.layout import RANGES, SELECTIONS, SELFTEST, STATISTICS
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
+from ..machine import version_of
+from ..measurement.evaluate import evaluate, fifths
 from ..runtime import load
-from ..runtime.bundle import Bundle, check_target, write_bundle
-from ..runtime.confidence import SELECTIONS, fit, pack_selections
-from ..runtime.evaluate import evaluate, fifths
-from ..runtime.machine import version_of
+from ..runtime.confidence import fit, pack_selections
 from ..runtime.runner import Runner
 from ..train.closed_form import load_statistics, statistics_file
 from ..train.run import Run, load_run
@@ -31,9 +32,7 @@ from .nodes import Graph
 from .parity import CHUNK, compare, logits_of, logits_of_passes, sample, student_logits
 from .profiles import Profile, get_profile
 
-SELFTEST, SELFTEST_IMAGES = "selftest.npz", 4
-RANGES = "ranges.npz"
-STATISTICS = "statistics.npz"
+SELFTEST_IMAGES = 4
 KNOWN_IMAGES = 100
 """validation images of each task that confidence and selections are taken from. The task posterior was as good with
 four times as many to 0.03 nats; a temperature needs fewer (ImageNet at 32 x 32, 100 classes, 2026-11-21)."""
@@ -53,7 +52,7 @@ def export(
     """Fold a finished run's student into a bundle.
 
     Args:
-        run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see runtime.bundle.foreign.
+        run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see artefacts.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
         data: where the run's images are now, if they have moved. say: gets a line for each step.
@@ -61,7 +60,7 @@ def export(
 
     Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256", "data"}.
 
-    Raises: InputError for a run or data source that is not there, or other images than the run's; ParityError when the
+    Raises: InputError for a run or data source that is not there, or other images than the run's; GateError when the
         graph differs from the student.
     """
     dialect = get_profile(profile)
@@ -69,17 +68,17 @@ def export(
     check_target(out, replace)
     opened = load_run(Path(run))
     kept = _statistics(opened) if statistics else None
-    record = opened.metrics.get("data")
+    record = opened.metrics.data
     source = data or opened.config.data
-    dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics))
+    dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics.document))
     if say is not None:
         say(dataset.line)
     _check_images(opened, dataset)
     pixels = _real_images(opened, dataset, images)
     say(f"the trained student answers {len(pixels)} images")
-    expected = student_logits(opened, pixels, len(opened.metrics["classes"]))
+    expected = student_logits(opened, pixels, len(opened.metrics.classes))
     graphs = _graphs(opened, dialect, None if dynamic_batch else 1)
-    metadata = {"classes": opened.metrics["classes"], "preprocessing": opened.preprocessing.to_json()}
+    metadata = {"classes": list(opened.metrics.classes), "preprocessing": opened.preprocessing.to_json()}
     artefact = assemble(graphs, metadata)
     files: dict[str, Path | bytes] = {f"{name}.onnx": model for name, model in artefact.models.items()}
     files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
@@ -110,8 +109,8 @@ def export(
         "bundle": str(bundle.path),
         "parity": parity,
         "accuracy": accuracy,
-        "bytes": {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()},
-        "manifest_sha256": bundle.manifest["manifest_sha256"],
+        "bytes": {name: entry.bytes for name, entry in bundle.manifest.files.items()},
+        "manifest_sha256": bundle.manifest.manifest_sha256,
         "data": dataset.summary,
     }
 
@@ -122,9 +121,7 @@ def _graphs(run: Run, profile: Profile, batch: int | None) -> dict[str, Graph]:
     parts = ("student", "query", "prompted") if run.student.two_pass else ("student",)
     for precision in profile.precisions:
         for part in parts:
-            builder = StudentGraph(
-                run.student, run.preprocessing, len(run.metrics["classes"]), batch, profile, precision
-            )
+            builder = StudentGraph(run.student, run.preprocessing, len(run.metrics.classes), batch, profile, precision)
             graphs[part if precision == "fp32" else f"{part}.{precision}"] = builder.build(part)
     return graphs
 
@@ -140,7 +137,7 @@ def _selftest(pixels: np.ndarray, logits: np.ndarray) -> bytes:
 def _prove(
     draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: ParityError."""
+    """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: GateError."""
     proven = {}
     for name in graphs:
         part, _, precision = name.partition(".")
@@ -176,7 +173,7 @@ def _confidence(draft: Bundle, runner: Runner, dataset: Dataset) -> tuple[dict[s
 
     outputs = computed(runner)
     names = [name for name in outputs if name.endswith("_weights")]
-    if "prompted" in draft.manifest["graphs"]:
+    if "prompted" in draft.manifest.graphs:
         signature = draft.signature("prompted")
         names = [name for name in signature.inputs if name != signature.images]
         if set(names) - set(outputs):  # the fused graph keeps the mapped weights of cdl-prompt to itself
@@ -190,10 +187,10 @@ def _check_images(run: Run, dataset: Dataset) -> None:
 
     The source may have got other classes since, and lost training images.
     """
-    classes = run.metrics["classes"]
+    classes = run.metrics.classes
     missing = sorted(set(classes) - {dataset.classes[c] for c in set(dataset.val.labels.tolist())})
     changes = f"without {', '.join(missing[:5])}" if missing else ""
-    if not missing and (record := run.metrics.get("data")):
+    if not missing and (record := run.metrics.data):
         learnt = Fingerprint.from_json(record["fingerprint"]).val
         val = dataset.val.of_classes([dataset.classes.index(c) for c in classes]).hashes(dataset.classes)
         changes = Fingerprint({}, {c: learnt[c] for c in sorted(learnt)}).changes(
@@ -215,8 +212,8 @@ def _statistics(run: Run) -> Path | None:
     """
     if run.student.statistics_head is None:
         return None
-    tasks = len(run.metrics["tasks"])
-    load_statistics(run.path, "student", tasks).ordered(run.metrics["classes"])
+    tasks = len(run.metrics.tasks)
+    load_statistics(run.path, "student", tasks).ordered(run.metrics.classes)
     return statistics_file(run.path, "student", tasks)
 
 
@@ -235,20 +232,20 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
     entries = outputs["prompt_weights"][1] if "prompt_weights" in outputs else 0
     learner = student.learner
     query = "none" if not learner.needs_query else config.query
-    training = {k: v for k, v in run.metrics.items() if k not in ("student", "teacher")}
+    training = {k: v for k, v in run.metrics.document.items() if k not in ("student", "teacher")}
     if record := training.get("data"):
         # A bundle goes out of the house: no path of this machine, and what tells the run's images from others.
         hashes = {k: record["fingerprint"][k] for k in ("sha256", "val")}
         training["data"] = {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes}
         training["config"] = {**training["config"], "data": record["given"]}
     for side in ("student", "teacher"):
-        kept = run.metrics[side]
+        kept = run.metrics.document.get(side)
         training[side] = {k: v for k, v in kept.items() if k != "loss"} if kept else None
     return {
         "name": name,
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "classes": run.metrics["classes"],
-        "tasks": run.metrics["tasks"],
+        "classes": run.metrics.classes,
+        "tasks": run.metrics.tasks,
         "input": {
             "name": "images",
             "shape": [1, size, size, 3],

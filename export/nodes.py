@@ -10,9 +10,10 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from ..artefacts.layout import BACKBONE, PROMPTS
 from .profiles import PROFILES, Profile
 
-FROZEN, LEARNT = "backbone.bin", "prompts.bin"
+FROZEN, LEARNT = BACKBONE, PROMPTS
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..data import Split
+from ..errors import GateError
 from ..runtime.runner import Runner
 from ..train.augment import Normalise
 from ..train.run import Run
@@ -19,10 +20,6 @@ LOW_PRECISION = {"fp16": (0.002, 99.0), "bf16": (0.02, 97.0)}
 """precision -> largest allowed mean |difference| as a share of the spread of the logits, least top-1 agreement in %.
 Not the largest: where two entries of a pool are equally near, rounding chooses the other one, and the logits jump."""
 CHUNK = 32
-
-
-class ParityError(RuntimeError):
-    """The graph does not compute what the student computes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def logits_of_passes(query: Runner, prompted: Runner, pixels: np.ndarray) -> np.
 
 
 def compare(expected: np.ndarray, got: np.ndarray, precision: str = "fp32", name: str = "the graph") -> Parity:
-    """Logits (B, C) of the student and of a graph. Raises: ParityError beyond what the precision allows, or for NaN."""
+    """Logits (B, C) of the student and of a graph. Raises: GateError beyond what the precision allows, or for NaN."""
     tolerance, least, judged = TOLERANCE, 0.0, "max_abs_error"
     if precision != "fp32":
         share, least = LOW_PRECISION[precision]
@@ -86,7 +83,7 @@ def compare(expected: np.ndarray, got: np.ndarray, precision: str = "fp32", name
     agreement = 100.0 * float((got.argmax(1) == expected.argmax(1)).mean())
     parity = Parity(float(difference.max()), float(difference.mean()), agreement, len(expected), tolerance, judged)
     if not getattr(parity, judged) <= tolerance or agreement < least:  # the former also for NaN
-        raise ParityError(
+        raise GateError(
             f"{name} does not equal the trained student: |difference of logits| max {parity.max_abs_error:.3e}, "
             f"mean {parity.mean_abs_error:.3e} over {parity.images} real images, allowed {judged} {tolerance:.0e}; "
             f"top-1 agreement {agreement:.2f} %, at least {least:.0f} %; nothing was written"

@@ -1,4 +1,4 @@
-"""Which form of graph suits which runtime (design/EDGE.md, 2)."""
+"""Which form of graph suits which runtime."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from ..artefacts.bundle import Bundle, Shape
+from ..artefacts.external import external_files
 from ..errors import InputError
 from ..files import PREFIX, atomic_folder, check_out, sha256
-from ..runtime.bundle import Bundle, Shape
-from ..runtime.external import external_files
 
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 MARK = "cdl_edge.manifest_sha256"
@@ -100,7 +100,7 @@ def _write_model(bundle: Bundle, key: str, model: str, folder: Path) -> None:
         copy = folder / VERSION / target
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copy)
-        expected = bundle.manifest["files"][source.relative_to(bundle.path).as_posix()]["sha256"]
+        expected = bundle.manifest.files[source.relative_to(bundle.path).as_posix()].sha256
         if (digest := sha256(copy)) != expected:
             raise InputError(f"{source}: changed since the bundle was opened", got=digest, expected=expected)
     if "logits" in bundle.signature(key).outputs:
@@ -118,14 +118,14 @@ def config(bundle: Bundle, key: str, model: str, hashes: Mapping[str, str] | Non
     signature, free = bundle.signature(key), bundle.batch is None
     preprocessing = json.dumps(bundle.preprocessing.to_json())
     parameters = {
-        MARK: bundle.manifest["manifest_sha256"],
+        MARK: bundle.manifest.manifest_sha256,
         "cdl_edge.graph": key,
         "cdl_edge.preprocessing": preprocessing,
         FILES: " ".join(f"{name}={digest}" for name, digest in (hashes or {}).items()),
     }
     lines = [
-        f"# Written by `cdl-edge export --target triton`. ONNX opset {bundle.manifest['opset']}"
-        + ("; it needs ONNX Runtime 1.23 or newer in Triton." if bundle.manifest["opset"] >= 23 else "."),
+        f"# Written by `cdl-edge export --target triton`. ONNX opset {bundle.manifest.opset}"
+        + ("; it needs ONNX Runtime 1.23 or newer in Triton." if (bundle.manifest.opset or 0) >= 23 else "."),
         f"name: {_quoted(model)}",
         'backend: "onnxruntime"',
         f"max_batch_size: {MAX_BATCH if free else 0}",

@@ -3,10 +3,3 @@
 The page loads nothing: styles are inline, charts are inline SVG, there is no script, and its own content security
 policy forbids all three. The same input gives the same bytes. numpy, the standard library and jinja2 only.
 """
-
-from ..verb import make_callable
-from .page import write_report
-
-__all__ = ["write_report"]
-
-make_callable(__name__)

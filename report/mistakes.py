@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..artefacts.run_record import Metrics
 from .charts import heat_cell
 from .words import HEADS
 
@@ -19,21 +19,20 @@ def chance(accuracy: float, images: int) -> float:
     return float(196 * (share * (1 - share) / images) ** 0.5)
 
 
-def verdict(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def verdict(metrics: Metrics) -> dict[str, Any]:
     """{"sentences": [two], "good": whether the student beats the frozen baseline}.
 
     good is None without a baseline, and where the student is above it by less than chance moves an accuracy.
     """
-    student, baseline = metrics["student"], metrics.get("baseline")
-    accuracy, images = student["average_accuracy"], _held_out(metrics)
+    baseline, accuracy, images = metrics.baseline, metrics.student.average_accuracy, metrics.counts.val
     first = f"The student names {accuracy:.1f} % of the held-out pictures rightly"
-    if len(metrics["tasks"]) > 1:
-        first += f" (mean over {len(metrics['tasks'])} tasks)"
-    classes = f" among {len(metrics['classes']):,} classes"
+    if len(metrics.tasks) > 1:
+        first += f" (mean over {len(metrics.tasks)} tasks)"
+    classes = f" among {len(metrics.classes):,} classes"
     first += classes + (f"; {images:,} pictures were held out" if images else "") + "."
     if baseline is None:
         return {"sentences": [first, "How a frozen backbone does on the same pictures was not recorded."], "good": None}
-    other, head = baseline["average_accuracy"], HEADS.get(baseline["head"], baseline["head"])
+    other, head = baseline.average_accuracy, HEADS.get(baseline.head, baseline.head)
     gap = accuracy - other
     frozen = f"the frozen backbone with a {head} head, which takes seconds and no training: {other:.1f} %"
     if abs(gap) < 0.05:
@@ -50,31 +49,30 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"sentences": [first, second], "good": False if gap <= -0.05 else None if unsure else gap > 0}
 
 
-def mistakes_section(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def mistakes_section(metrics: Metrics) -> dict[str, Any] | None:
     """Confusion matrix, most confused pairs and worst classes; None for a run that has not counted them."""
-    found = metrics["student"].get("confusion")
-    if not found or not sum(found["images"]):
+    found = metrics.student.confusion
+    if not found or not sum(found.images):
         return None
-    names: Sequence[str] = metrics["classes"]
-    images, right = found["images"], found["right"]
+    names, images, right = metrics.classes, found.images, found.right
     measured = [c for c in range(len(names)) if images[c]]
     worst = sorted(measured, key=lambda c: (right[c] / images[c], -images[c]))
     rows = None
-    if found["matrix"] is not None:
+    if found.matrix is not None:
         rows = [
             {
                 "name": names[c],
                 "cells": [_cell(count, images[c], names[c], names[j]) for j, count in enumerate(row)],
                 "share": f"{100 * right[c] / images[c]:.0f} %" if images[c] else "",
             }
-            for c, row in enumerate(found["matrix"])
+            for c, row in enumerate(found.matrix)
         ]
     return {
         "names": list(names),
         "rows": rows,
         "pairs": [
             (names[true], names[answer], f"{count:,} of {images[true]:,}")
-            for true, answer, count in found["pairs"][:PAIRS]
+            for true, answer, count in found.pairs[:PAIRS]
         ],
         "classes": [
             {
@@ -97,8 +95,3 @@ def _cell(count: int, images: int, true: str, answer: str) -> dict[str, Any] | N
     step = (heat_cell(100 * count / images, 0.0, 100.0) or {})["step"]
     plural = "pictures" if images != 1 else "picture"
     return {"text": f"{count:,}", "step": step, "title": f"{count:,} of {images:,} {plural} of {true}: called {answer}"}
-
-
-def _held_out(metrics: Mapping[str, Any]) -> int | None:
-    counts = metrics.get("images")
-    return counts.get("val") if isinstance(counts, dict) else None

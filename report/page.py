@@ -9,19 +9,13 @@ from typing import Any
 import jinja2
 
 from .. import __version__
+from ..artefacts.bundle import Bundle, open_bundle
+from ..artefacts.profile_record import ProfileRecord
+from ..artefacts.run_record import Metrics, read_metrics
 from ..errors import InputError
 from ..files import check_out, write_text
-from ..runtime.bundle import Bundle, open_bundle
 from .charts import HEAT_DARK, HEAT_LIGHT, ink
-from .documents import (
-    check_measured,
-    check_metrics,
-    check_pair,
-    check_profile,
-    check_quantisation,
-    check_recorded,
-    read_metrics,
-)
+from .documents import check_measured, check_pair
 from .mistakes import mistakes_section, verdict
 from .quantisation import quantisation_section
 from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
@@ -52,15 +46,11 @@ def write_report(
         raise InputError("nothing to report on", expected="a run folder, a bundle folder or both")
     metrics = read_metrics(run) if run is not None else None
     opened = open_bundle(bundle) if bundle is not None else None
-    if opened is not None:
-        check_recorded(opened)
-        check_quantisation(opened)
-        training = opened.manifest.get("training")
-        if metrics is None and training:
-            metrics = check_metrics(training, f"{opened.path}: manifest.json, training")
-        elif metrics is not None:
-            check_pair(metrics, opened)
-    checked = check_profile(profile) if profile is not None else None
+    if opened is not None and metrics is not None:
+        check_pair(metrics, opened)
+    elif opened is not None and opened.manifest.training:
+        metrics = Metrics.of(opened.manifest.training, f"{opened.path}: manifest.json, training")
+    checked = ProfileRecord.of(profile) if profile is not None else None
     if opened is not None and checked is not None:
         check_measured(checked, opened)
     write_page(out, render(metrics, opened, checked))
@@ -100,7 +90,7 @@ def fill(template: str, **values: Any) -> str:
     )
 
 
-def render(metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None) -> str:
+def render(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None) -> str:
     """The page as text, from documents that have been checked."""
     sections = {
         "verdict": verdict(metrics) if metrics else None,

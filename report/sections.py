@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..runtime.bundle import Bundle
+from ..artefacts.bundle import Bundle
+from ..artefacts.manifest import AccuracyRecord, ParityRecord
+from ..artefacts.profile_record import ProfileRecord
+from ..artefacts.run_record import Metrics
 from .charts import heat_cell, heat_domain, histogram_chart, line_chart
 from .mistakes import chance
 from .words import (
@@ -31,26 +33,25 @@ OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length", "kd_head
 GRAPH_FACTS = ("learner", "distiller", "query", "alpha", "selection", "backbone", "profile", "opset", "precision")
 
 
-def _settings(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
+def _settings(metrics: Metrics | None, bundle: Bundle | None) -> dict[str, Any]:
     """learner, distill, query, data, teacher, student: of the run, else of the bundle; None where nobody knows."""
-    manifest: Mapping[str, Any] = bundle.manifest if bundle else {}
-    backbone = manifest.get("backbone")
+    manifest = bundle.manifest if bundle else None
     fallback = {
-        "learner": manifest.get("learner"),
-        "distill": manifest.get("distiller"),
-        "query": manifest.get("query"),
-        "data": (manifest.get("accuracy") or {}).get("source"),
-        "student": backbone.get("source") if isinstance(backbone, dict) else backbone,
+        "learner": manifest and manifest.learner,
+        "distill": manifest and manifest.distiller,
+        "query": manifest and manifest.query,
+        "data": manifest and manifest.accuracy and manifest.accuracy.source,
+        "student": manifest and manifest.backbone and manifest.backbone.source,
         "teacher": None,
     }
-    config = metrics["config"] if metrics else {}
+    config = metrics.config if metrics else {}
     found = {key: config.get(key) or value for key, value in fallback.items()}
-    if metrics and metrics.get("teacher") is None:
+    if metrics and metrics.teacher is None:
         found["teacher"] = None  # a run without distillation trains none, whatever the option's default says
     return found
 
 
-def header(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str, Any]:
+def header(metrics: Metrics | None, bundle: Bundle | None) -> dict[str, Any]:
     """Title, method and names at the very top; None for what nobody recorded."""
     settings = _settings(metrics, bundle)
     name = bundle.name if bundle else None
@@ -61,145 +62,131 @@ def header(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> dict[str
         "teacher": settings["teacher"],
         "student": settings["student"],
         "bundle": name if name != title else None,
-        "created": str(bundle.manifest.get("created") or "") if bundle else "",
+        "created": (bundle.manifest.created or "") if bundle else "",
     }
 
 
-def figures(
-    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None
-) -> list[dict[str, str]]:
+def figures(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None) -> list[dict[str, str]]:
     """The tiles at the top: {"label", "value", "unit", "note"}."""
     tiles: list[dict[str, str]] = []
 
     def add(label: str, value: str, unit: str = "", note: str = "") -> None:
         tiles.append({"label": label, "value": value, "unit": unit, "note": note})
 
-    accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
+    accuracy = bundle.manifest.accuracy if bundle else None
     if metrics:
-        student, teacher = metrics["student"], metrics.get("teacher")
-        baseline = metrics.get("baseline")
+        student, teacher, baseline = metrics.student, metrics.teacher, metrics.baseline
         if baseline:
-            head = HEADS.get(baseline["head"], baseline["head"])
-            add("Frozen baseline", f"{baseline['average_accuracy']:.2f}", "%", f"bare student, {head}, no training")
+            head = HEADS.get(baseline.head, baseline.head)
+            add("Frozen baseline", f"{baseline.average_accuracy:.2f}", "%", f"bare student, {head}, no training")
         gap = "no teacher"
         if teacher:
-            behind = student["average_accuracy"] - teacher["average_accuracy"]
+            behind = student.average_accuracy - teacher.average_accuracy
             sign = "+" if behind >= 0 else "−"
-            gap = f"teacher {teacher['average_accuracy']:.2f} %, student {sign}{abs(behind):.2f}"
-        add("Final average accuracy", f"{student['average_accuracy']:.2f}", "%", gap)
-        note = f"teacher {teacher['forgetting']:.2f}" if teacher else "lower is better"
-        if student.get("forgetting_of_joint") is not None:
-            note = f"{student['forgetting_of_joint']:.2f} with all images at once"
-        add("Forgetting", f"{student['forgetting']:.2f}", "points", note)
-        if student.get("incremental_accuracy") is not None:
-            add("Incremental accuracy", f"{student['incremental_accuracy']:.2f}", "%", "mean over all stages")
-    elif accuracy.get("average_accuracy") is not None:
-        add("Final average accuracy", f"{accuracy['average_accuracy']:.2f}", "%", "of the exported student")
-        if accuracy.get("forgetting") is not None:
-            add("Forgetting", f"{accuracy['forgetting']:.2f}", "points", "lower is better")
-    classes = metrics["classes"] if metrics else bundle.classes if bundle else []
-    tasks = metrics["tasks"] if metrics else bundle.tasks if bundle else []
+            gap = f"teacher {teacher.average_accuracy:.2f} %, student {sign}{abs(behind):.2f}"
+        add("Final average accuracy", f"{student.average_accuracy:.2f}", "%", gap)
+        note = f"teacher {teacher.forgetting:.2f}" if teacher else "lower is better"
+        if student.forgetting_of_joint is not None:
+            note = f"{student.forgetting_of_joint:.2f} with all images at once"
+        add("Forgetting", f"{student.forgetting:.2f}", "points", note)
+        if student.incremental_accuracy is not None:
+            add("Incremental accuracy", f"{student.incremental_accuracy:.2f}", "%", "mean over all stages")
+    elif accuracy and accuracy.average_accuracy is not None:
+        add("Final average accuracy", f"{accuracy.average_accuracy:.2f}", "%", "of the exported student")
+        if accuracy.forgetting is not None:
+            add("Forgetting", f"{accuracy.forgetting:.2f}", "points", "lower is better")
+    classes = metrics.classes if metrics else bundle.classes if bundle else ()
+    tasks = metrics.tasks if metrics else bundle.tasks if bundle else ()
     add("Classes", f"{len(classes):,}", "", f"learnt in {len(tasks)} task{'s' * (len(tasks) != 1)}")
     images = _images(metrics, bundle)
     if images:
         add("Images", *images)
-    if metrics and metrics.get("seconds") is not None:
-        add("Training time", duration_text(metrics["seconds"]), "", _on_device(metrics))
+    if metrics and metrics.seconds is not None:
+        add("Training time", duration_text(metrics.seconds), "", _on_device(metrics))
     if bundle:
-        precision = bundle.manifest.get("precision")
+        precision = bundle.manifest.precision
         number, unit = size_text(bundle.size_bytes).split(" ")
         add("Bundle size", number, unit, str(precision) if precision else "")
     if profile:
-        end = profile["end_to_end_ms"]
-        note = str(profile.get("backend") or "") or "one picture, end to end"
+        end = profile.end_to_end_ms
+        note = profile.backend or "one picture, end to end"
         add("Latency p50 / p99", f"{ms_text(end['p50'])} / {ms_text(end['p99'])}", "ms", note)
     return tiles
 
 
-def _images(metrics: Mapping[str, Any] | None, bundle: Bundle | None) -> tuple[str, str, str] | None:
+def _images(metrics: Metrics | None, bundle: Bundle | None) -> tuple[str, str, str] | None:
     """(value, unit, note) of the images' tile: training and validation if the run counted them, else evaluated."""
-    counts = (metrics or {}).get("images")
-    if isinstance(counts, dict) and counts.get("train") is not None:
-        held = counts.get("val")
-        return f"{counts['train']:,}", "", "for training" + (f", {held:,} held out" if held is not None else "")
-    if isinstance(counts, int):
-        return f"{counts:,}", "", "in the data source"
-    accuracy = (bundle.manifest.get("accuracy") or {}) if bundle else {}
-    if isinstance(accuracy.get("images"), int):
-        return f"{accuracy['images']:,}", "", "evaluated"
+    if metrics and metrics.counts.train is not None:
+        held = metrics.counts.val
+        return f"{metrics.counts.train:,}", "", "for training" + (f", {held:,} held out" if held is not None else "")
+    if metrics and isinstance(metrics.images, int):
+        return f"{metrics.images:,}", "", "in the data source"
+    accuracy = bundle.manifest.accuracy if bundle else None
+    if accuracy and accuracy.images is not None:
+        return f"{accuracy.images:,}", "", "evaluated"
     return None
 
 
-def _on_device(metrics: Mapping[str, Any]) -> str:
-    device = metrics.get("device")
-    return f"on {str(device).upper()}" if device else ""
+def _on_device(metrics: Metrics) -> str:
+    return f"on {metrics.device.upper()}" if metrics.device else ""
 
 
-def accuracy_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def accuracy_section(metrics: Metrics) -> dict[str, Any]:
     """Heat maps on one scale, curves over tasks, and the same numbers as a table."""
-    sides = [(name, metrics[name]) for name in ("student", "teacher") if metrics.get(name) is not None]
-    values = [v for _, side in sides for row in side["matrix"] for v in row if v is not None]
+    sides = list(metrics.sides.items())
+    values = [v for _, side in sides for row in side.matrix for v in row if v is not None]
     low, high = heat_domain(values)
     heats = []
     for name, side in sides:
-        rows = [[heat_cell(value, low, high) for value in row] for row in side["matrix"]]
-        heats.append({"name": name.capitalize(), "rows": rows, "average": f"{side['average_accuracy']:.2f}"})
+        rows = [[heat_cell(value, low, high) for value in row] for row in side.matrix]
+        heats.append({"name": name.capitalize(), "rows": rows, "average": f"{side.average_accuracy:.2f}"})
 
     charts = []
     for key, title, unit, zero in (
         ("accuracy_after_task", "Average accuracy", "%", False),
         ("forgetting_after_task", "Forgetting", "points", True),
     ):
-        series = [(name, side[key]) for name, side in sides if side.get(key)]
-        if series and len(metrics["tasks"]) > 1:  # one point is no line
+        series = [(name, getattr(side, key)) for name, side in sides if getattr(side, key)]
+        if series and len(metrics.tasks) > 1:  # one point is no line
             charts.append(line_chart(title, unit, series, zero))
     columns = [
-        (f"{name.capitalize()} {what}", [f"{v:.2f}" for v in side[key]])
+        (f"{name.capitalize()} {what}", [f"{v:.2f}" for v in getattr(side, key)])
         for name, side in sides
         for key, what in (("accuracy_after_task", "accuracy, %"), ("forgetting_after_task", "forgetting, points"))
-        if side.get(key)
+        if getattr(side, key)
     ]
     columns += [
-        (f"{name.capitalize()} training, s", [f"{v:,.1f}" for v in side["seconds"]])
+        (f"{name.capitalize()} training, s", [f"{v:,.1f}" for v in side.seconds])
         for name, side in sides
-        if side.get("seconds")
+        if side.seconds
     ]
-    definitions = metrics.get("definitions") or {}
-    baseline = metrics.get("baseline")
-    summary = [
-        (name.capitalize(), f"{side['average_accuracy']:.2f}", f"{side['forgetting']:.2f}") for name, side in sides
-    ]
-    if student_joint := _joint(metrics["student"]):
-        summary.append(("The student's head from all images at once", "–", student_joint))
+    baseline, joint = metrics.baseline, metrics.student.forgetting_of_joint
+    summary = [(name.capitalize(), f"{side.average_accuracy:.2f}", f"{side.forgetting:.2f}") for name, side in sides]
+    if joint is not None:
+        summary.append(("The student's head from all images at once", "–", f"{joint:.2f}"))
     if baseline:
-        head = HEADS.get(baseline["head"], baseline["head"])
-        summary.insert(0, (f"Frozen baseline ({head})", f"{baseline['average_accuracy']:.2f}", "–"))
+        head = HEADS.get(baseline.head, baseline.head)
+        summary.insert(0, (f"Frozen baseline ({head})", f"{baseline.average_accuracy:.2f}", "–"))
     return {
         "summary": summary,
         "heats": heats,
-        "wide": len(metrics["tasks"]) > 11,
+        "wide": len(metrics.tasks) > 11,
         "low": f"{low:.0f}",
         "high": f"{high:.0f}",
-        "reading": definitions.get("matrix"),
+        "reading": metrics.definitions.get("matrix"),
         "charts": charts,
         "columns": columns,
-        "tasks": len(metrics["tasks"]),
+        "tasks": len(metrics.tasks),
     }
 
 
-def _joint(student: Mapping[str, Any]) -> str | None:
-    value = student.get("forgetting_of_joint")
-    return None if value is None else f"{value:.2f}"
-
-
-def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
+def latency_section(profile: ProfileRecord) -> dict[str, Any]:
     """Distribution, flags, stages in time order and the conditions of the measurement."""
-    stages = {key.removesuffix("_ms"): v for key, v in profile.items() if key.endswith("_ms") and isinstance(v, dict)}
+    stages = profile.stages
     position = {name: i for i, name in enumerate(STAGES)}
     names = sorted(stages, key=lambda s: (s == "end_to_end", position.get(s, len(STAGES))))
     columns = [c for c in STATISTICS if any(c in stages[name] for name in names)]
-    end = profile["end_to_end_ms"]
-    definitions = profile.get("definitions") or {}
+    end = profile.end_to_end_ms
     table = []
     for name in names:
         stage = stages[name]
@@ -208,7 +195,7 @@ def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "name": STAGE_NAMES.get(name, label_text(name)),
                 "total": name == "end_to_end",
-                "definition": definitions.get(f"{name}_ms"),
+                "definition": profile.definitions.get(f"{name}_ms"),
                 "cells": [
                     "" if c not in stage else f"{stage[c]:,.0f}" if c == "n" else ms_text(stage[c]) for c in columns
                 ],
@@ -216,11 +203,11 @@ def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
                 "share": round(100 * mean / end["mean"]) if mean is not None and end.get("mean") else None,
             }
         )
-    flags = [{"name": f, "text": flag_text(f)} for f in profile.get("flags", [])]
-    top = {k: v for k, v in profile.items() if k not in ("context", "definitions", "flags", "trace_ms")}
+    flags = [{"name": f, "text": flag_text(f)} for f in profile.flags]
+    top = {k: v for k, v in profile.document.items() if k not in ("context", "definitions", "flags", "trace_ms")}
     top = {k: v for k, v in top.items() if not (k.endswith("_ms") and isinstance(v, dict))}
     return {
-        "chart": histogram_chart(profile["trace_ms"], end) if profile.get("trace_ms") else None,
+        "chart": histogram_chart(profile.trace_ms, end) if profile.trace_ms else None,
         "columns": columns,
         "has_spread": any(row["spread"] for row in table),
         "has_share": sum(row["share"] is not None for row in table) > 1,
@@ -229,42 +216,47 @@ def latency_section(profile: Mapping[str, Any]) -> dict[str, Any]:
         "rate": f"{1000 / end['mean']:,.3g}" if end.get("mean") else None,
         "p50": ms_text(end["p50"]),
         "p99": ms_text(end["p99"]),
-        "context": labelled({**top, **(profile.get("context") or {})}, ("bundle", "files_bytes")),
+        "context": labelled({**top, **profile.context}, ("bundle", "files_bytes")),
     }
 
 
 def export_section(bundle: Bundle) -> dict[str, Any]:
     """Parity, recorded accuracy, files with their hashes, and what the graph is."""
     manifest = bundle.manifest
-    known: Mapping[str, float] = manifest.get("parity") or {}
-    tiles = [{"label": label, "value": text(known[key])} for key, (label, text) in PARITY.items() if key in known]
-    passed = None
-    if "max_abs_error" in known and "tolerance" in known:
-        passed = known["max_abs_error"] <= known["tolerance"]
-    accuracy = manifest.get("accuracy") or {}
-    per_task = accuracy.get("per_task") or []
-    facts = labelled({key: _without_identity(manifest.get(key)) for key in GRAPH_FACTS})
-    inputs = manifest["input"]
-    shape = value_text("shape", inputs["shape"])
-    facts.append(("Input", f"{shape} {inputs['dtype']}, {inputs.get('layout', 'NHWC')}"))
-    facts += labelled({k: inputs.get(k) for k in ("dynamic_batch", "normalisation", "preprocessing")})
-    facts += [
-        (f"Output {name}", value_text("shape", shape) or "") for name, shape in manifest["outputs"].items() if shape
+    known, accuracy = manifest.parity or ParityRecord(), manifest.accuracy or AccuracyRecord()
+    numbers = {key: getattr(known, key) for key in PARITY}
+    tiles = [
+        {"label": label, "value": text(numbers[key])}
+        for key, (label, text) in PARITY.items()
+        if numbers[key] is not None
     ]
-    facts += labelled({"graphs": manifest["graphs"]})
+    passed = None
+    if known.max_abs_error is not None and known.tolerance is not None:
+        passed = known.max_abs_error <= known.tolerance
+    facts = labelled({key: _without_identity(manifest.document.get(key)) for key in GRAPH_FACTS})
+    inputs = manifest.input
+    shape = value_text("shape", list(inputs.shape))
+    facts.append(("Input", f"{shape} {inputs.dtype}, {inputs.layout}"))
+    facts += labelled(
+        {k: manifest.document["input"].get(k) for k in ("dynamic_batch", "normalisation", "preprocessing")}
+    )
+    facts += [
+        (f"Output {name}", value_text("shape", list(shape)) or "") for name, shape in manifest.outputs.items() if shape
+    ]
+    facts += labelled({"graphs": dict(manifest.graphs)})
     return {
         "parity": tiles,
         "passed": passed,
-        "per_task": [f"{v:.1f}" for v in per_task],
-        "accuracy": f"{accuracy['average_accuracy']:.2f}" if accuracy.get("average_accuracy") is not None else None,
-        "accuracy_images": f"{accuracy['images']:,}" if isinstance(accuracy.get("images"), int) else None,
-        "accuracy_source": accuracy.get("source"),
+        "per_task": ["–" if v is None else f"{v:.1f}" for v in accuracy.per_task],
+        "accuracy": f"{accuracy.average_accuracy:.2f}" if accuracy.average_accuracy is not None else None,
+        "accuracy_images": f"{accuracy.images:,}" if accuracy.images is not None else None,
+        "accuracy_source": accuracy.source,
         "files": [
-            {"name": name, "size": size_text(entry["bytes"]), "bytes": f"{entry['bytes']:,}", "sha256": entry["sha256"]}
-            for name, entry in manifest["files"].items()
+            {"name": name, "size": size_text(entry.bytes), "bytes": f"{entry.bytes:,}", "sha256": entry.sha256}
+            for name, entry in manifest.files.items()
         ],
         "total": size_text(bundle.size_bytes),
-        "manifest_sha256": manifest["manifest_sha256"],
+        "manifest_sha256": manifest.manifest_sha256,
         "facts": facts,
     }
 
@@ -274,30 +266,28 @@ def _without_identity(value: object) -> object:
     return {k: v for k, v in value.items() if k != "identity"} if isinstance(value, dict) else value
 
 
-def card_section(
-    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def card_section(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None) -> dict[str, Any]:
     """The model card: use, limits, data, backbones, settings, definitions and versions."""
     settings = _settings(metrics, bundle)
-    classes: Sequence[str] = metrics["classes"] if metrics else bundle.classes if bundle else ()
-    tasks: Sequence[Sequence[int]] = metrics["tasks"] if metrics else bundle.tasks if bundle else ()
-    backbones = dict((metrics or {}).get("backbones") or {})
-    if not backbones and bundle and isinstance(bundle.manifest.get("backbone"), dict):
-        backbones = {"student": bundle.manifest["backbone"]}
+    classes = metrics.classes if metrics else bundle.classes if bundle else ()
+    tasks = metrics.tasks if metrics else bundle.tasks if bundle else ()
+    backbones = {side: b.document for side, b in metrics.backbones.items()} if metrics else {}
+    if not backbones and bundle and bundle.manifest.backbone:
+        backbones = {"student": bundle.manifest.backbone.document}
     keys = [k for k in ("source", "identity", "width", "depth", "heads") if any(b.get(k) for b in backbones.values())]
     versions = {
-        "Training": (metrics or {}).get("versions"),
-        "Export": (bundle.manifest if bundle else {}).get("versions"),
+        "Training": metrics.versions if metrics else {},
+        "Export": bundle.manifest.versions if bundle else {},
     }
-    columns = {name: v for name, v in versions.items() if isinstance(v, dict) and v}
+    columns = {name: v for name, v in versions.items() if v}
     packages = sorted({p for v in columns.values() for p in v}, key=lambda p: (p != "cdl-edge", p))
-    definitions = (metrics or {}).get("definitions") or {}
-    skipped = [str(line) for line in (metrics or {}).get("skipped") or []]
+    definitions = metrics.definitions if metrics else {}
+    skipped = metrics.skipped if metrics else ()
     return {
         "data": settings["data"],
         "class_count": len(classes),
         "tasks": [{"count": len(task), "names": [classes[c] for c in task]} for task in tasks],
-        "skipped": skipped[:20],
+        "skipped": list(skipped[:20]),
         "skipped_count": len(skipped),
         "backbone_columns": [label_text(k) for k in keys],
         "backbones": [
@@ -306,23 +296,24 @@ def card_section(
         ],
         "frozen": settings["learner"] != "finetune",
         "training": _training(metrics) if metrics else [],
-        "definitions": [(label_text(k), str(v)) for k, v in definitions.items()],
+        "definitions": [(label_text(k), v) for k, v in definitions.items()],
         "limitations": _limitations(metrics, bundle, profile, len(classes)),
         "version_columns": list(columns),
         "versions": [(p, [value_text("", v.get(p)) or "" for v in columns.values()]) for p in packages],
     }
 
 
-def _training(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _training(metrics: Metrics) -> list[tuple[str, str]]:
     """The options, with what "auto" came to in place of the word."""
-    resolved = {k: metrics[k] for k in ("device", "precision", "threads") if metrics.get(k) is not None}
-    left_out = () if metrics.get("teacher") else OF_DISTILLATION
-    return labelled({**metrics["config"], **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
+    known = {"device": metrics.device, "precision": metrics.precision, "threads": metrics.threads}
+    resolved = {k: v for k, v in known.items() if v is not None}
+    left_out = () if metrics.teacher else OF_DISTILLATION
+    return labelled({**metrics.config, **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
 
 
 def _confidence_lines(bundle: Bundle | None, classes: int) -> list[str]:
     """What a probability is worth, by what the bundle knows about its own confidence."""
-    found = (bundle.manifest.get("confidence") if bundle else None) or {}
+    found = (bundle.manifest.confidence if bundle else None) or {}
     if not found:
         return [
             f"Every picture gets one of the {classes:,} classes, also one that shows none of them. The probability of "
@@ -341,13 +332,12 @@ def _confidence_lines(bundle: Bundle | None, classes: int) -> list[str]:
     return lines
 
 
-def _precision_line(metrics: Mapping[str, Any]) -> list[str]:
+def _precision_line(metrics: Metrics) -> list[str]:
     """How far chance moves an accuracy that was measured on so many images: a 95 % interval."""
-    counts = metrics.get("images")
-    images = counts.get("val") if isinstance(counts, dict) else None
+    images = metrics.counts.val
     if not images:
         return []
-    points = chance(metrics["student"]["average_accuracy"], images)
+    points = chance(metrics.student.average_accuracy, images)
     return [
         f"The accuracy was measured on {images:,} images: chance alone moves it by {points:.1f} points to either side "
         "(95 % interval)."
@@ -355,19 +345,19 @@ def _precision_line(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _limitations(
-    metrics: Mapping[str, Any] | None, bundle: Bundle | None, profile: Mapping[str, Any] | None, classes: int
+    metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None, classes: int
 ) -> list[str]:
     """What the numbers do not say, from what is known."""
     lines = _confidence_lines(bundle, classes)
     if metrics:
-        config = metrics["config"]
+        config = metrics.config
         seed = f" ({config['seed']})" if "seed" in config else ""
         lines.append(f"One run with one seed{seed} and one class order: another seed gives other figures.")
         lines += _precision_line(metrics)
         lines.append(
             "Accuracy was measured on held-out images of the same source: other cameras, light or viewpoints lower it."
         )
-        last = metrics["student"]["matrix"][-1]
+        last = [value or 0.0 for value in metrics.student.matrix[-1]]
         if len(last) > 1:
             weakest = min(range(len(last)), key=last.__getitem__)
             lines.append(
@@ -376,11 +366,11 @@ def _limitations(
             )
         if config.get("limit_per_class"):
             lines.append(f"Training saw at most {config['limit_per_class']:,} images a class.")
-        if metrics.get("skipped"):
-            lines.append(f"{len(metrics['skipped']):,} image(s) could not be read and were left out.")
-    if bundle and bundle.manifest.get("quantisation"):
+        if metrics.skipped:
+            lines.append(f"{len(metrics.skipped):,} image(s) could not be read and were left out.")
+    if bundle and bundle.manifest.quantisation:
         lines.append("In 8 bits single classes may lose more than the tasks' averages show.")
-    if bundle and not bundle.manifest.get("accuracy"):
+    if bundle and not bundle.manifest.accuracy:
         lines.append("The bundle records no accuracy: run `cdl-edge evaluate` on it before it is used.")
     if profile:
         lines.append(

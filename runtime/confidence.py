@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..arrays import read_npz
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
-from .bundle import Bundle
 
-SELECTIONS = "selections.npz"
 "file of a bundle: for each weights input of the prompted graph its mean over each task's images, float32 (T, L, K)"
 SHARE = 0.05
 "share of known images that may be called unknown"
@@ -50,7 +49,7 @@ class Confidence:
     def of(cls, bundle: Bundle) -> Confidence:
         """Read it from a bundle. Raises: InputError for a file or an entry that is not what `export` writes."""
         manifest = bundle.manifest
-        found, name = manifest.get("confidence"), manifest.get("selections")
+        found, name = manifest.confidence, manifest.selections
         if found is None:
             return cls(bundle.tasks)
         try:
@@ -62,7 +61,7 @@ class Confidence:
                 temperature,
                 _number(found["unknown"]["below"]),
                 _number(found["task"]["scale"]),
-                None if name is None else _read(bundle, str(name)),
+                None if name is None else _read(bundle, name),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -213,7 +212,7 @@ def _minimise(loss: Callable[[float], float], low: float, high: float) -> float:
 def _read(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
     """Raises: ValueError, InputError."""
     shapes = dict(bundle.signature().outputs)
-    if "prompted" in bundle.manifest["graphs"]:
+    if "prompted" in bundle.manifest.graphs:
         shapes |= bundle.signature("prompted").inputs
     known = {n: (len(bundle.tasks), *shape[1:]) for n, shape in shapes.items() if len(shape) == 3}
     selections = read_npz(bundle.read(name), most=sum(4 * math.prod(shape) for shape in known.values()))

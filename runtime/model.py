@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
+from ..artefacts.external import external_files, external_records, inlined, used_names
 from ..errors import InputError
-from .bundle import Bundle
-from .external import external_files, external_records, inlined, used_names
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_model(bundle: Bundle, key: str) -> Model:
     name = bundle.graph_file(key)
     path, folder = bundle.path / name, Path(name).parent
     graph = bundle.read(name).tobytes()
-    listed, contents = bundle.manifest["files"], {}
+    listed, contents = bundle.manifest.files, {}
     own = {record.location for record in external_records(graph)}
     for location in sorted(external_files(graph)):
         file = (folder / location).as_posix()

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, open_bundle
 from ..errors import InputError, choose
-from .bundle import Bundle, open_bundle
 from .confidence import WEIGHTS, Confidence
 from .runner import Outputs, Runner, check_images
 from .scene import SceneChange
@@ -242,10 +242,10 @@ def needed(bundle: Bundle, policy: str) -> tuple[str, ...]:
     choose("policy", policy, POLICIES)
     if policy == "exact" or not bundle.two_pass:
         return ("student",)
-    if "prompted" not in bundle.manifest["graphs"]:
+    if "prompted" not in bundle.manifest.graphs:
         raise InputError(
             f"{bundle.path}: no graph for the prompted pass alone",
-            got=", ".join(bundle.manifest["graphs"]),
+            got=", ".join(bundle.manifest.graphs),
             expected="prompted",
             fix="export the bundle again, or use --policy exact",
         )
@@ -280,7 +280,7 @@ def open_policy(
 
     Raises: InputError, as load and Selector; also for `pinned` with nothing to pin.
     """
-    from . import load
+    from .loader import load
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle, verify)
     names = needed(opened, policy)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
 from ..images import UnreadableImage
-from .bundle import Bundle
 from .policy import Selector, Step
 from .runner import Runner
 

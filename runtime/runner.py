@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..artefacts.bundle import Bundle, Shape
 from ..cores import default_threads
 from ..errors import InputError, choose
-from .bundle import Bundle, Shape
 from .confidence import Confidence
 from .model import read_model
 
@@ -81,10 +81,12 @@ class Runner(ABC):
 
     def _recommended(self, bundle: Bundle, graph: str) -> str:
         """What `calibrate` recommends, where this backend has a graph for it that answers like fp32; fp32 otherwise."""
-        found = bundle.manifest.get("quantisation") or {}
-        advice, flavour = found.get("recommended") or {}, (found.get("flavours") or {}).get(self.int8) or {}
-        made = f"{graph}.{self.int8}" in bundle.manifest["graphs"] and flavour.get("shortfall") is None
-        return "int8" if advice.get("precision") == "int8" and made else "fp32"
+        found = bundle.manifest.quantisation
+        if found is None or found.recommended.get("precision") != "int8":
+            return "fp32"
+        scheme = found.flavours.get(self.int8)
+        good = scheme is None or scheme.shortfall is None
+        return "int8" if good and f"{graph}.{self.int8}" in bundle.manifest.graphs else "fp32"
 
     @cached_property
     def certainty(self) -> Confidence:

@@ -1,8 +1,8 @@
 """Does what runs here compute what the trained student did? Asked on the real images that each bundle carries.
 
 Asked of an engine after every build and every refit, of a version before it answers anybody, of a pack when it is made
-and when it is installed. Fused fp16 attention has been silently wrong in several versions of TensorRT
-(design/EDGE.md, 3), and a refittable engine has lost a bias in 11.3 (its release notes): nothing is taken on trust.
+and when it is installed. Fused fp16 attention has been silently wrong in several versions of TensorRT,
+and a refittable engine has lost a bias in 11.3 (its release notes): nothing is taken on trust.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
-from . import load
-from .bundle import Bundle
+from ..artefacts.bundle import Bundle
+from ..errors import GateError, InputError
+from .loader import load
 from .runner import Runner
 
 TOLERANCE = 1e-3
@@ -26,14 +26,10 @@ LIMITS = {"fp16": 0.02, "bf16": 0.08, "int8": 0.2}
 """Largest relative error: RMS of the difference over RMS of the reference around its mean.
 
 fp16 and bf16: about 4 times what 12 to 24 blocks of rounding give. int8: cosine 0.98; the 0.926 of ill-chosen INT8
-(design/EDGE.md, 4) is 0.38. Chosen, not measured on a GPU.
+is 0.38. Chosen, not measured on a GPU.
 """
 
 Feeds = dict[str, np.ndarray]
-
-
-class GateError(InputError):
-    """What runs computes something else than the trained student did."""
 
 
 def self_test(bundle: Bundle, backend: str = "auto", threads: int | None = None) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,3 @@
 
 Cells that are finished are not run again and stopped ones are resumed, so that the same command always continues.
 """
-
-from ..verb import make_callable
-
-make_callable(__name__)

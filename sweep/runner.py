@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Protocol
 from ..cores import usable_cores
 from ..errors import InputError
 from ..files import hold
-from ..runtime.machine import read_line
+from ..machine import read_line
 
 if TYPE_CHECKING:
     from .grid import Cell  # which imports all of training
@@ -252,8 +252,3 @@ def last_lines(log: Path, count: int = 5) -> list[str]:
     except FileNotFoundError:
         return []
     return [line for line in text.splitlines() if line.strip()][-count:]
-
-
-def environment_of(slots: Sequence[Slot]) -> Mapping[str, object]:
-    """How the cells ran, for the record."""
-    return {"parallel": len(slots), "threads": slots[0].threads, "gpus": sorted({s.gpu for s in slots if s.gpu})}

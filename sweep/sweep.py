@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..artefacts.layout import CONFIG
+from ..artefacts.layout import METRICS as METRICS_FILE
+from ..artefacts.run_record import Metrics, read_metrics
 from ..data import Dataset, Fingerprint, absolute, load_dataset
 from ..errors import InputError
 from ..files import hold, write_json, write_text
@@ -56,7 +59,7 @@ class _Sweep:
 
     def __init__(self, plan: Plan, dataset: Dataset, say: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.say = plan, dataset, say
-        self.metrics: dict[str, dict[str, Any]] = {}
+        self.metrics: dict[str, Metrics] = {}
         "metrics.json of each finished cell, by its name"
         self.failures: dict[str, str] = {}
         "name -> one line"
@@ -111,10 +114,10 @@ class _Sweep:
         succeeded = cell.name in self.metrics
         count = f"[{len(self.metrics)}/{len(self.plan.cells)}]"
         if succeeded:
-            student = self.metrics[cell.name]["student"]
+            metrics = self.metrics[cell.name]
             self.say(
-                f"{count} {cell.name}: accuracy {student['average_accuracy']:.2f} %, forgetting "
-                f"{student['forgetting']:.2f} points, {self.metrics[cell.name]['seconds']:.0f} s"
+                f"{count} {cell.name}: accuracy {metrics.student.average_accuracy:.2f} %, forgetting "
+                f"{metrics.student.forgetting:.2f} points, {metrics.seconds or 0:.0f} s"
             )
         else:
             log = self._log_of(cell)
@@ -132,8 +135,8 @@ class _Sweep:
 
         Raises: InputError when that was started with other options or learnt from other images.
         """
-        if (cell.run / "config.json").is_file():
-            changed = differing(cell.config, TrainConfig.stored(_read_json(cell.run / "config.json")))
+        if (cell.run / CONFIG).is_file():
+            changed = differing(cell.config, TrainConfig.stored(_read_json(cell.run / CONFIG)))
             if changed:
                 raise InputError(
                     f"{cell.run}: was started with other options",
@@ -141,14 +144,14 @@ class _Sweep:
                     fix="give the same options, or choose another --out",
                 )
             self._read(cell)
-            record = self.metrics.get(cell.name, {}).get("data")
-            if record is not None:
-                _check_images(cell.run, record, self.dataset)
+            found = self.metrics.get(cell.name)
+            if found is not None and found.data is not None:
+                _check_images(cell.run, found.data, self.dataset)
 
     def _read(self, cell: Cell) -> None:
         """metrics.json, if the cell has finished."""
-        if (cell.run / "metrics.json").is_file():
-            self.metrics[cell.name] = _read_json(cell.run / "metrics.json")
+        if (cell.run / METRICS_FILE).is_file():
+            self.metrics[cell.name] = read_metrics(cell.run)
 
     def _write(self) -> dict[str, Any]:
         document = self._document()
@@ -225,7 +228,7 @@ class _Sweep:
         notes = []
         for cell in self.plan.cells:
             if cell.name in self.metrics:
-                classes = self.metrics[cell.name]["classes"]
+                classes = list(self.metrics[cell.name].classes)
                 if orders.setdefault(str(cell.config.seed), classes) != classes:
                     notes.append(
                         f"{cell.name} learnt other classes, or in another order, than the other runs of its seed: the "

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..artefacts.run_record import Metrics
 from ..train.distill import DISTILLERS
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
 from .grid import Key, Plan
@@ -39,12 +40,11 @@ Results = Mapping[Key, Mapping[int, Summary]]
 "finished cells by seed"
 
 
-def summarise(metrics: Mapping[str, Any]) -> Summary:
+def summarise(metrics: Metrics) -> Summary:
     """What the table needs of a run's metrics.json."""
-    sides = {s: {k: metrics[s][k] for k in METRICS} if metrics[s] else None for s in ("student", "teacher")}
-    baseline = metrics.get("baseline")  # runs of early versions have none
-    frozen = {k: baseline[k] for k in ("head", "average_accuracy")} if baseline else None
-    return {**sides, "frozen": frozen, "seconds": metrics["seconds"]}
+    sides = {name: {k: getattr(side, k) for k in METRICS} for name, side in metrics.sides.items()}
+    frozen = vars(metrics.baseline) if metrics.baseline else None  # runs of early versions have none
+    return {"student": None, "teacher": None, **sides, "frozen": frozen, "seconds": metrics.seconds}
 
 
 def measure(values: Sequence[float]) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
-"""The verbs from Python, in a process of their own: what is imported before must not matter."""
+"""The commands as functions, in a process of their own: what is imported before must not matter."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,8 +15,8 @@ out = sys.argv[1]
 metrics = train(data="digits", out=out + "/run", learner="apt", distill="none", tasks=2, epochs=1, limit_per_class=5,
                 quiet=True)
 export(out + "/run", out + "/bundle", images=10)
-import cdl_edge.train.loop  # sets the attribute cdl_edge.train: the verb has to survive it
-assert callable(cdl_edge.train) and callable(cdl_edge.export)
+import cdl_edge.train.loop, cdl_edge.export.bundle  # the names stay those of the functions
+assert cdl_edge.train is train and cdl_edge.export is export
 torch_side, graph_side = evaluate(out + "/run", "digits"), evaluate(out + "/bundle", "digits")
 assert abs(torch_side["average_accuracy"] - graph_side["average_accuracy"]) < 1e-6
 assert torch_side["backend"] == "torch"
@@ -29,18 +30,17 @@ create_pack(out + "/bundle", out + "/bundle2", out + "/new.pack")
 installed = install_pack(out + "/new.pack", out + "/bundle")
 assert [v["version"] for v in versions(out + "/bundle") if v["current"]] == [installed["version"]]
 assert rollback(out + "/bundle")["version"] == installed["previous"]
-report = cdl_edge.__getattr__("evaluate") is evaluate
-print(json.dumps({"classes": inspect(out + "/bundle")["class_count"], "same": report}))
+print(json.dumps({"classes": inspect(out + "/bundle")["class_count"]}))
 """
 
 
 @pytest.mark.slow
-def test_verbs_from_python(tmp_path):
+def test_commands_from_python(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"classes": 10, "same": True}
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {"classes": 10}
     assert (tmp_path / "run" / "report.html").is_file()
 
 
@@ -53,6 +53,65 @@ def test_what_runs_on_a_device_is_imported_without_anything_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_function_keeps_its_name_whatever_is_imported():
+    """Five packages have the name of a command: importing one must not put it where the function is."""
+    code = ""
+    for module in ("calibrate.flavours", "export.profiles", "report.words", "sweep.presets", "train.options"):
+        name, _, inner = module.partition(".")
+        code += f"import cdl_edge.{module}\nfrom cdl_edge import {name}, api\nfrom cdl_edge.{name} import {inner}\n"
+        code += f"assert {name} is api.{name} is cdl_edge.{name}, {name}\n"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_is_a_function_of_its_own_name():
+    import cdl_edge
+    from cdl_edge import api
+    from cdl_edge.cli import cli
+
+    named = {"pack create": "create_pack", "pack install": "install_pack", "pack rollback": "rollback"}
+    commands = {*cli.commands} - {"pack"} | {"pack create", "pack install", "pack rollback"}
+    functions = {named.get(command, command) for command in commands} | {"versions", "compare"}
+    assert all(callable(getattr(api, name)) for name in functions)
+    assert {*cdl_edge.__all__} == functions - {"quickstart"}
+    assert all(getattr(cdl_edge, name) is getattr(api, name) for name in cdl_edge.__all__)
+
+
+def test_options_have_the_types_of_the_config():
+    from typing import get_type_hints
+
+    from cdl_edge.sweep.grid import LISTS, SETTINGS
+    from cdl_edge.train.config import TrainConfig
+    from cdl_edge.train.options import SweepOptions, TrainOptions
+
+    assert get_type_hints(TrainOptions) == get_type_hints(TrainConfig)
+    assert {*get_type_hints(SweepOptions)} == {*SETTINGS, *LISTS, "seeds", "baseline", "preset"}
+
+
+SCRIPT = """
+from cdl_edge import export, predict, train
+
+metrics = train(data="folder:photos", out="run", learner="apt", tasks=2, limit_per_class=50, alpha=0.5)
+accuracy: float = metrics["student"]["average_accuracy"]
+bundle: str = export("run", "bundle", images=10)["bundle"]
+answers = predict(bundle, ["photo.jpg"], top=3)
+for answer in answers["predictions"]:
+    print(answer["label"], answer["probability"], accuracy)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_of_a_user_passes_a_strict_type_checker(tmp_path, root):
+    """And the same with two mistakes in it does not: an option of another type, an option that there is not."""
+    (tmp_path / "right.py").write_text(SCRIPT)
+    (tmp_path / "wrong.py").write_text(SCRIPT.replace("tasks=2", "tasks='2'").replace("top=3", "tip=3"))
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "right.py", "wrong.py"]
+    environment = {**os.environ, "MYPYPATH": str(root / ".pkg")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(errors) == 2 and all(line.startswith("wrong.py") for line in errors), done.stdout
+    assert '"tasks"' in errors[0] and '"tip"' in errors[1]
 
 
 def test_unknown_name_is_an_attribute_error():

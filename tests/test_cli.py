@@ -568,10 +568,12 @@ def test_of_several_processes_one_answers(cli, monkeypatch, rank, world, talks):
 @pytest.mark.parametrize(("rank", "reports"), [("0", 1), ("1", 0)])
 def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank, reports):
     from cdl_edge import api
+    from cdl_edge.report import page
+    from cdl_edge.train import loop
 
     written = []
-    monkeypatch.setattr("cdl_edge.train.loop.train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
-    monkeypatch.setattr("cdl_edge.report.write_report", lambda path, run: written.append(path))
+    monkeypatch.setattr(loop, "train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
+    monkeypatch.setattr(page, "write_report", lambda path, run: written.append(path))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     api.train(data="digits", out=str(tmp_path))
@@ -588,9 +590,22 @@ def test_an_error_of_all_is_said_by_the_first(cli, monkeypatch):
     assert slept == [60]  # in which torchrun ends it; an error of its own comes out after all
 
 
+def test_a_gate_that_is_not_passed_is_a_failure_not_wrong_usage(cli, monkeypatch):
+    """Parity, accuracy in 8 bits and the self-test alike: exit code 1, a message, no trace."""
+    from cdl_edge import api
+    from cdl_edge.errors import GateError
+
+    def fails():
+        raise GateError("the self-test fails", got="other answers", expected="the student's")
+
+    monkeypatch.setattr(api, "doctor", fails)
+    answer = cli("doctor")
+    assert answer.code == 1 and "failed: the self-test fails" in answer.err and "Traceback" not in answer.err
+
+
 def test_a_bug_keeps_its_trace(monkeypatch):
     code = (
-        "import sys, cdl_edge.runtime.doctor as d\nfrom cdl_edge.cli import main\n"
+        "import sys, cdl_edge.measurement.doctor as d\nfrom cdl_edge.cli import main\n"
         "def broken(): raise ZeroDivisionError('a bug')\n"
         "d.doctor = broken\nsys.argv = ['cdl-edge', 'doctor']\nmain()"
     )

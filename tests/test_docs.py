@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from cdl_edge.runtime.machine import cuda_driver
+from cdl_edge.machine import cuda_driver
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -78,7 +78,8 @@ def test_the_package_itself_is_the_runtime_alone(root):
 
 def test_no_text_installs_from_an_index_that_has_it_not(root):
     """The name is not published: the wheel or the sources, until a person publishes it."""
-    pages = [*root.glob("docs/*.md"), *root.glob("deploy/*"), *root.glob("runtime/**/*.py")]
+    rooms = ("measurement", "runtime", "server", "updates")
+    pages = [*root.glob("docs/*.md"), *root.glob("deploy/*"), *(p for r in rooms for p in (root / r).rglob("*.py"))]
     for page in pages:
         text = page.read_text("utf-8")
         assert not re.search(r"pip install (--upgrade )?cdl-edge\b", text), page

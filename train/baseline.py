@@ -84,10 +84,10 @@ def baseline_of(run: Run) -> FrozenBaseline | None:
 
     Raises: InputError where what it kept is damaged.
     """
-    keeper, tasks = StatisticsKeeper(run.path, write=False), len(run.metrics["tasks"])
+    keeper, tasks = StatisticsKeeper(run.path, write=False), len(run.metrics.tasks)
     bare = replace(run.backbone, model=run.student.pretrained)  # a whole network has learnt: not that one
     baseline = FrozenBaseline(bare, run.config.random_features, keeper)
-    if run.metrics.get("baseline") is None or not keeper.has(baseline.sides, tasks):
+    if run.metrics.baseline is None or not keeper.has(baseline.sides, tasks):
         return None
     keeper.restore(baseline.sides, tasks)
     return baseline

@@ -86,18 +86,18 @@ def evaluate_run(
     split: str = "auto",
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Accuracy per task of a finished run's student in torch; the same document as `runtime.evaluate`.
+    """Accuracy per task of a finished run's student in torch; the same document as `measurement.evaluate`.
 
     split: one of data.SCORED. say: told what is read. Raises: InputError when the source has no class of the run.
     """
     run = load_run(path)
-    names = run.metrics["classes"]
-    found = find_scored(source, split, run.metrics, names, say)
+    names = run.metrics.classes
+    found = find_scored(source, split, run.metrics.document, names, say)
     chosen = found.images if limit_per_class is None else found.images.limited(limit_per_class, run.config.seed)
     # A class that is missing has no image: it may have any number that is nobody else's.
     number = {name: index for index, name in enumerate(found.dataset.classes)}
     order = tuple(number.setdefault(name, len(number)) for name in names)
-    scenario = Scenario(order, tuple(tuple(t) for t in run.metrics["tasks"]))
+    scenario = Scenario(order, run.metrics.tasks)
     device = torch.device("cpu")
     sides = {"student": Side(run.student, run.preprocessing, device)}
     per_task: list[float | None] = []
@@ -111,9 +111,9 @@ def evaluate_run(
             bare.append((frozen.features(images), images.labels))
         count += len(images) if images is not None else 0
         skipped += list(images.skipped) if images is not None else []
-    matrix = run.metrics["student"]["matrix"]
+    matrix = run.metrics.student.matrix
     measured = [a for a in per_task if a is not None]
-    drops = [matrix[i][i] - a for i, a in enumerate(measured)]
+    drops = [(matrix[i][i] or 0.0) - a for i, a in enumerate(measured)]
     return {
         "average_accuracy": sum(measured) / len(measured),
         # With classes missing, the accuracy of the training run was measured on something else.

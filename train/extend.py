@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..artefacts.layout import RANGES, STUDENT_WEIGHTS, weights_of
+from ..artefacts.run_record import ParentRun, Row
 from ..data import Dataset
 from ..errors import InputError
 from ..files import sha256
@@ -60,22 +62,17 @@ class Origin:
                 got=config.teachers,
                 expected="no --teachers",
             )
-        self.student_sha256 = sha256(self.path / "student.safetensors")
+        self.student_sha256 = sha256(self.path / STUDENT_WEIGHTS)
         "what of it the new run stands on"
-        self.classes: list[str] = self.metrics["classes"]
-        self.tasks = tuple(tuple(task) for task in self.metrics["tasks"])
+        self.classes, self.tasks = self.metrics.classes, self.metrics.tasks
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> ParentRun:
         """For metrics.json and checkpoints."""
-        before = self.metrics.get("extends") or {"pool_tasks": len(self.tasks)}
-        return {
-            "run": str(self.path),
-            "student_sha256": self.student_sha256,
-            "tasks": len(self.tasks),
-            "classes": len(self.classes),
-            "pool_tasks": before["pool_tasks"],
-        }
+        before = self.metrics.extends
+        tasks = len(self.tasks)
+        pool_tasks = before.pool_tasks if before else tasks
+        return ParentRun(str(self.path), self.student_sha256, tasks, len(self.classes), pool_tasks)
 
     def new_images(self, dataset: Dataset) -> Dataset:
         """The source without the training images of the classes that are learnt: they are never read.
@@ -137,7 +134,7 @@ class Origin:
                 fix="leave them out: they are the run's",
             )
         for name, identity in identities.items():
-            expected = self.metrics["backbones"][name]["identity"]
+            expected = self.metrics.backbones[name].identity
             if identity != expected:
                 raise InputError(
                     f"{self.path}: the {name} was trained on another backbone",
@@ -145,8 +142,8 @@ class Origin:
                     expected=expected,
                     fix=f"leave --{name} out, or name these weights",
                 )
-            if not (self.path / f"{name}.safetensors").is_file():
-                raise InputError(f"{self.path}: no {name}.safetensors", fix="bring it back, or train again")
+            if not (self.path / weights_of(name)).is_file():
+                raise InputError(f"{self.path}: no {weights_of(name)}", fix="bring it back, or train again")
         if config.range_images:
             self._check_ranges()
         if config.head != "learned":
@@ -154,7 +151,7 @@ class Origin:
                 load_statistics(self.path, name, len(self.tasks))  # refused now, before anything is written
 
     def _check_ranges(self) -> None:
-        path = self.path / "ranges.npz"
+        path = self.path / RANGES
         kept = len(Ranges.load(path).tasks) if path.is_file() else 0
         if kept != len(self.tasks):
             raise InputError(
@@ -166,33 +163,33 @@ class Origin:
 
     def copy_ranges(self, path: Path) -> None:
         """Put the run's ranges where the new run's will be."""
-        shutil.copyfile(self.path / "ranges.npz", path)
+        shutil.copyfile(self.path / RANGES, path)
 
     def state(self, models: Mapping[str, PromptedViT], tasks: int) -> dict[str, Any]:
         """What a checkpoint behind the run's last task would hold. models: the new run's; tasks: all of its tasks.
 
         Raises: InputError where the weights do not fit.
         """
-        sides = {name: self.metrics[name] for name in models}
-        seconds = {name: side["seconds"] for name, side in sides.items()}
+        sides = {name: self.metrics.sides[name] for name in models}
+        seconds = {name: list(side.seconds or ()) for name, side in sides.items()}
         return {
             "models": {name: self._grown(name, model.state_dict()) for name, model in models.items()},
-            "matrices": {name: [_widened(row, tasks) for row in side["matrix"]] for name, side in sides.items()},
-            "losses": {name: side["loss"] for name, side in sides.items()},
+            "matrices": {name: [_widened(row, tasks) for row in side.matrix] for name, side in sides.items()},
+            "losses": {name: [list(task) for task in side.loss or ()] for name, side in sides.items()},
             "seconds": seconds,
             "trained_images": {
-                name: round(side["images_per_second"]["train"] * sum(seconds[name])) for name, side in sides.items()
+                name: round(side.images_per_second["train"] * sum(seconds[name])) for name, side in sides.items()
             },
-            "skipped": self.metrics["skipped"],
-            "reused": sides["teacher"]["tasks_reused"] if "teacher" in sides else [],
+            "skipped": list(self.metrics.skipped),
+            "reused": list(sides["teacher"].tasks_reused) if "teacher" in sides else [],
             "tails_before": {},
             "position": [len(self.tasks), "", 0],
             "optimiser": None,
-            "elapsed": self.metrics["seconds"],
+            "elapsed": self.metrics.seconds,
         }
 
     def _grown(self, name: str, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        path = self.path / f"{name}.safetensors"
+        path = self.path / weights_of(name)
         learnt: dict[str, Tensor] = load_state(path)["state"]
         try:
             return grown(learnt, fresh)
@@ -219,5 +216,5 @@ def grown(learnt: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str
     return found
 
 
-def _widened(row: list[float | None], tasks: int) -> list[float | None]:
+def _widened(row: Row, tasks: int) -> list[float | None]:
     return [*row, *[None] * (tasks - len(row))]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from ..artefacts.layout import CONFIG, METRICS
 from ..data import Dataset, Fingerprint, absolute
 from ..errors import InputError
 from ..files import hold, writable, write_json
@@ -22,7 +23,7 @@ class RunFolder:
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.say = path, say
-        self.config, self.metrics = path / "config.json", path / "metrics.json"
+        self.config, self.metrics = path / CONFIG, path / METRICS
         self.checkpoint = path / "checkpoint.safetensors"
         self._lock: IO[str] | None = None
 

@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
+from ..artefacts.layout import CONFIG, METRICS, RANGES, weights_of
+from ..artefacts.run_record import read_metrics, write_metrics
 from ..class_statistics import ClassStatistics
 from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
-from ..files import write_json
 from ..splits import Split, joined
 from .backbone import Backbone
 from .baseline import FrozenBaseline
@@ -40,7 +41,7 @@ from .joint import forgetting_of_joint
 from .metrics import DEFINITIONS, AccuracyMatrix
 from .phase import Answers, Phase
 from .ranges import RangeKeeper
-from .run import SCHEMA, backbone_of, build_model, check_tail, distill_spec, preprocessing_of, save_learnt
+from .run import backbone_of, build_model, check_tail, distill_spec, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .student import PromptedViT
 from .teachers import TaughtTask, Teachers, teacher_key
@@ -68,14 +69,14 @@ class _Training:
         self.quiet, self.keep_threads = quiet, keep_threads
         self.out = Path(config.out)
         self.folder = RunFolder(self.out, self._say)
-        if resume and (self.out / "config.json").is_file():  # pixels stay as they were when the run was started
-            begun = TrainConfig.stored(json.loads((self.out / "config.json").read_text()))
+        if resume and (self.out / CONFIG).is_file():  # pixels stay as they were when the run was started
+            begun = TrainConfig.stored(json.loads((self.out / CONFIG).read_text()))
             config = replace(config, decoder=begun.decoder)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
         self.engine = Engine(config.devices, "fp32" if auto else config.precision)
         self.origin = Origin(config) if config.extend is not None else None
-        early = held_out_early(self.origin.metrics if self.origin else None)
+        early = held_out_early(self.origin.metrics.document if self.origin else None)
         dataset = load_dataset(config.data, learning=self.origin is None, early=early)
         if self.origin is not None:
             dataset, tasks = self.origin.new_images(dataset), config.tasks or 1
@@ -134,16 +135,15 @@ class _Training:
         # Of the one process that writes: every process holds all images and the same student.
         self.ranges: RangeKeeper | None = None
         if config.range_images and self.engine.is_main:
-            self.ranges = RangeKeeper(self.out / "ranges.npz", config.range_images)
+            self.ranges = RangeKeeper(self.out / RANGES, config.range_images)
         self.statistics = StatisticsKeeper(self.out, self.engine.is_main)
         student = self.backbones["student"]
         self.baseline: FrozenBaseline | None = FrozenBaseline(student, config.random_features, self.statistics)
         self.skipped: list[str] = []
-        self.elapsed = 0.0
         self.position: tuple[int, str, int] = (0, "", 0)
         "task, side and epochs done of the phase the last checkpoint stands in"
         self.optimiser_state: dict[str, Any] | None = None
-        learnt = self.origin.metrics["images"]["train"] if self.origin else 0
+        learnt = (self.origin.metrics.counts.train or 0) if self.origin else 0
         self.image_counts = {"train": learnt + len(self.dataset.train), "val": len(self.dataset.val)}
         self.val = Validation(self._validation)
 
@@ -168,10 +168,9 @@ class _Training:
     def run(self) -> dict[str, Any]:
         if any(len(task) == 1 for task in self.scenario.tasks):
             self._say("warning: a task of one class teaches prompts nothing: the loss compares the classes of one task")
-        if (self.out / "metrics.json").exists():
+        if (self.out / METRICS).exists():
             self._say(f"{self.out}: already finished")
-            finished: dict[str, Any] = json.loads((self.out / "metrics.json").read_text())
-            return finished
+            return dict(read_metrics(self.out).document)
         started = time.perf_counter() - self._restore()
         self.engine.wait()  # before the first process writes or removes what the others read
         first_task, side, _ = self.position
@@ -356,7 +355,7 @@ class _Training:
                 "threads": torch.get_num_threads(),
                 "tails_before": self.ranges.before if self.ranges is not None else {},
                 "position": list(self.position),
-                "extends": self.origin.record if self.origin else None,
+                "extends": self.origin.record.to_json() if self.origin else None,
                 "elapsed": time.perf_counter() - started,
             },
         )
@@ -422,7 +421,6 @@ class _Training:
         answered = Answered(self.val.each(self.tasks), "student", len(classes), self.engine)
         baseline = self.baseline.measure(answered) if self.baseline is not None else None
         metrics: dict[str, Any] = {
-            "schema": SCHEMA,
             "config": self.config.to_json(),
             "classes": classes,
             "tasks": [list(t) for t in self.scenario.tasks],
@@ -444,7 +442,7 @@ class _Training:
         if metrics["teacher"]:
             metrics["teacher"]["tasks_reused"] = self.reused
         if self.origin is not None:
-            metrics["extends"] = self.origin.record
+            metrics["extends"] = self.origin.record.to_json()
         metrics |= {
             "seconds": seconds,
             "images": self.image_counts,
@@ -473,9 +471,9 @@ class _Training:
     def _write(self, metrics: dict[str, Any]) -> None:
         for name, matrix in self.matrices.items():
             matrix.write_csv(self.out / f"{name}_matrix.csv")
-            save_learnt(self.out / f"{name}.safetensors", self.models[name], self.backbones[name])
+            save_learnt(self.out / weights_of(name), self.models[name], self.backbones[name])
         self.statistics.finish(self.tasks)
-        write_json(self.out / "metrics.json", metrics)  # last: its presence says that the run is finished
+        write_metrics(self.out, metrics)  # last: its presence says that the run is finished
         remove_kept(self.folder.checkpoint)
 
     def _data_read(self) -> dict[str, Any]:

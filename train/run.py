@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from ..artefacts.layout import CONFIG, METRICS, RUN_SCHEMA, STUDENT_WEIGHTS
+from ..artefacts.run_record import Metrics, ParentRun, read_metrics
 from ..errors import InputError
 from ..files import sha256
 from ..images import Preprocessing
@@ -18,8 +18,6 @@ from .distill import DISTILLERS, DistillSpec
 from .student import PromptedViT
 from .tokens import registers
 
-SCHEMA = 1
-
 
 @dataclass(frozen=True)
 class Run:
@@ -27,7 +25,7 @@ class Run:
 
     path: Path
     config: TrainConfig
-    metrics: dict[str, Any]
+    metrics: Metrics
     "metrics.json"
     backbone: Backbone
     student: PromptedViT
@@ -67,7 +65,7 @@ def build_model(
     key_width: int,
     is_student: bool,
     teacher: tuple[int, int] | None = None,
-    extends: Mapping[str, Any] | None = None,
+    extends: ParentRun | None = None,
 ) -> PromptedViT:
     """A prompted ViT for one side of a run, with its initial values.
 
@@ -83,12 +81,12 @@ def build_model(
         backbone.model,
         config.learner,
         classes,
-        (config.tasks or 1) + (extends["tasks"] if extends else 0),  # the loop has put a number there
+        (config.tasks or 1) + (extends.tasks if extends else 0),  # the loop has put a number there
         seed=2 * config.seed + other,
         key_width=key_width,
         kd=kd,
         alpha=config.alpha,
-        pool_tasks=extends["pool_tasks"] if extends else 0,
+        pool_tasks=extends.pool_tasks if extends else 0,
         one_pass=config.query != "two-pass",
         query_of="patches" if config.query == "one-pass-patches" else "class",
         query_regulariser=config.query_regulariser,
@@ -103,32 +101,29 @@ def build_model(
 
 def save_learnt(path: Path, model: PromptedViT, backbone: Backbone) -> None:
     """Prompts, keys, heads and counts, with the identity of the backbone that they belong to."""
-    save_state(path, {"schema": SCHEMA, "backbone": backbone.identity, "state": model.state_dict()})
+    save_state(path, {"schema": RUN_SCHEMA, "backbone": backbone.identity, "state": model.state_dict()})
 
 
-def read_run(path: Path) -> tuple[TrainConfig, dict[str, Any]]:
+def read_run(path: Path) -> tuple[TrainConfig, Metrics]:
     """Options and metrics of a finished run. Raises: InputError for a folder without one."""
-    for name in ("config.json", "metrics.json", "student.safetensors"):
+    for name in (CONFIG, METRICS, STUDENT_WEIGHTS):
         if not (path / name).is_file():
-            fix = "run `cdl-edge train ... --resume` to finish it" if (path / "config.json").is_file() else None
+            fix = "run `cdl-edge train ... --resume` to finish it" if (path / CONFIG).is_file() else None
             raise InputError(
                 f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix
             )
     try:
-        config = TrainConfig.stored(json.loads((path / "config.json").read_text()))
-        metrics = json.loads((path / "metrics.json").read_text())
+        config = TrainConfig.stored(json.loads((path / CONFIG).read_text()))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
-    if metrics.get("schema", 0) > SCHEMA:
-        raise InputError(f"{path}: written by a newer cdl-edge", got=metrics["schema"], expected=SCHEMA, fix="upgrade")
-    return config, metrics
+    return config, read_metrics(path)
 
 
 def load_run(path: Path) -> Run:
     """Open a finished run. Raises: InputError for a folder without one, or weights that are not the ones trained on."""
     path = Path(path)
     config, metrics = read_run(path)
-    state = load_state(path / "student.safetensors")
+    state = load_state(path / STUDENT_WEIGHTS)
     backbone = backbone_of(config, "student", state["backbone"])
     if state["backbone"] != backbone.identity:
         raise InputError(
@@ -137,15 +132,13 @@ def load_run(path: Path) -> Run:
             expected=state["backbone"],
             fix="bring back the weights of the time of training, or train again",
         )
-    sizes = (metrics.get("backbones") or {}).get("teacher")
-    teacher = (int(sizes["width"]), int(sizes["depth"])) if sizes else None
-    student = build_model(
-        config, backbone, len(metrics["classes"]), backbone.width, True, teacher, metrics.get("extends")
-    )
+    sizes = metrics.backbones.get("teacher")
+    teacher = (sizes.width, sizes.depth) if sizes else None
+    student = build_model(config, backbone, len(metrics.classes), backbone.width, True, teacher, metrics.extends)
     student.load_state_dict(state["state"])
     student.eval().requires_grad_(False)
     if student.learner.whole_network:  # what inference runs on is no longer the file that training started from
-        backbone = replace(backbone, identity="sha256:" + sha256(path / "student.safetensors"), model=student.backbone)
+        backbone = replace(backbone, identity="sha256:" + sha256(path / STUDENT_WEIGHTS), model=student.backbone)
     return Run(path, config, metrics, backbone, student, preprocessing_of(backbone, config))
 
 

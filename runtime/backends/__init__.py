@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...artefacts.bundle import Bundle
 from ...errors import choose
-from ..bundle import Bundle
 from ..runner import Runner
 
 

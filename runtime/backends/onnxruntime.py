@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...artefacts.bundle import Bundle
 from ...errors import InputError, choose
-from ..bundle import Bundle
-from ..machine import cuda_driver
+from ...machine import cuda_driver
 from ..runner import Runner, Value, check_threads
 from ..secret import private_folder
 
@@ -70,8 +70,10 @@ class OrtRunner(Runner):
 
     def _recommended(self, bundle: Bundle, graph: str) -> str:
         """As every backend, but for an 8-bit graph of an opset that this release does not load."""
-        found = ((bundle.manifest.get("quantisation") or {}).get("flavours") or {}).get(self.int8) or {}
-        if is_old(self._ort.__version__) and found.get("opset", bundle.manifest.get("opset") or 0) > 21:
+        known = bundle.manifest.quantisation
+        found = known.flavours.get(self.int8) if known else None
+        opset = found.opset if found and found.opset is not None else bundle.manifest.opset or 0
+        if is_old(self._ort.__version__) and opset > 21:
             return "fp32"
         return super()._recommended(bundle, graph)
 
@@ -113,7 +115,7 @@ class OrtRunner(Runner):
         # Engines are found again by the graph's structure alone: after an update with other weights the old engine
         # would answer. Each version of a bundle has a folder of its own, therefore. They are executable code, which
         # onnxruntime loads without a look at who wrote it: not in the bundle, then, which others may hand on.
-        folder = _kept(private_folder("ort-engines"), str(self.bundle.manifest["manifest_sha256"])[:16])
+        folder = _kept(private_folder("ort-engines"), self.bundle.manifest.version)
         options = {
             "trt_max_workspace_size": str(WORKSPACE),
             "trt_engine_cache_enable": "1",

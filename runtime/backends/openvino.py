@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...artefacts.bundle import Bundle
 from ...cores import usable_cores
 from ...errors import InputError
 from ...extras import command
-from ..bundle import Bundle
 from ..runner import PRECISIONS, Runner, Value, check_threads
 
 DEVICE = "CPU"
@@ -71,7 +71,7 @@ class OpenVinoRunner(Runner):
             # free, the system may move a thread away from a core that something else keeps busy.
             "ENABLE_CPU_PINNING": False,
         }
-        width = (self.bundle.manifest.get("backbone") or {}).get("width", 0)
+        width = self.bundle.manifest.backbone.width if self.bundle.manifest.backbone else 0
         if width <= NARROW and min(self._threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
             settings["SNIPPETS_MODE"] = "DISABLE"
         try:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..bundle import Bundle
+from ...artefacts.bundle import Bundle
 from ..engines.build import Options
 from ..engines.memory import Memory, open_memory
 from ..engines.product import find_gpu, find_tensorrt

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...artefacts.external import external_files
 from ...errors import InputError
 from ...files import atomic_file
-from ..external import external_files
 from .product import logger
 
 SCORES = "unfused."

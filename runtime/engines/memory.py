@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ... import jetson
 from ...errors import InputError
-from .. import jetson
 
 _EVENTS = 9
 "that cuda-python keeps and uses again; pycuda's are freed by Python"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from ... import jetson
 from ...errors import InputError
-from .. import jetson
-from ..machine import board, cuda_driver
+from ...machine import board, cuda_driver
 
 OLDEST = (10, 3)
 "JetPack 6; strong typing, refit of single weights and named timing caches are all there"

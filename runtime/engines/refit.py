@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..external import Record, external_records
+from ...artefacts.external import Record, external_records
+from ...artefacts.layout import PROMPTS
 from .product import logger
 from .session import deserialise
 
-LEARNT = "prompts.bin"
+LEARNT = PROMPTS
 "the file that holds all that learning changes (export.nodes.LEARNT)"
 
 

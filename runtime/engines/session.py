@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ...artefacts.bundle import Signature
 from ...errors import InputError
-from ..bundle import Signature
 from ..runner import Value, in_batches
 from .build import SCORES
 from .graph import CudaGraph

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...errors import InputError
+from ...artefacts.bundle import Bundle, Signature
+from ...artefacts.external import external_files, graph_digest
+from ...artefacts.layout import ENGINES
+from ...errors import GateError, InputError
 from .. import selftest
-from ..bundle import Bundle, Signature
-from ..external import external_files, graph_digest
 from ..runner import Value
 from ..secret import is_sealed
 from . import achieved, sidecar
@@ -25,7 +26,7 @@ from .product import Gpu, identity
 from .refit import RefitError, learnt_records, possible, refit
 from .session import Session
 
-FOLDER = "engines"
+FOLDER = ENGINES
 "inside the bundle; its manifest lists its own files only, engines are each device's own"
 
 
@@ -97,7 +98,7 @@ class Shelf:
         if obstacle is None:
             try:
                 return self._refit(document)
-            except (RefitError, selftest.GateError) as error:
+            except (RefitError, GateError) as error:
                 obstacle = f"a refit failed: {' '.join(str(error).split())}"
         return self._build(options or Options(**document["options"]), obstacle)
 
@@ -118,7 +119,7 @@ class Shelf:
             found = achieved.read(achieved.inspect(session.engine, self.trt))
             achieved.check(self.precision, found)
             passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
-        except selftest.GateError as error:
+        except GateError as error:
             session.close()
             if not plan.refittable:
                 raise
@@ -151,7 +152,7 @@ class Shelf:
         session = self._session(new)
         try:
             passed = selftest.check(session.compute, feeds, expected, self.precision, self.engine)
-        except selftest.GateError:
+        except GateError:
             session.close()
             raise
         kept = {key: document[key] for key in ("options", "refittable", "achieved", "build_seconds")}
@@ -164,13 +165,13 @@ class Shelf:
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of the files of constants, from the manifest: opening the bundle has compared them with the disk."""
-        listed = self.bundle.manifest["files"]
-        return {name: listed[name]["sha256"] for name in sorted(external_files(self.onnx))}
+        listed = self.bundle.manifest.files
+        return {name: listed[name].sha256 for name in sorted(external_files(self.onnx))}
 
     def _write(self, plan: bytes, known: dict[str, Any]) -> dict[str, Any]:
         about = {
             "key": self.key,
-            "onnx": {"file": self.onnx.name, "sha256": self.bundle.manifest["files"][self.onnx.name]["sha256"]},
+            "onnx": {"file": self.onnx.name, "sha256": self.bundle.manifest.files[self.onnx.name].sha256},
             "graph": graph_digest(self.onnx),
             "files": self._hashes(),
             "identity": identity(self.trt, self.gpu),

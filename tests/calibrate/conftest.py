@@ -228,7 +228,7 @@ def make_run(tmp_path_factory, tiny_vit, source) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def exported(make_run, tmp_path_factory) -> Callable[..., Path]:
     """make(learner, profile="ort", dynamic_batch=False, **options of the run) -> a bundle, made once: for reading."""
-    from cdl_edge.export import export
+    from cdl_edge.export.bundle import export
 
     made: dict[str, Path] = {}
 

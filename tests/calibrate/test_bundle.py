@@ -10,21 +10,19 @@ import numpy as np
 import onnx
 import pytest
 
-import cdl_edge.calibrate.bundle as module
-import cdl_edge.calibrate.floor as floor
-import cdl_edge.calibrate.latency as latency
-import cdl_edge.calibrate.trial as trial
-from cdl_edge.calibrate import GateError
+from cdl_edge.artefacts.bundle import write_bundle
+from cdl_edge.calibrate import bundle as module
+from cdl_edge.calibrate import floor, latency, trial
+from cdl_edge.calibrate import opset as opset_module
 from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.search import Verdict
-from cdl_edge.errors import InputError
+from cdl_edge.errors import GateError, InputError
 from cdl_edge.files import sha256
 from cdl_edge.ranges import Ranges, TaskRanges
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.bundle import write_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +62,7 @@ def kept_only(exported, tmp_path_factory):
 def changed(bundle: Path, out: Path, **fields) -> Path:
     """A copy with other fields in its manifest; ranges: other kept ranges, None: none."""
     opened = open_bundle(bundle)
-    files = {name: opened.path / name for name in opened.manifest["files"]}
+    files = {name: opened.path / name for name in opened.manifest.document["files"]}
     if "ranges" in fields:
         ranges = fields.pop("ranges")
         files.pop("ranges.npz", None)
@@ -73,7 +71,7 @@ def changed(bundle: Path, out: Path, **fields) -> Path:
             ranges.save(out.parent / "new.npz")
             files["ranges.npz"] = (out.parent / "new.npz").read_bytes()
             fields["ranges"] = "ranges.npz"
-    write_bundle(out, {**opened.manifest, **fields}, files)
+    write_bundle(out, {**opened.manifest.document, **fields}, files)
     return out
 
 
@@ -86,7 +84,7 @@ def last_classes(bundle: Path) -> list[str]:
 def test_from_kept_ranges_alone(kept_only, exported):
     out, result = kept_only
     before, written = open_bundle(exported()), open_bundle(out)
-    document = written.manifest["quantisation"]
+    document = written.manifest.document["quantisation"]
     assert result == {**document, "bundle": str(out), "bytes": result["bytes"]}
     assert document["ranges"] == {"kept_tasks": 3, "images": 0, "tasks_with_images": []}
     assert set(document["flavours"]) == {"int8-x86", "int8-arm"}
@@ -96,15 +94,18 @@ def test_from_kept_ranges_alone(kept_only, exported):
         assert flavour["layers_int8"] == layers and flavour["layers_float"] == []
         assert flavour["images"] == 4 and flavour["agreement"] >= 75  # the bundle's own self-test
     new = {f"{g}.{f}": f"{g}.{f}.onnx" for g in ("student", "query", "prompted") for f in ("int8-x86", "int8-arm")}
-    assert written.manifest["graphs"] == {**before.manifest["graphs"], **new}
+    assert written.manifest.document["graphs"] == {**before.manifest.document["graphs"], **new}
     for key in new:
-        assert written.manifest["signatures"][key] == before.manifest["signatures"][key.partition(".")[0]]
-    assert set(written.manifest["files"]) - set(before.manifest["files"]) == {
+        assert (
+            written.manifest.document["signatures"][key]
+            == before.manifest.document["signatures"][key.partition(".")[0]]
+        )
+    assert set(written.manifest.document["files"]) - set(before.manifest.document["files"]) == {
         *new.values(), "backbone.int8.bin", "scales.int8-x86.bin", "scales.int8-arm.bin",
     }  # fmt: skip
-    for name, entry in before.manifest["files"].items():
-        assert written.manifest["files"][name] == entry, name
-    assert result["bytes"] == {name: (out / name).stat().st_size for name in written.manifest["files"]}
+    for name, entry in before.manifest.document["files"].items():
+        assert written.manifest.document["files"][name] == entry, name
+    assert result["bytes"] == {name: (out / name).stat().st_size for name in written.manifest.document["files"]}
     assert written.name == "bundle"
 
 
@@ -169,10 +170,10 @@ def test_all_images(exported, source, tmp_path, lines):
     # Enough by themselves: kept ranges, with their guess of the drift, are left out.
     assert result["ranges"] == {"kept_tasks": 0, "images": 3 * 64, "tasks_with_images": [0, 1, 2]}
     found = result["flavours"]["int8-x86"]
-    recorded = open_bundle(exported()).manifest["accuracy"]["per_task"]
+    recorded = open_bundle(exported()).manifest.document["accuracy"]["per_task"]
     assert found["before"]["per_task"] == pytest.approx(recorded)
     with load(tmp_path / "out", precision="int8") as runner:
-        from cdl_edge.runtime.evaluate import evaluate
+        from cdl_edge.measurement.evaluate import evaluate
 
         measured = evaluate(runner, source)
     assert found["after"]["per_task"] == pytest.approx(measured["per_task"])
@@ -225,7 +226,7 @@ def test_every_profile(exported, tmp_path, profile):
     assert list(result["flavours"]) == [flavour]
     assert result["flavours"][flavour]["agreement"] >= 75
     assert {"student", "query", "prompted"} == {
-        n.partition(".")[0] for n in open_bundle(tmp_path / "out").manifest["graphs"] if n.endswith(flavour)
+        n.partition(".")[0] for n in open_bundle(tmp_path / "out").manifest.document["graphs"] if n.endswith(flavour)
     }
 
 
@@ -274,7 +275,7 @@ def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_pat
     assert max(found["drop"]["per_task"]) <= worst / 2
     assert any("looking for layers" in line for line in lines)
     with load(tmp_path / "out", precision="int8") as runner:
-        from cdl_edge.runtime.evaluate import evaluate
+        from cdl_edge.measurement.evaluate import evaluate
 
         assert evaluate(runner, source)["per_task"] == pytest.approx(found["after"]["per_task"])
 
@@ -287,7 +288,7 @@ def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, expor
     monkeypatch.setattr(trial, "search", lambda failing, order: (lambda s: (failing(s), s)[1])(next(found)))
     calibrate(spoiled, tmp_path / "out", source, "kept", max_drop=0.0, smooth=None)
     bundle = open_bundle(tmp_path / "out")
-    flavours = bundle.manifest["quantisation"]["flavours"]
+    flavours = bundle.manifest.document["quantisation"]["flavours"]
     assert [len(f["layers_float"]) for f in flavours.values()] == [1, 3]
     images, logits = bundle.selftest()
     for name, flavour in flavours.items():
@@ -368,9 +369,9 @@ def wild(exported, tmp_path_factory):
                     scale(f"blocks.{block}.{norm}.{part}", 200.0)
                 for name in linears:
                     scale(f"blocks.{block}.{name}.weight", 1 / 200.0)
-    files = {name: opened.path / name for name in opened.manifest["files"]}
+    files = {name: opened.path / name for name in opened.manifest.document["files"]}
     out = tmp_path_factory.mktemp("wild") / "bundle"
-    write_bundle(out, opened.manifest, {**files, "backbone.bin": bytes(content)})
+    write_bundle(out, opened.manifest.document, {**files, "backbone.bin": bytes(content)})
     return out
 
 
@@ -378,7 +379,7 @@ def fast_int8(monkeypatch):
     """The machine finds 8 bits twice as fast."""
 
     def race(bundle, images):
-        made = {"fp32": 2.0} | ({"int8": 1.0} if "student.int8-x86" in bundle.manifest["graphs"] else {})
+        made = {"fp32": 2.0} | ({"int8": 1.0} if "student.int8-x86" in bundle.manifest.document["graphs"] else {})
         return [raced(bundle, images, precision, ms) for precision, ms in made.items()]
 
     monkeypatch.setattr(module, "race", race)
@@ -430,7 +431,7 @@ def test_four_pictures_are_said_to_be_few(exported, tmp_path, lines):
 def test_a_flavour_of_another_processor_has_a_floor_of_its_own(kept_only, tmp_path):
     """What x86 is recommended says nothing about a graph of ARM's that answers otherwise."""
     opened = open_bundle(kept_only[0])
-    found = opened.manifest["quantisation"]
+    found = opened.manifest.document["quantisation"]
     advice = {"backend": "onnxruntime", "precision": "int8"}
     for shortfall, precision in ((None, "int8"), ("it answers otherwise", "fp32")):
         flavours = {n: {**f, "shortfall": shortfall} for n, f in found["flavours"].items()}
@@ -451,7 +452,7 @@ def test_a_runtime_of_python_3_10(exported, tmp_path, monkeypatch):
     for folder, precision in (("new", "fp32" if newer else "int8"), ("old", "int8")):
         with load(tmp_path / folder) as runner:
             assert runner.describe()["precision"] == precision or runner.int8 == "int8-arm"
-    monkeypatch.setattr("cdl_edge.calibrate.opset.VERSION", "1.23.2")
+    monkeypatch.setattr(opset_module, "VERSION", "1.23.2")
     result = calibrate(exported(), tmp_path / "there")
     assert {f["opset"] for f in result["flavours"].values()} == {21}
     with pytest.raises(InputError, match="loads no newer one"):
@@ -505,10 +506,10 @@ def test_what_is_no_bundle_is_not_replaced(exported, tmp_path):
 
 def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
     opened = open_bundle(exported())
-    files = {name: opened.path / name for name in opened.manifest["files"]}
+    files = {name: opened.path / name for name in opened.manifest.document["files"]}
     values = np.fromfile(opened.path / "backbone.bin", np.float32)
     values[len(values) // 2] = np.nan
-    broken = write_bundle(tmp_path / "broken", opened.manifest, {**files, "backbone.bin": values.tobytes()})
+    broken = write_bundle(tmp_path / "broken", opened.manifest.document, {**files, "backbone.bin": values.tobytes()})
     with pytest.raises(InputError, match="not finite"):
         calibrate(broken, tmp_path / "out", source)
     with pytest.raises(InputError, match="not finite"):
@@ -520,7 +521,7 @@ def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
 @pytest.mark.quick("inverted")
 @pytest.mark.parametrize("change", [lambda x: 255 - x, lambda x: x // 200], ids=["inverted", "of another scale"])
 def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
-    recorded = open_bundle(exported()).manifest["accuracy"]["average_accuracy"]
+    recorded = open_bundle(exported()).manifest.document["accuracy"]["average_accuracy"]
     assert recorded > 25  # a student that has learnt something
     calibrate(exported(), tmp_path / "out", digits(change=change), flavours=["int8-x86"], say=lines.append)
     (line,) = [line for line in lines if "fp32 has" in line]
@@ -595,15 +596,15 @@ def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path)
     shutil.copytree(kept_only[0], tmp_path / "out")
     result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, flavours=["int8-arm"], replace=True)
     bundle = open_bundle(tmp_path / "out")
-    assert [g for g in bundle.manifest["graphs"] if "int8" in g] == [
+    assert [g for g in bundle.manifest.document["graphs"] if "int8" in g] == [
         "student.int8-arm", "query.int8-arm", "prompted.int8-arm",
     ]  # fmt: skip
-    assert {f for f in bundle.manifest["files"] if "int8" in f} == {
+    assert {f for f in bundle.manifest.document["files"] if "int8" in f} == {
         "backbone.int8.bin", "scales.int8-arm.bin", "student.int8-arm.onnx", "query.int8-arm.onnx",
         "prompted.int8-arm.onnx",
     }  # fmt: skip
     assert list(result["flavours"]) == ["int8-arm"]
-    assert set(bundle.manifest["signatures"]) == set(bundle.manifest["graphs"])
+    assert set(bundle.manifest.document["signatures"]) == set(bundle.manifest.document["graphs"])
     images, logits = bundle.selftest()
     path = bundle.graph("student.int8-arm")
     answers = module.Session(path.read_bytes(), bundle.path, as_written=True).logits(images)
@@ -624,7 +625,7 @@ def test_the_command(cli, exported, source, tmp_path, request):
     assert done.code == 0, done.err
     document = json.loads(json.dumps(done.json))
     assert document["bundle"] == str(out) and document["max_drop"] == 90.0
-    assert document["flavours"] == open_bundle(out).manifest["quantisation"]["flavours"]
+    assert document["flavours"] == open_bundle(out).manifest.document["quantisation"]["flavours"]
     plain = cli("calibrate", bundle, "--out", out, "--flavour", "int8-x86")
     assert plain.code == 0 and "layers in 8 bits" in plain.out and "next: cdl-edge profile" in plain.out
     missed = request.getfixturevalue("missed")

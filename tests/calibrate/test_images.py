@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cdl_edge.calibrate.images as module
+from cdl_edge.calibrate import images as module
 from cdl_edge.calibrate.images import images_of
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate.search import GateError, refusal, search, sensitivities
+from cdl_edge.calibrate.search import refusal, search, sensitivities
+from cdl_edge.errors import GateError
 
 UNITS = [f"blocks.{i}.{part}" for i in range(4) for part in ("qkv", "proj", "fc1", "fc2")]
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cdl_edge.export.bundle as module
 from cdl_edge.data import load_dataset
-from cdl_edge.errors import InputError
-from cdl_edge.export import ParityError, export
+from cdl_edge.errors import GateError, InputError
+from cdl_edge.export import bundle as module
+from cdl_edge.export.bundle import export
 from cdl_edge.files import sha256
+from cdl_edge.measurement.evaluate import evaluate
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.confidence import Confidence
-from cdl_edge.runtime.evaluate import evaluate
 from cdl_edge.runtime.policy import open_policy
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.evaluate import evaluate_run
@@ -65,11 +65,11 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
     result = export(run, tmp_path / "bundle", images=64)
     assert result["parity"]["max_abs_error"] <= 1e-4
     # One number, measured three times: at the end of training, by torch from the run folder, by the graph.
-    trained = load_run(run).metrics["student"]
+    trained = load_run(run).metrics.document["student"]
     for measured in (evaluate_run(run, "digits"), result["accuracy"]):
         for name in ("average_accuracy", "forgetting"):
             assert measured[name] == pytest.approx(trained[name], abs=1e-6), name
-    manifest = open_bundle(tmp_path / "bundle").manifest
+    manifest = open_bundle(tmp_path / "bundle").manifest.document
     assert (manifest["learner"], manifest["distiller"]) == (learner, distill)
     assert manifest["query"] == ("none" if learner == "apt" else query)
     assert manifest["confidence"]["temperature"] > 0 and manifest["confidence"]["task"]["scale"] >= 0
@@ -123,8 +123,8 @@ def test_result_and_manifest(bundle, make_run):
         "outputs": {"logits": [1, 10]},
     }
     assert result["manifest_sha256"] == manifest["manifest_sha256"]
-    assert manifest["classes"] == run.metrics["classes"]
-    assert manifest["tasks"] == run.metrics["tasks"]
+    assert manifest["classes"] == run.metrics.document["classes"]
+    assert manifest["tasks"] == run.metrics.document["tasks"]
     assert manifest["input"] == {
         "name": "images",
         "shape": [1, 16, 16, 3],
@@ -142,7 +142,7 @@ def test_result_and_manifest(bundle, make_run):
     assert manifest["accuracy"]["source"] == "digits"
     assert len(manifest["accuracy"]["per_task"]) == 5
     assert manifest["profile"] == "ort" and manifest["precision"] == "fp32" and manifest["opset"] == 23
-    assert manifest["training"]["student"]["matrix"] == run.metrics["student"]["matrix"]
+    assert manifest["training"]["student"]["matrix"] == run.metrics.document["student"]["matrix"]
     assert "loss" not in manifest["training"]["student"] and "loss" not in manifest["training"]["teacher"]
     assert manifest["backbone"]["identity"] == run.backbone.identity
     assert {"cdl-edge", "torch", "timm", "onnx", "onnxruntime"} <= manifest["versions"].keys()
@@ -161,7 +161,7 @@ def test_the_device_answers_as_the_run_did(bundle):
 
 def test_confidence_and_selections(bundle):
     opened = open_bundle(bundle[0])
-    document = opened.manifest["confidence"]
+    document = opened.manifest.document["confidence"]
     certainty = Confidence.of(opened)
     assert certainty.unknown_below is not None and document["images"] == sum(document["images_per_task"]) > 100
     assert document["nll"]["after"] <= document["nll"]["before"]
@@ -308,7 +308,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
 @pytest.mark.parametrize(("file", "where"), [("backbone.bin", 0.3), ("backbone.bin", 0.7), ("prompts.bin", 0.5)])
 def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeypatch, file, where):
     spoiled(monkeypatch, file, where)
-    with pytest.raises(ParityError, match=r"max .*mean "):
+    with pytest.raises(GateError, match=r"max .*mean "):
         # A learnt head: every constant of its bundle matters, one of 4,000 random features need not.
         export(make_run(learner="coda", distill="kdp", head="learned"), tmp_path / "new" / "bundle", images=16)
     assert [p for p in tmp_path.rglob("*") if p.name != "new"] == []
@@ -322,7 +322,7 @@ def test_a_failed_export_keeps_the_bundle_that_was_there(make_run, tmp_path, mon
     assert export(run, out, images=16, replace=True)["bytes"] == first["bytes"]
     before = sha256(out / "manifest.json")
     spoiled(monkeypatch, "backbone.bin", 0.5)
-    with pytest.raises(ParityError):
+    with pytest.raises(GateError):
         export(run, out, images=16, replace=True)
     assert sha256(out / "manifest.json") == before
     open_bundle(out)

@@ -11,18 +11,18 @@ import pytest
 from cdl_edge.calibrate.bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import InputError
-from cdl_edge.export import export
+from cdl_edge.export.bundle import export
 from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.handle import Handle
-from cdl_edge.runtime.packs import create, install
+from cdl_edge.server.handle import Handle
 from cdl_edge.train.closed_form import STATISTICS_HEADS
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.extend import inherit
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
+from cdl_edge.updates.packs import create, install
 
 LEARNERS = {
     "frozen": {"learner": "frozen"},
@@ -73,12 +73,12 @@ def answers(bundle, precision="fp32"):
 
 def truth(run):
     opened = load_run(run)
-    return student_logits(opened, pictures(), len(opened.metrics["classes"]))
+    return student_logits(opened, pictures(), len(opened.metrics.document["classes"]))
 
 
 def statistics_of(bundle):
     opened = open_bundle(bundle)
-    return opened, ClassStatistics.load(opened.path / opened.manifest["statistics"])
+    return opened, ClassStatistics.load(opened.path / opened.manifest.document["statistics"])
 
 
 @pytest.mark.quick("ort-coda-kdp-ranpac", "trt10-frozen-slda")
@@ -92,7 +92,7 @@ def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, hea
     expected, got = truth(run), answers(tmp_path / "bundle")
     assert np.abs(got - expected).max() < TOLERANCE and np.ptp(expected) > 0.1
     opened, held = statistics_of(tmp_path / "bundle")
-    assert opened.manifest["statistics"] == "statistics.npz"
+    assert opened.manifest.document["statistics"] == "statistics.npz"
     assert held.classes == opened.classes and held.counts.tolist() == [6] * 4
     assert sha256(opened.path / "statistics.npz") == sha256(run / "statistics" / "student-2.npz")
 
@@ -110,7 +110,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
         export(source, tmp_path / f"{name}-fp32", images=20, statistics=True)
         calibrate(tmp_path / f"{name}-fp32", tmp_path / name, flavours=["int8-x86"], searching=False)
         assert np.abs(answers(tmp_path / name) - truth(source)).max() < TOLERANCE
-        assert statistics_of(tmp_path / name)[0].manifest["statistics"] == "statistics.npz"
+        assert statistics_of(tmp_path / name)[0].manifest.document["statistics"] == "statistics.npz"
     new, expected = tmp_path / "new", truth(tmp_path / "more")
     int8 = answers(new, "int8")
     assert np.abs(int8 - expected).mean() < 0.3 * np.ptp(expected)  # of 16 channels, 8 bits are coarse
@@ -131,7 +131,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
 def test_a_learnt_head_has_none(tmp_path, run_of):
     export(run_of("apt", "learned"), tmp_path / "bundle", images=8)
     opened = open_bundle(tmp_path / "bundle")
-    assert opened.manifest["statistics"] is None and "statistics.npz" not in opened.manifest["files"]
+    assert opened.manifest.document["statistics"] is None and "statistics.npz" not in opened.manifest.document["files"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "of other classes"])

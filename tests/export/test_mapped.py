@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdl_edge.data import load_dataset
-from cdl_edge.export import export
+from cdl_edge.export.bundle import export
 from cdl_edge.export.parity import TOLERANCE
 from cdl_edge.runtime import load
 from cdl_edge.train.config import TrainConfig
@@ -152,6 +152,6 @@ def test_from_training_to_the_device_without_the_teacher(tmp_path, tiny_vit, lea
     for name in ("average_accuracy", "forgetting"):
         assert result["accuracy"][name] == pytest.approx(trained[name], abs=1e-6), name
     with load(tmp_path / "bundle", "onnxruntime") as runner:
-        assert runner.bundle.manifest["distiller"] == "cdl-prompt"
+        assert runner.bundle.manifest.document["distiller"] == "cdl-prompt"
         pixels = load_dataset("digits").val.decode(runner.bundle.preprocessing).pixels[:2]
         assert runner.infer(pixels).shape == (2, 10)

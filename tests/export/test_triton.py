@@ -11,13 +11,13 @@ import onnx
 import onnxruntime
 import pytest
 
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.export import triton
 from cdl_edge.export.graph import StudentGraph
 from cdl_edge.export.model import assemble
 from cdl_edge.export.triton import config, write_repository
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.runtime.bundle import write_bundle
 
 CLASSES = ["Bäume", 'a "quoted" one', "back\\slash", "tree", "street", "sky", "it's"]
 
@@ -131,7 +131,7 @@ def test_the_real_parser_takes_it(make, batch, key):
         v.name: (tuple(v.dims), v.data_type) for v in parsed.input
     }
     values = {k: v.string_value for k, v in parsed.parameters.items()}
-    assert values["cdl_edge.manifest_sha256"] == bundle.manifest["manifest_sha256"]
+    assert values["cdl_edge.manifest_sha256"] == bundle.manifest.document["manifest_sha256"]
     assert json.loads(values["cdl_edge.preprocessing"]) == bundle.preprocessing.to_json()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdl_edge.runtime.bundle import write_bundle
+from cdl_edge.artefacts.bundle import write_bundle
 
 HOSTILE = "<script>alert(1)</script>"
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from cdl_edge.artefacts.run_record import Metrics
 from cdl_edge.errors import InputError
-from cdl_edge.report import write_report
 from cdl_edge.report.mistakes import mistakes_section, verdict
+from cdl_edge.report.page import write_report
 
 COUNTS = [
     [8, 2, 0, 0, 0, 0],
@@ -45,7 +46,7 @@ def counted(metrics: dict[str, Any]) -> dict[str, Any]:
 )
 def test_verdict(counted: dict[str, Any], baseline: float, good: bool | None, words: str) -> None:
     counted["baseline"]["average_accuracy"] = baseline
-    found = verdict(counted)
+    found = verdict(Metrics.of(counted, "metrics.json"))
     assert len(found["sentences"]) == 2 and found["good"] is good
     assert "83.8 % of the held-out pictures" in found["sentences"][0] and "60 pictures" in found["sentences"][0]
     assert words in found["sentences"][1]
@@ -53,7 +54,7 @@ def test_verdict(counted: dict[str, Any], baseline: float, good: bool | None, wo
 
 
 def test_verdict_of_a_run_of_before(metrics: dict[str, Any]) -> None:
-    found = verdict(metrics)
+    found = verdict(Metrics.of(metrics, "metrics.json"))
     assert found["good"] is None and "not recorded" in found["sentences"][1]
 
 
@@ -80,7 +81,7 @@ def test_the_page_answers_first(
 
 
 def test_worst_class_first(counted: dict[str, Any]) -> None:
-    found = mistakes_section(counted)
+    found = mistakes_section(Metrics.of(counted, "metrics.json"))
     assert found is not None
     assert [c["name"] for c in found["classes"][:2]] == ["wasp", "bee"]
     assert found["classes"][0]["text"] == "50 %" and found["pairs"][0] == ("wasp", "bee", "5 of 10")
@@ -97,7 +98,7 @@ def test_many_classes_have_no_matrix(
 
 
 def test_a_run_of_before_has_no_such_section(metrics: dict[str, Any]) -> None:
-    assert mistakes_section(metrics) is None
+    assert mistakes_section(Metrics.of(metrics, "metrics.json")) is None
 
 
 @pytest.mark.parametrize(

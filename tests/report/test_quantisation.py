@@ -11,10 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
+from cdl_edge.artefacts.quantisation_record import Quantisation
+from cdl_edge.artefacts.typed import parse
 from cdl_edge.errors import InputError
-from cdl_edge.report import write_report
+from cdl_edge.report.page import write_report
 from cdl_edge.report.quantisation import _latency, change_text
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
 
 
 def graph(*constants: tuple[str, int, int]) -> bytes:
@@ -45,7 +47,7 @@ def page_of(
             "backbone.int8.bin": b"x" * 400_000,
         }
         graphs = {"student": "student.onnx", "student.int8-x86": "student.int8-x86.onnx"}
-        write_bundle(tmp_path / "int8", {**opened.manifest, "quantisation": found, "graphs": graphs}, files)
+        write_bundle(tmp_path / "int8", {**opened.manifest.document, "quantisation": found, "graphs": graphs}, files)
         return read_page(write_report(tmp_path / "r.html", bundle=tmp_path / "int8"))
 
     return make
@@ -184,7 +186,7 @@ def test_signs() -> None:
 
 
 def test_the_longest_bar_is_the_fastest(quantisation):
-    rows = _latency(quantisation)
+    rows = _latency(parse(Quantisation, quantisation, "manifest.json"))
     assert [r["share"] for r in rows] == [40, 100]
     assert [r["best"] for r in rows] == [False, True]
 

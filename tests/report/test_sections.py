@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cdl_edge.report import write_report
+from cdl_edge.report.page import write_report
 
 
 def test_sections_without_data_are_absent(

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.report import write_report
+from cdl_edge.report.page import write_report
 from cdl_edge.report.words import value_text
-from cdl_edge.runtime.bundle import open_bundle
 
 CONFIDENCE = {"images": 91, "temperature": 1.4, "unknown": {"below": 0.5, "share": 0.05}, "task": {"scale": 1.0}}
 
@@ -39,7 +39,7 @@ def test_a_profile_of_another_bundle_with_the_same_graph_is_refused(
 ) -> None:
     """Bundles of one architecture share their graph to the byte."""
     one, other = save_bundle(tmp_path / "a", metrics), save_bundle(tmp_path / "b", metrics, learner="apt")
-    mine, theirs = (open_bundle(b).manifest for b in (one, other))
+    mine, theirs = (open_bundle(b).manifest.document for b in (one, other))
     graph = mine["graphs"]["student"]
     assert mine["files"][graph] == theirs["files"][graph]
     context = {"graph_sha256": mine["files"][graph]["sha256"], "manifest_sha256": mine["manifest_sha256"]}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cdl_edge.runtime import packs
+from cdl_edge.updates import packs
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cdl_edge.artefacts.bundle import write_bundle
+from cdl_edge.artefacts.layout import SELECTIONS
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.bundle import write_bundle
-from cdl_edge.runtime.confidence import SELECTIONS, Confidence, cosines, energy, fit, pack_selections
+from cdl_edge.runtime.confidence import Confidence, cosines, energy, fit, pack_selections
 
 TASKS = ((0, 1), (2, 3))
 
@@ -99,8 +101,8 @@ def test_cosines():
 
 
 def with_confidence(tmp_path, bundle, document, selections=None, content=None):
-    files = {name: bundle.path / name for name in bundle.manifest["files"]}
-    manifest = {**bundle.manifest, "confidence": document}
+    files = {name: bundle.path / name for name in bundle.manifest.document["files"]}
+    manifest = {**bundle.manifest.document, "confidence": document}
     if selections is not None or content is not None:
         manifest["selections"] = SELECTIONS
         files[SELECTIONS] = content if content is not None else pack_selections(selections)
@@ -155,6 +157,6 @@ def test_selections_that_no_hash_covers(bundle, tmp_path):
     (tmp_path / "elsewhere.npz").write_bytes(pack_selections({"prompt_weights": np.zeros((2, 2, 3), np.float32)}))
     document = {"temperature": 1.0, "unknown": {"below": 0.0}, "task": {"scale": 1.0}}
     made = with_confidence(tmp_path, bundle, document)
-    made.manifest["selections"] = "../elsewhere.npz"
+    made = replace(made, manifest=replace(made.manifest, selections="../elsewhere.npz"))
     with pytest.raises(InputError, match="under no hash"):
         Confidence.of(made)

@@ -10,10 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cdl_edge.artefacts.bundle import Bundle, write_bundle
+from cdl_edge.artefacts.layout import SELECTIONS
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import Bundle, write_bundle
-from cdl_edge.runtime.confidence import SELECTIONS, pack_selections
+from cdl_edge.runtime.confidence import pack_selections
 from cdl_edge.runtime.policy import Selector, needed, open_policy
 from cdl_edge.runtime.predict import predict
 from cdl_edge.runtime.scene import SceneChange

@@ -7,10 +7,10 @@ import io
 import numpy as np
 import pytest
 
-from cdl_edge.errors import InputError
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
+from cdl_edge.errors import GateError, InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
-from cdl_edge.runtime.selftest import LIMITS, GateError, check, prove, prove_finite, reference, self_test
+from cdl_edge.runtime.selftest import LIMITS, check, prove, prove_finite, reference, self_test
 
 IMAGES = {"images": np.zeros((20, 8, 8, 3), np.uint8)}
 LOGITS = np.random.default_rng(0).normal(0, 3, (20, 7)).astype(np.float32)
@@ -29,8 +29,10 @@ def test_other_answers_are_found(make_version, tmp_path, shift):
     logits[0, 0] += shift
     stream = io.BytesIO()
     np.savez(stream, images=images, logits=logits)
-    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"selftest.npz": stream.getvalue()}
-    wrong = write_bundle(tmp_path / "wrong", bundle.manifest, files)
+    files = {name: bundle.path / name for name in bundle.manifest.document["files"]} | {
+        "selftest.npz": stream.getvalue()
+    }
+    wrong = write_bundle(tmp_path / "wrong", bundle.manifest.document, files)
     with pytest.raises(InputError, match="the self-test fails"):
         self_test(wrong, threads=1)
 
@@ -44,9 +46,9 @@ def test_a_self_test_that_is_none(make_version, tmp_path, content):
         stream = io.BytesIO()
         np.savez(stream, **{name: arrays[name][: 2 * keep] for name, keep in content.items()})
         content = stream.getvalue()
-    files = {name: bundle.path / name for name in bundle.manifest["files"]} | {"selftest.npz": content}
+    files = {name: bundle.path / name for name in bundle.manifest.files} | {"selftest.npz": content}
     with pytest.raises(InputError, match=r"no self-test|does not fit"):
-        self_test(write_bundle(tmp_path / "wrong", bundle.manifest, files), threads=1)
+        self_test(write_bundle(tmp_path / "wrong", bundle.manifest.document, files), threads=1)
 
 
 def test_a_bundle_without_one(bundle):

@@ -31,12 +31,19 @@ def usual_numbers(config: TrainConfig) -> tuple[float, float]:
 def metrics_of(config: TrainConfig, numbers: Numbers) -> dict[str, Any]:
     """metrics.json of a finished run over the ten digits."""
     accuracy, forgetting = numbers(config)
-    side = {"average_accuracy": accuracy, "forgetting": forgetting, "incremental_accuracy": accuracy + 3}
+    matrix = [[accuracy, None], [accuracy, accuracy]]
+    side = {
+        "matrix": matrix,
+        "average_accuracy": accuracy,
+        "forgetting": forgetting,
+        "incremental_accuracy": accuracy + 3,
+    }
     scenario = make_scenario([str(d) for d in range(10)], 2, config.seed, shuffle=not config.compat)
     return {
         "schema": 1,
         "config": config.to_json(),
         "classes": [str(c) for c in scenario.order],
+        "tasks": [list(t) for t in scenario.tasks],
         "student": side,
         "teacher": {**side, "average_accuracy": accuracy + 10} if DISTILLERS[config.distill].needs_teacher else None,
         "baseline": {"head": "ranpac", "average_accuracy": 57.0 + config.seed, "heads": {}},

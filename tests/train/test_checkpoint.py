@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.train import checkpoint as checkpoint_module
 from cdl_edge.train.checkpoint import before, keep_before, load_kept, load_state, save_state
 
 
@@ -83,7 +84,7 @@ def test_a_failing_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         name.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("cdl_edge.train.checkpoint.save_file", fail)
+    monkeypatch.setattr(checkpoint_module, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save_state(path, {"epoch": 2})
     assert load_state(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]

@@ -91,7 +91,7 @@ def test_a_run_keeps_what_its_head_is_made_from(run_of, learner, distill, head):
     run = run_of("run", learner=learner, distill=distill, head=head)
     opened = load_run(run)
     held = load_statistics(run, "student", 2)
-    assert held.classes == tuple(opened.metrics["classes"]) and held.counts.tolist() == [8] * 10
+    assert held.classes == tuple(opened.metrics.document["classes"]) and held.counts.tolist() == [8] * 10
     made = make(head, held, opened.config.seed)
     module = opened.student.statistics_head
     assert torch.allclose(module.weight, torch.from_numpy(made.weight).float(), rtol=1e-5, atol=1e-5)
@@ -137,7 +137,7 @@ def test_prompts_learn_in_the_first_tasks_only(run_of):
     assert load_statistics(one, "student", 3).images == 80
     # The first task alone makes the same prompts, and the same statistics of its classes.
     assert losses[0][0] == losses[1][0] == losses[2][0]
-    seen = load_run(one).metrics["classes"].index
+    seen = load_run(one).metrics.document["classes"].index
     held = [load_statistics(run, "student", 3) for run in (one, all_)]
     first = [c for c in held[0].classes if seen(c) < 3]
     for name in first:  # of the prompts of that time: later ones would make others
@@ -286,7 +286,7 @@ def test_a_run_of_an_earlier_version_is_extended_without_a_baseline(
     assert metrics["baseline"] is None and len(metrics["student"]["matrix"]) == 4
     assert capfd.readouterr().err.count("no frozen baseline") == 1
     assert not (tmp_path / "more" / "statistics").exists()
-    assert load_run(tmp_path / "more").metrics["baseline"] is None
+    assert load_run(tmp_path / "more").metrics.document["baseline"] is None
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
 from cdl_edge.train import batches, loop, phase
+from cdl_edge.train import engine as engine_module
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
@@ -332,7 +333,7 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 
 
 def test_compat_is_the_authors_behaviour(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr("cdl_edge.train.engine.native_bf16", lambda device: True)  # what auto would take
+    monkeypatch.setattr(engine_module, "native_bf16", lambda device: True)  # what auto would take
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
     assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
     assert metrics["precision"] == "fp32"

@@ -31,7 +31,7 @@ def kept(tmp_path_factory):
 
 def graph_of(run, folder):
     """(1, S, S, 3) uint8 -> logits, in ONNX Runtime."""
-    graph = StudentGraph(run.student, run.preprocessing, len(run.metrics["classes"]), 1).build()
+    graph = StudentGraph(run.student, run.preprocessing, len(run.metrics.document["classes"]), 1).build()
     artefact = assemble({"student": graph}, {})
     folder.mkdir()
     (folder / "student.onnx").write_bytes(artefact.models["student"])

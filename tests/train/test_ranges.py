@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from cdl_edge.data import Split
 from cdl_edge.ranges import Histogram, Ranges, merge_tensors
+from cdl_edge.train import ranges as ranges_module
 from cdl_edge.train.batches import Images, Side
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.ranges import RangeKeeper, collect, range_of
@@ -109,7 +110,7 @@ def test_images_are_spread_over_the_task_and_chunks_change_nothing(make_model, i
     few = collect(task, 4)
     assert seen == [0, 2, 5, 7] and few["prompted.blocks.0.fc2"].histogram.values == 4 * 6 * 64
     whole = collect(task, 10)
-    monkeypatch.setattr("cdl_edge.train.ranges.CHUNK", 3)
+    monkeypatch.setattr(ranges_module, "CHUNK", 3)
     chunked = collect(task, 10)
     for name, tensor in whole.items():
         other = chunked[name].histogram

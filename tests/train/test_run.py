@@ -63,7 +63,7 @@ def test_a_kd_head_of_another_kind_comes_back(make_config, tmp_path):
     train(make_config(tmp_path / "run", kd_head="normalised"), quiet=True)
     run = load_run(tmp_path / "run")
     assert (type(run.student.head), type(run.student.kd_head)) == (LinearHead, NormalisedHead)
-    measured, trained = evaluate_run(tmp_path / "run", "digits"), run.metrics["student"]
+    measured, trained = evaluate_run(tmp_path / "run", "digits"), run.metrics.document["student"]
     assert measured["average_accuracy"] == pytest.approx(trained["average_accuracy"], abs=1e-6)
     with pytest.raises(InputError, match="other options"):
         train(make_config(tmp_path / "run"), resume=True, quiet=True)

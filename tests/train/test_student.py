@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cdl_edge.train import student as student_module
 from cdl_edge.train.augment import Normalise, random_boxes
 from cdl_edge.train.batches import Images, Side
 from cdl_edge.train.student import LinearHead, NormalisedHead, PromptedViT, StudentOutput, run_block
@@ -173,7 +174,7 @@ def test_the_kd_token_is_last_and_has_no_position(make_model, tokens, monkeypatc
         seen.append(x.detach())
         return real(block, x, *rest)
 
-    monkeypatch.setattr("cdl_edge.train.student.run_block", watch)
+    monkeypatch.setattr(student_module, "run_block", watch)
     model(tokens)
     assert torch.equal(seen[0][:, :-1], tokens)
     assert torch.equal(seen[0][:, -1], model.kd.token[0].expand(5, -1))
@@ -208,7 +209,7 @@ def test_hidden_tokens_are_those_behind_each_block(make_model, backbone, tokens,
     seen = []
     real = run_block
     watch = lambda *arguments: seen.append(real(*arguments)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr("cdl_edge.train.student.run_block", watch)
+    monkeypatch.setattr(student_module, "run_block", watch)
     with torch.no_grad():
         output, usual = model(tokens, query, hidden=True), model(tokens, query)
         assert len(output.hidden) == 6 and usual.hidden == ()

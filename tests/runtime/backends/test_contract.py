@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
+from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime import load
-from cdl_edge.runtime.bundle import open_bundle, write_bundle
-from cdl_edge.runtime.machine import cuda_driver
 
 GPU = pytest.mark.gpu
 
@@ -115,7 +115,7 @@ def passes(make_bundle, tiny, tmp_path):
     last = helper.make_tensor("last", TensorProto.INT64, [1], [1])
     constants = {c.name: c for c in [*proto.graph.initializer, last]}
     files = {name: whole.path / name for name in ("student.onnx", "backbone.bin", "prompts.bin")}
-    signatures = {"student": {"inputs": {"images": [1, 8, 8, 3]}, "outputs": whole.manifest["outputs"]}}
+    signatures = {"student": {"inputs": {"images": [1, 8, 8, 3]}, "outputs": whole.manifest.document["outputs"]}}
     for name, parts, inputs, outputs in (
         ("query", [*stem, nodes["MatMul"], nodes["Reshape"]], [images], [weights]),
         ("prompted", [*stem, gemm, *added], [images, weights], [proto.graph.output[0]]),
@@ -315,7 +315,7 @@ def test_a_graph_that_cannot_be_computed(make_bundle, tmp_path, images, backend)
     proto.graph.initializer.append(helper.make_tensor("index", TensorProto.INT64, [4], [0, 1, 2, 3]))
     files = {name: whole.path / name for name in ("backbone.bin", "prompts.bin")}
     files["student.onnx"] = proto.SerializeToString()
-    odd = write_bundle(tmp_path / "odd", whole.manifest, files)
+    odd = write_bundle(tmp_path / "odd", whole.manifest.document, files)
     if backend != "onnxruntime":
         pytest.skip("this engine clamps indices, or refuses the graph when it is loaded")
     with load(odd, backend, threads=1) as runner, pytest.raises(InputError, match="cannot compute the graph"):

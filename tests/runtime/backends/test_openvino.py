@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import openvino as room
-from cdl_edge.runtime.bundle import write_bundle
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install 'cdl-edge[openvino]'")
 OFFERED = room.precisions(room.core())
@@ -274,9 +274,9 @@ def test_fused_kernels_are_off_only_where_they_must_be(make_bundle, monkeypatch,
 def test_an_operator_that_openvino_does_not_know(bundle):
     proto = onnx.load(str(bundle.graph()), load_external_data=False)
     proto.graph.node[0].op_type = "Nonsense"
-    files = {name: bundle.path / name for name in bundle.manifest["files"]}
+    files = {name: bundle.path / name for name in bundle.manifest.document["files"]}
     odd = write_bundle(
-        bundle.path.parent / "odd", bundle.manifest, {**files, "student.onnx": proto.SerializeToString()}
+        bundle.path.parent / "odd", bundle.manifest.document, {**files, "student.onnx": proto.SerializeToString()}
     )
     with pytest.raises(InputError, match="cannot compile the graph") as caught:
         load(odd, "openvino", threads=1)

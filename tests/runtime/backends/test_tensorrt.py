@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from cdl_edge.errors import InputError
+from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import BACKENDS
-from cdl_edge.runtime.machine import cuda_driver
 
 
 @pytest.mark.skipif(cuda_driver().devices > 0, reason="there is a GPU: tests/runtime/engines/test_gpu.py runs instead")

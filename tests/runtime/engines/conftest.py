@@ -23,8 +23,8 @@ import onnx
 import onnxruntime
 import pytest
 
+from cdl_edge.artefacts.bundle import Bundle, write_bundle
 from cdl_edge.runtime.backends import tensorrt as backend
-from cdl_edge.runtime.bundle import Bundle, write_bundle
 from cdl_edge.runtime.engines import memory, product
 from cdl_edge.runtime.engines.product import Gpu
 

@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cdl_edge.errors import InputError
 from cdl_edge.export.profiles import PROFILES
+from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime.engines import achieved
 from cdl_edge.runtime.engines import build as module
 from cdl_edge.runtime.engines.build import Options, build, define
 from cdl_edge.runtime.engines.product import logger
 from cdl_edge.runtime.engines.refit import learnt_records
-from cdl_edge.runtime.machine import cuda_driver
 
 trt = pytest.importorskip(
     "tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed: no real TensorRT parser and builder to test with"

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
 from cdl_edge.runtime.engines import memory
 from cdl_edge.runtime.engines.build import Options
-from cdl_edge.runtime.machine import cuda_driver
 
 REASON = None
 if not cuda_driver().devices:

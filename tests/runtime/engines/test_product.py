@@ -9,8 +9,8 @@ import types
 
 import pytest
 
+from cdl_edge import jetson, machine
 from cdl_edge.errors import InputError
-from cdl_edge.runtime import jetson, machine
 from cdl_edge.runtime.engines import product
 
 NONE = machine.Driver(0, "no NVIDIA driver (libcuda.so.1 is not there)")

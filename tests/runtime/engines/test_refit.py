@@ -56,7 +56,7 @@ def test_a_student_that_learnt_more(fake, lab, make_student, capsys, learner, pr
     precisions = ("fp32",) if precision == "fp32" else ("fp32", precision)
     old = make_student(student, "old", precisions=precisions)
     new = make_student(learnt_more(student), "new", precisions=precisions)
-    files = {name for name, entry in old.manifest["files"].items() if new.manifest["files"][name] != entry}
+    files = {name for name, entry in old.manifest.files.items() if new.manifest.files[name] != entry}
     assert files == {"prompts.bin", "selftest.npz"}, "all that learning changes is in one file"
     build_engine(old, precision=precision)
     (old.path / "engines").rename(new.path / "engines")

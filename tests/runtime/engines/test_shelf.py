@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import tensorrt as backend
 from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
-from cdl_edge.runtime.bundle import open_bundle
 from cdl_edge.runtime.engines import product
 from cdl_edge.runtime.engines.build import Options
 from cdl_edge.runtime.engines.product import Gpu
@@ -77,7 +78,7 @@ def test_the_sidecar_tells_all(fake, make):
     result = build_engine(bundle)
     known = sidecar(bundle)
     assert result["sidecar"] == known and result["engine"].endswith(NAME) and result["seconds"] >= 0
-    listed = bundle.manifest["files"]
+    listed = bundle.manifest.document["files"]
     assert known["files"] == {name: listed[name]["sha256"] for name in ("backbone.bin", "prompts.bin")}
     assert known["onnx"] == {"file": "student.onnx", "sha256": listed["student.onnx"]["sha256"]}
     assert known["identity"]["version"] == "10.3.0" and known["identity"]["capability"] == "8.7"
@@ -368,7 +369,8 @@ def test_a_folder_that_cannot_be_written(fake, make):
 
 def test_an_engine_with_other_outputs(fake, make, monkeypatch):
     bundle = make()
-    bundle.manifest["outputs"]["logits"] = [1, 9]
+    outputs = {**bundle.manifest.outputs, "logits": (1, 9)}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, outputs=outputs, signatures={}))
     with pytest.raises(InputError, match="does not fit its manifest"):
         load(bundle, "tensorrt")
 

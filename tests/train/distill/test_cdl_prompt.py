@@ -81,7 +81,7 @@ def test_a_run_leaves_a_student_that_needs_no_teacher(tmp_path, make_config, tin
 def test_the_mapping_has_learnt(tmp_path, make_config):
     train(make_config(tmp_path / "run", learner="coda", distill="cdl-prompt"), quiet=True)
     trained = load_run(tmp_path / "run")
-    metrics = trained.metrics["backbones"]["teacher"]
+    metrics = trained.metrics.document["backbones"]["teacher"]
     config = trained.config
     fresh = loop.build_model(
         config, trained.backbone, 10, 16, is_student=True, teacher=(metrics["width"], metrics["depth"])

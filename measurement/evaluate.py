@@ -1,0 +1,153 @@
+"""Accuracy of a bundle on a data set's validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data import Split, find_scored
+from ..errors import InputError
+from ..images import Preprocessing, UnreadableImage
+from ..runtime.predict import check_finite
+from ..runtime.runner import Runner
+
+CHUNK = 32
+"images decoded at a time: a board cannot hold a whole validation set"
+DEFINITIONS = {
+    "per_task": "for each task the share (%) of its validation images that are classified right, among all classes, "
+    "without being told the task",
+    "average_accuracy": "mean of per_task (%)",
+    "forgetting": "mean over all tasks of (accuracy just after learning the task, in the training run) minus (per_task "
+    "now), in points; null when the bundle carries no accuracy matrix of its run",
+}
+
+
+def evaluate(
+    runner: Runner,
+    source: str,
+    limit_per_class: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    split: str = "auto",
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Classify the images of a data source and count: its validation images, or all where it has no parts.
+
+    Args:
+        source: see `cdl_edge.data.load_dataset`. Classes are matched by name; those the bundle has not learnt are left
+            out and counted, those that the source lacks are named.
+        limit_per_class: at most so many images of each class, drawn by the run's seed.
+        progress: called with (images done, images in all) after every chunk.
+        split: one of data.SCORED, see data.Dataset.scored.
+        say: told what is read.
+
+    Returns: {"average_accuracy": %, "forgetting": points or None, "per_task": [%, or None without an image], "images":
+        n classified, "backend", "precision", "skipped": [a line for each unreadable image], "left_out": {"classes",
+        "images"}, "missing": [classes of the bundle without an image], "split", "data", "definitions"}.
+
+    Raises: InputError for a source that is not there, has no class of the bundle, or no readable image of one.
+    """
+    if limit_per_class is not None and limit_per_class < 1:
+        raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
+    bundle = runner.bundle
+    training = bundle.manifest.training or {}
+    found = find_scored(source, split, training or None, bundle.classes, say)
+    dataset = found.dataset
+    seed = (training.get("config") or {}).get("seed")
+    chosen = found.images.limited(limit_per_class, seed or 0) if limit_per_class else found.images
+    position = {name: index for index, name in enumerate(bundle.classes)}
+    mapped = np.array([position.get(name, -1) for name in dataset.classes])[chosen.labels]  # (N,), -1: not learnt
+    known = chosen.take(np.flatnonzero(mapped >= 0))
+    truth = mapped[mapped >= 0]
+
+    right = np.zeros(len(bundle.classes), dtype=np.int64)
+    seen = np.zeros(len(bundle.classes), dtype=np.int64)
+    skipped: list[str] = []
+    done = 0
+    for index, pixels, problems in _decoded(known, bundle.preprocessing):
+        skipped += problems
+        done += len(index) + len(problems)
+        labels = truth[index]
+        logits = runner.infer(pixels)
+        check_finite(bundle, logits, f"the images of {source}")
+        answers = logits.argmax(axis=1)
+        np.add.at(seen, labels, 1)
+        np.add.at(right, labels[answers == labels], 1)
+        if progress is not None:
+            progress(done, len(known))
+    lost = [n for n, count in zip(bundle.classes, seen, strict=True) if count == 0 and n not in found.missing]
+    if lost:
+        raise InputError(
+            f"{source}: {len(lost)} class(es) without a readable validation image",
+            got=", ".join(lost[:8]) + (f"; {skipped[0]}" if skipped else ""),
+            expected="at least one image a class",
+            fix="replace the files",
+        )
+
+    sums = [(int(right[list(task)].sum()), int(seen[list(task)].sum())) for task in bundle.tasks]
+    per_task = [100.0 * good / count if count else None for good, count in sums]
+    measured = [accuracy for accuracy in per_task if accuracy is not None]
+    return {
+        "average_accuracy": float(np.mean(measured)),
+        # With classes missing, the accuracy of the training run was measured on something else.
+        "forgetting": None if found.missing else forgetting(training, measured),
+        "per_task": per_task,
+        "images": int(seen.sum()),
+        "backend": runner.describe()["backend"],
+        "precision": runner.describe()["precision"],
+        "skipped": skipped,
+        "left_out": {
+            "classes": len(set(dataset.classes) - set(bundle.classes)),
+            "images": int((mapped < 0).sum()),
+        },
+        "missing": list(found.missing),
+        "split": found.which,
+        "data": dataset.summary,
+        "definitions": DEFINITIONS,
+    }
+
+
+def fifths(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A `progress` that says a line after each fifth of the images."""
+    said = 0
+
+    def progress(done: int, count: int) -> None:
+        nonlocal said
+        if count and (step := 5 * done // count) > said:
+            said = step
+            say(f"{what}: {done} of {count} images")
+
+    return progress
+
+
+def forgetting(training: Mapping[str, Any], per_task: Sequence[float]) -> float | None:
+    """Mean over tasks of the run's diagonal accuracy minus the accuracy now, in points; None without a whole diagonal.
+
+    Source: (1/T) sum_i (accuracy of task i just after it - at the end), see train/metrics.py.
+    """
+    matrix = (training.get("student") or {}).get("matrix")
+    if not isinstance(matrix, list) or len(matrix) != len(per_task):
+        return None
+    diagonal = [row[i] if isinstance(row, list) and i < len(row) else None for i, row in enumerate(matrix)]
+    if any(value is None for value in diagonal):
+        return None
+    return float(np.mean(np.asarray(diagonal, dtype=np.float64) - np.asarray(per_task)))
+
+
+def _decoded(split: Split, preprocessing: Preprocessing) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """CHUNK images at a time: positions in the split int64 (b,), uint8 (b, S, S, 3), one line a broken image."""
+
+    for start in range(0, len(split), CHUNK):
+        index: list[int] = []
+        pixels: list[np.ndarray] = []
+        problems: list[str] = []
+        for i in range(start, min(start + CHUNK, len(split))):
+            try:
+                pixels.append(preprocessing.read(split.items[i]))
+                index.append(i)
+            except UnreadableImage as error:
+                problems.append(" ".join(str(error).split()))
+        side = preprocessing.size
+        stacked = np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8)
+        yield np.asarray(index, dtype=np.int64), stacked, problems

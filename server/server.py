@@ -1,0 +1,183 @@
+"""What the endpoints share: the handle, the limits, the counts, and the way from a coroutine to a worker thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .. import __version__
+from ..artefacts.bundle import open_bundle
+from ..artefacts.layout import MANIFEST
+from ..decoders import Decoders
+from ..errors import InputError
+from ..runtime.runner import Runner
+from ..runtime.selftest import extremes, prove_answers
+from .body import Limits, Reader, Uploads
+from .handle import Busy, Handle, version_name
+from .metrics import Metrics
+from .refuse import Refused
+
+BUILD_S = 1800.0
+"for a trial on a backend that first builds an engine"
+BUILDERS = ("tensorrt", "ort-tensorrt")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Server:
+    """State of the application, as request.app.state.server."""
+
+    handle: Handle
+    source: Path
+    "the bundle on disk, where packs are installed"
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = None
+    "what packs are installed with; None: only through the Unix socket"
+    public_key: Path | None = None
+    "packs have to be signed with its private half"
+    allow_unsigned: bool = False
+    "where no key is given or pinned: take packs without a signature"
+    install_s: float = 0.0
+    "until a pack is unpacked and has passed its self-test; 0: by the backend"
+    name: str = ""
+    "of the model in the Open Inference Protocol: stays, whatever is installed; empty: the name of the folder"
+    metrics: Metrics = field(default_factory=Metrics)
+    changing: threading.Lock = field(default_factory=threading.Lock)
+    "held while the bundle on disk and the one in the handle may differ"
+    say: Callable[[str], None] = print
+    "gets a line for each exchange, and for each version that cannot be put in"
+    decoders: Decoders = field(default_factory=Decoders)
+    "where pictures are decoded; whoever makes this closes them"
+    answered_at: float = 0.0
+    "when a picture was classified last"
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.source.resolve().name
+        self.uploads = Uploads(self.limits.held_bytes)
+        self.install_s = self.install_s or (BUILD_S if self.handle.backend in BUILDERS else self.handle.load_s)
+
+    @contextlib.contextmanager
+    def reader(self, request: Request) -> Iterator[Reader]:
+        """For the body of a request; what it has read is counted until the end."""
+        with self.uploads.one() as upload:
+            yield Reader(request, self.limits, self.uploads, upload)
+
+    def place(self) -> dict[str, Any]:
+        """Arguments of updates.packs: the bundle, and how it is run."""
+        return {"bundle": str(self.source.absolute()), "backend": self.handle.backend, "threads": self.handle.threads}
+
+    async def compute(self, work: Callable[[Runner], Result]) -> tuple[Result, dict[str, Any]]:
+        """Do `work` with the current version on a thread of the handle; also who did it and how long it took.
+
+        Raises: Busy, Refused (504) after limits.answer_s, and what `work` raises.
+        """
+        begin = time.perf_counter()
+
+        def timed(runner: Runner) -> tuple[Result, dict[str, Any]]:
+            start = time.perf_counter()
+            result = work(runner)
+            end = time.perf_counter()
+            milliseconds = {"waited": round((start - begin) * 1e3, 3), "computed": round((end - start) * 1e3, 3)}
+            return result, {"bundle": runner.bundle.name, "version": version_name(runner.bundle), "ms": milliseconds}
+
+        answer = await self._within(self.handle.submit(timed))
+        self.metrics.predicted((time.perf_counter() - begin) * 1e3)
+        return answer
+
+    async def _within(self, future: Future[Result]) -> Result:
+        try:
+            with anyio.fail_after(self.limits.answer_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            seconds = f"{self.limits.answer_s:g} s"
+            raise Refused(504, "no answer in time", got=f"none after {seconds}", fix="look at /health") from None
+
+    async def probe(self) -> None:
+        """Ask itself, as a client would, and keep for /health whether an answer came."""
+        try:
+            future = self.handle.submit(lambda runner: prove_answers(runner, extremes(runner)[:1]))
+        except Busy:  # too much is asked: no sign of a fault
+            return
+        begin = time.monotonic()
+        try:
+            await self._within(future)
+        except InputError as error:
+            if self.answered_at < begin:  # nobody else got an answer meanwhile
+                self.handle.failing = str(error).splitlines()[0]
+                return
+        self.handle.failing = None
+
+    def describe(self) -> dict[str, Any]:
+        """What answers now, for /health and the page."""
+        runner = self.handle.runner
+        bundle = runner.bundle
+        return {
+            "name": self.name,
+            "bundle": bundle.name,
+            "version": version_name(bundle),
+            "classes": len(bundle.classes),
+            "tasks": len(bundle.tasks),
+            "side": bundle.preprocessing.size,
+            "learner": bundle.manifest.learner,
+            "selection": bundle.selection,
+            "runner": runner.describe(),
+            "cdl_edge": __version__,
+        }
+
+    def exchange(self) -> dict[str, Any]:
+        """Put in what lies on disk now; see `Handle.swap`. The caller holds `changing`."""
+        done = False
+        try:
+            result = self.handle.swap(self.source)
+            done = True
+        finally:
+            self.metrics.swap(done)
+        classes = len(self.handle.runner.bundle.classes)
+        change = f"{result['previous']} -> {result['version']}"
+        self.say(f"{self.name}: version {change} answers now: {classes} classes, after {result['seconds']} s")
+        return result
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Changes whenever another version is put on the disk; None in the moment when there is none."""
+        folder = self.source / "current"
+        try:
+            found = ((folder if folder.exists() else self.source) / MANIFEST).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def follow(self) -> None:
+        """Put in what lies on disk if it is another version than the one that answers. Raises: InputError, Busy."""
+        with self.changing:
+            found = version_name(open_bundle(self.source, verify=False))
+            if found != version_name(self.handle.runner.bundle):
+                self.exchange()
+
+
+def server_of(request: Request) -> Server:
+    """The state of the application that got this request."""
+    server: Server = request.app.state.server
+    return server
+
+
+def answered(document: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A document as JSON, for a client to read.
+
+    Half of a surrogate pair, which JSON may hold and UTF-8 may not, is written as JSON's own escape.
+
+    Raises: ValueError for NaN and infinity, which JSON does not have.
+    """
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(text.encode("utf-8", "backslashreplace"), status, headers, "application/json")

@@ -1,0 +1,307 @@
+"""The store: versions of a bundle side by side, and a link to the one that runs.
+
+    BUNDLE/versions/<first 16 digits of manifest_sha256>/   whole bundle folders; equal files are hard links
+    BUNDLE/current -> versions/...                          replaced by one rename: the only moment that counts
+    BUNDLE/store.json                                       order of installs, highest sequence number, pinned key
+
+A plain bundle folder becomes a store in place: its files are linked into versions/ beside the new version, and from
+the moment `current` appears that is what readers open; before, they open the plain files. The next command removes
+those. So a process killed at any moment leaves a folder that opens as the old or as the new version, on every
+filesystem with links, without moving the folder itself. POSIX only (flock, symlinks).
+"""
+
+from __future__ import annotations
+
+import calendar
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..artefacts.bundle import CURRENT, VERSIONS, Bundle, open_bundle
+from ..artefacts.layout import MANIFEST
+from ..artefacts.manifest import Manifest, canonical
+from ..errors import InputError
+from ..files import atomic_file
+
+SCHEMA = 1
+STATE = "store.json"
+KEEP = 2
+"versions before the one that runs"
+_OURS = re.compile(r"[0-9a-f]{16}|\.(new|old)-.*")
+"names in the folder of versions"
+_NEXT_LINK = ".current.new"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One version that is kept."""
+
+    version: str
+    "first 16 digits of its manifest_sha256"
+    sequence: int
+    at: str
+    "UTC"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a store knows besides its versions."""
+
+    current: str
+    versions: tuple[Installed, ...]
+    "oldest first"
+    sequence: int
+    "the highest that was ever installed; it never falls, also not by a rollback"
+    public_key: str | None = None
+    "hex; packs have to be signed by it"
+    left: tuple[str, ...] = ()
+    "files of the plain bundle that this store was, not removed yet"
+
+    def before(self) -> str | None:
+        """The version that a rollback goes to."""
+        names = [v.version for v in self.versions]
+        place = names.index(self.current)
+        return names[place - 1] if place else None
+
+
+class Store:
+    """A store, or a bundle folder that may become one, under its lock; see `locked`."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: InputError for what is no bundle, is damaged, or has lost what it knows."""
+        self.path = path
+        self.bundle = open_bundle(path)
+        self.plain = self.bundle.path == path
+        self.state = _first(self.bundle) if self.plain else _read(path, self.bundle.path.name)
+
+    def folder(self, version: str) -> Path:
+        """Of one version."""
+        return self.path / VERSIONS / version
+
+    def clean(self) -> None:
+        """Remove what a killed command has left, and the files of the plain bundle that this was."""
+        kept = set() if self.plain else {v.version for v in self.state.versions}
+        versions = self.path / VERSIONS
+        for entry in list(versions.iterdir()) if versions.is_dir() else []:
+            if _OURS.fullmatch(entry.name) and entry.name not in kept:
+                shutil.rmtree(entry)
+        for part in (self.path / _NEXT_LINK, *self.path.glob(f".{STATE}.*.part")):
+            part.unlink(missing_ok=True)
+        if self.plain:
+            (self.path / STATE).unlink(missing_ok=True)
+            if versions.is_dir() and not any(versions.iterdir()):
+                versions.rmdir()
+            return
+        for name in self.state.left:
+            (self.path / name).unlink(missing_ok=True)
+            for parent in list((self.path / name).parents)[: name.count("/")]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+        self._settle(replace(self.state, left=()))
+
+    @contextmanager
+    def stage(self) -> Iterator[Path]:
+        """A new folder on the same filesystem, where no reader looks; it is gone afterwards unless committed."""
+        versions = self.path / VERSIONS
+        versions.mkdir(exist_ok=True)
+        folder = versions / f".new-{os.urandom(8).hex()}"
+        folder.mkdir()  # readable for whom the umask says
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if self.plain and not any(versions.iterdir()):
+                versions.rmdir()
+
+    def install(self, proven: Bundle, sequence: int, public_key: str | None) -> State:
+        """Make a bundle in a folder of `stage`, opened and proven, the version that runs."""
+        staged, target = proven.path, proven.manifest.version
+        _sync_folders(staged)
+        if self.folder(target).exists():  # kept after a rollback
+            os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
+        os.replace(staged, self.folder(target))
+        left: tuple[str, ...] = ()
+        if self.plain:
+            own = self.folder(self.state.current)
+            with self.stage() as folder:
+                for name in (*self.bundle.manifest.files, MANIFEST):
+                    if (self.path / name).is_file():
+                        link(self.path / name, folder / name)
+                _sync_folders(folder)
+                os.replace(folder, own)
+            left = (*self.bundle.manifest.files, MANIFEST)
+        names = [v.version for v in self.state.versions]
+        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version != target][-KEEP:]
+        after = State(
+            current=target,
+            versions=(*past, Installed(target, sequence, _now())),
+            sequence=max(sequence, self.state.sequence),
+            public_key=public_key,
+            left=left,
+        )
+        self._swap(after)
+        return after
+
+    def rollback(self, proven: Bundle) -> State:
+        """Make a kept version, opened and proven, run again."""
+        after = replace(self.state, current=proven.manifest.version)
+        self._swap(after)
+        return after
+
+    def _swap(self, after: State) -> None:
+        """From the rename of `current` on the new state holds; it is written down before, beside the old one."""
+        _sync(self.path / VERSIONS)
+        _write(self.path, self.state, after)
+        _sync(self.path)
+        link_path = self.path / _NEXT_LINK
+        link_path.unlink(missing_ok=True)
+        try:
+            link_path.symlink_to(f"{VERSIONS}/{after.current}")
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: no symbolic links here",
+                got=error.strerror,
+                expected="a filesystem that has them, as ext4 (not FAT)",
+                fix="move the bundle to one",
+            ) from error
+        os.replace(link_path, self.path / CURRENT)
+        _sync(self.path)
+        self.plain = False
+        self._settle(after)
+        for entry in (self.path / VERSIONS).iterdir():
+            if _OURS.fullmatch(entry.name) and entry.name not in {v.version for v in after.versions}:
+                shutil.rmtree(entry)
+
+    def _settle(self, state: State) -> None:
+        """Write a state that holds now, with nothing to come."""
+        self.state = state
+        _write(self.path, state, None)
+        _sync(self.path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[Store]:
+    """Open a store for changing it. Raises: InputError as `Store` does, or while another command changes it."""
+    path = Path(path)
+    if not path.is_dir():
+        open_bundle(path)  # says what is missing
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{path}: another command is changing it", expected="one at a time", fix="wait, then run it again"
+            ) from error
+        yield Store(path)
+    finally:
+        os.close(handle)  # and the lock with it, also when the process is killed
+
+
+def read_store(path: Path) -> tuple[Bundle, State]:
+    """The version that runs, its hashes not checked, and what the store knows. Raises: InputError as `Store` does."""
+    path = Path(path)
+    bundle = open_bundle(path, verify=False)
+    return bundle, _first(bundle) if bundle.path == path else _read(path, bundle.path.name)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the filesystem has no hard links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        _sync(target)
+
+
+def sequence_of(manifest: Manifest) -> int:
+    """Seconds since 1970 of `created`; 0 for a bundle without it."""
+    try:
+        return calendar.timegm(time.strptime(str(manifest.created), "%Y-%m-%dT%H:%M:%SZ"))
+    except ValueError:
+        return 0
+
+
+def _first(bundle: Bundle) -> State:
+    """Of a bundle folder that never was a store."""
+    own, sequence = bundle.manifest.version, sequence_of(bundle.manifest)
+    return State(own, (Installed(own, sequence, str(bundle.manifest.created)),), sequence)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _read(path: Path, current: str) -> State:
+    """What the store knows, given what `current` names: a state that was written but not reached does not count."""
+    file = path / STATE
+    try:
+        text = file.read_bytes()
+        document = json.loads(text.decode("utf-8"))
+        if canonical(document).encode("utf-8") != text or document["sha256"] != _hash(document):
+            raise ValueError("changed since it was written")
+        if document["schema"] > SCHEMA:
+            raise ValueError(f"schema {document['schema']}, this cdl-edge knows {SCHEMA}")
+        now, then = (_state(document[key]) for key in ("now", "next"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{file}: the store does not know its past",
+            got=str(error),
+            expected=f"{STATE} as the last command wrote it: order of versions, sequence number, pinned key",
+            fix=f"what runs is not touched; to start anew, copy {path / VERSIONS / current} to a new folder",
+        ) from error
+    state = then if then is not None and then.current == current else now
+    assert state is not None
+    kept = tuple(v for v in state.versions if (path / VERSIONS / v.version).is_dir())
+    if current not in {v.version for v in kept}:
+        raise InputError(
+            f"{path / CURRENT}: names a version that was never installed here",
+            got=current,
+            expected=", ".join(v.version for v in kept),
+            fix=f"ln -sfn {VERSIONS}/VERSION {path / CURRENT}",
+        )
+    return replace(state, current=current, versions=kept)
+
+
+def _state(fields: dict[str, Any] | None) -> State | None:
+    if fields is None:
+        return None
+    versions = tuple(Installed(**v) for v in fields["versions"])
+    return State(**{**fields, "versions": versions, "left": tuple(fields["left"])})
+
+
+def _write(path: Path, now: State, then: State | None) -> None:
+    document: dict[str, Any] = {"schema": SCHEMA, "kind": "store", "now": asdict(now)}
+    document |= {"next": asdict(then) if then is not None else None, "sha256": ""}
+    document = json.loads(canonical(document))  # tuples become lists
+    document["sha256"] = _hash(document)
+    with atomic_file(path / STATE) as temporary:
+        temporary.write_bytes(canonical(document).encode("utf-8"))
+
+
+def _hash(document: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical({**document, "sha256": ""}).encode("utf-8")).hexdigest()
+
+
+def _sync_folders(folder: Path) -> None:
+    """Push the names in a folder to the disk."""
+    for inside in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(inside)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
