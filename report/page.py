@@ -59,7 +59,7 @@ def write_report(
         elif metrics is not None:
             check_pair(metrics, opened)
     checked = check_profile(profile) if profile is not None else None
-    if opened is not None and checked is not None:
+    if checked is not None:
         check_measured(checked, opened)
     write_page(out, render(metrics, opened, checked))
     return out
