@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,6 +14,7 @@ import click
 from . import __version__
 from .cli_device import VERBS
 from .cli_options import (
+    NOTHING_WRITTEN,
     backend_option,
     emit,
     force_option,
@@ -25,6 +27,7 @@ from .cli_options import (
 from .errors import InputError
 from .extras import command, extra_of
 from .files import first_process
+from .heartbeat import heartbeat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -49,8 +52,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # class names are the user's: never die of a terminal without UTF-8
             stream.reconfigure(errors="backslashreplace")
+    serves = "serve" in sys.argv[1:2]  # it waits for requests: its silence means nothing
     try:
-        cli(prog_name="cdl-edge")
+        with contextlib.nullcontext() if serves else heartbeat():
+            cli(prog_name="cdl-edge")
     except InputError as error:
         if not first_process():  # it says the same, and torchrun ends the others; unless the error is ours alone
             time.sleep(60)
@@ -295,7 +300,8 @@ def export(
     from .export import ParityError
 
     try:
-        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
+        with resumable(NOTHING_WRITTEN):
+            result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
     except ParityError as error:
         say(f"failed: {error}")
         sys.exit(1)
@@ -341,7 +347,8 @@ def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: An
     from .display import quantisation_table
 
     try:
-        result = api.calibrate(bundle, out, say=say, replace=force, **options)
+        with resumable(NOTHING_WRITTEN):
+            result = api.calibrate(bundle, out, say=say, replace=force, **options)
     except GateError as error:
         say(f"failed: {error}")
         sys.exit(1)

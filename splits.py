@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .heartbeat import at
 from .images import Preprocessing, UnreadableImage
 
 DIGITS = 16
@@ -88,8 +89,9 @@ class Split:
         lines: list[str] = []
         if not isinstance(self.items, np.ndarray):
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                hashed = pool.map(hash_of, self.items, chunksize=64)
-                lines = [f"{p.parent.name}/{p.name} {h}" for p, h in zip(self.items, hashed, strict=True)]
+                for path, digest in zip(self.items, pool.map(hash_of, self.items, chunksize=64), strict=True):
+                    lines.append(f"{path.parent.name}/{path.name} {digest}")
+                    at(f"fingerprint of the pictures: {len(lines):,} of {len(self):,}")
         for label in np.unique(self.labels).tolist():
             index = np.flatnonzero(self.labels == label)
             if isinstance(self.items, np.ndarray):
@@ -135,7 +137,10 @@ class Split:
                 return " ".join(str(error).split())
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(one, self.items, chunksize=64))
+            results = []
+            for result in pool.map(one, self.items, chunksize=64):
+                results.append(result)
+                at(f"reading pictures: {len(results):,} of {len(self):,}")
         good = [i for i, r in enumerate(results) if not isinstance(r, str)]
         skipped = tuple(r for r in results if isinstance(r, str))
         lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..heartbeat import at
 from ..images import UnreadableImage
 from .bundle import Bundle
 from .policy import Selector, Step
@@ -70,6 +71,7 @@ def predict(
                 unreadable.append({"image": name, "reason": " ".join(str(error).split())})
                 if not skip_unreadable or len(unreadable) == len(sources):  # none is left
                     raise
+        at(f"classified: {len(predictions):,} of {len(sources):,} images")
         if not pixels:
             continue
         step = _step(student, np.stack(pixels))

@@ -633,6 +633,17 @@ def test_ctrl_c_says_how_to_go_on(cli, monkeypatch, tmp_path, verb, words):
     assert "stopped: " in answer.err and words in answer.err and str(tmp_path / "out") in answer.err
 
 
+@pytest.mark.parametrize("verb", ["export", "calibrate"])
+def test_ctrl_c_where_nothing_is_kept(cli, monkeypatch, tmp_path, verb):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cdl_edge.api.{verb}", stopped)
+    answer = cli(verb, tmp_path / "in", "--out", tmp_path / "out")
+    assert answer.code == 1 and "Aborted" not in answer.err
+    assert "stopped: nothing was written; start the same command again" in answer.err
+
+
 def test_training_and_export_say_what_they_do(cli, trained, tmp_path):
     assert "images/s, about " in trained[1].err and " left" in trained[1].err
     said = cli("export", trained[0], "--out", tmp_path / "bundle", "--images", 20, "--json").err

@@ -25,6 +25,7 @@ BASE = (
     "heads.py",
     "images.py",
     "files.py",
+    "heartbeat.py",
     "data.py",
     "folders.py",
     "splits.py",
