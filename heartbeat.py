@@ -22,7 +22,7 @@ class _Now:
 
 
 def at(text: str) -> None:
-    """Tell what is being done, for the line that a long silence brings. Costs nothing: it may be called at each step."""
+    """Tell what is being done, for the line that a long silence brings. Cheap enough to be called at each step."""
     _Now.text, _Now.since = text, time.monotonic()
 
 

@@ -394,6 +394,9 @@ def test_predict_a_folder(cli, bundle, photo, tmp_path):
     assert [p["image"] for p in answer.json["predictions"]] == sorted(map(str, files), key=lambda n: n.split("/"))
     assert answer.json["data"] == {"images": 3, "left_out": {"hidden": 1, "of type .txt": 1}}
     assert answer.json["unreadable"] == []
+    os.rename(files[1], os.fsencode(root) + b"/caf\xe9.png")  # not UTF-8: of no account where nothing is kept of it
+    answer = cli("predict", bundle[0], root, "--json")
+    assert answer.code == 0 and len(answer.json["predictions"]) == 3
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x.txt").write_text("x")
     cli("predict", bundle[0], tmp_path / "empty").assert_refused("no picture in this folder", "1 of type .txt")
