@@ -74,7 +74,7 @@ def heartbeat(silence_s: float = SILENCE_S) -> Iterator[None]:
             watched.beat(silence_s)
 
     thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
-    sys.stderr = watched  # type: ignore[assignment]
+    sys.stderr = watched
     thread.start()
     try:
         yield
