@@ -5,6 +5,7 @@ They parse, and call the function of their name in api.py. Nothing heavy is impo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ import click
 from . import __version__
 from .cli_device import COMMANDS
 from .cli_options import (
+    NOTHING_WRITTEN,
     emit,
     force_option,
     json_option,
@@ -26,6 +28,7 @@ from .cli_options import (
 from .errors import GateError, InputError
 from .extras import command, extra_of
 from .files import first_process
+from .heartbeat import heartbeat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -50,8 +53,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # class names are the user's: never die of a terminal without UTF-8
             stream.reconfigure(errors="backslashreplace")
+    serves = "serve" in sys.argv[1:2]  # it waits for requests: its silence means nothing
     try:
-        cli(prog_name="cdl-edge")
+        with contextlib.nullcontext() if serves else heartbeat():
+            cli(prog_name="cdl-edge")
     except GateError as error:
         say(f"failed: {error}")
         sys.exit(1)
@@ -305,7 +310,8 @@ def export(
     from . import api
     from .display import parity_line
 
-    result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
+    with resumable(NOTHING_WRITTEN):
+        result = api.export(run, out, profile, dynamic_batch, images, target, data, force, say, statistics)
     if target == "triton":
         text = f"model repository: {out}\nnext: tritonserver --model-repository {out}"
     else:
@@ -346,7 +352,8 @@ def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: An
     from . import api
     from .display import quantisation_table
 
-    result = api.calibrate(bundle, out, say=say, replace=force, **options)
+    with resumable(NOTHING_WRITTEN):
+        result = api.calibrate(bundle, out, say=say, replace=force, **options)
     emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
 
 

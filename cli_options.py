@@ -12,6 +12,9 @@ import click
 from .display import printable
 from .files import first_process
 
+NOTHING_WRITTEN = "nothing was written; start the same command again"
+"how to go on after Ctrl-C in a verb that writes its result at the end"
+
 force_option = click.option(
     "--force", is_flag=True, help="Replace a bundle of ours at --out; anything else that is there stays."
 )

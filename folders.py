@@ -48,10 +48,10 @@ def class_folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not hidden(p.name))
 
 
-def pictures_below(folder: Path, left_out: LeftOut) -> list[Path]:
+def pictures_below(folder: Path, left_out: LeftOut, named: bool = True) -> list[Path]:
     """The pictures in a folder and its subfolders, sorted; every other file is counted in `left_out`.
 
-    Raises: InputError for a name that is not UTF-8.
+    named: their names go into tables and hashes. Raises: InputError then for one that is not UTF-8.
     """
 
     def closed(_: OSError) -> None:
@@ -67,7 +67,8 @@ def pictures_below(folder: Path, left_out: LeftOut) -> list[Path]:
             path = Path(place, name)
             reason = _reason(path)
             if reason is None:
-                check_name(path)
+                if named:
+                    check_name(path)
                 found.append(path)
             else:
                 left_out[reason] += 1
@@ -174,7 +175,8 @@ def named_pictures(
 ) -> tuple[list[Path | str | bytes | np.ndarray], LeftOut]:
     """The sources as they are, but in place of a folder the pictures below it; and what was left out of folders.
 
-    Raises: InputError for a folder without a picture.
+    A name that is not UTF-8 stops nothing here: only the terminal shows it. Raises: InputError for a folder without a
+    picture.
     """
     left_out: LeftOut = Counter()
     found: list[Path | str | bytes | np.ndarray] = []
@@ -182,7 +184,7 @@ def named_pictures(
         if isinstance(source, (bytes, np.ndarray)) or not Path(source).is_dir():
             found.append(source)
             continue
-        below = pictures_below(Path(source), left_out)
+        below = pictures_below(Path(source), left_out, named=False)
         if not below:
             raise InputError(
                 f"{source}: no picture in this folder",

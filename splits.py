@@ -7,11 +7,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from .errors import InputError
+from .heartbeat import at
 from .images import Preprocessing, UnreadableImage
 
 DIGITS = 16
@@ -71,12 +73,9 @@ class Split:
             taken[index[: min(len(index) - 1, max(1, round(share * len(index))))]] = True
         return self.take(np.flatnonzero(~taken)), self.take(np.flatnonzero(taken))
 
-    def hashes(self, classes: Sequence[str]) -> dict[str, str]:
-        """For each class that has images here DIGITS hex digits of a SHA-256 over the names and bytes of its files.
-
-        Every file is read whole: 20,000 files of 2 KB took 1.7 s, large ones go at 185 MB/s a core (measured
-        2026-11-27, a busy machine without SHA instructions); reading and decoding them takes several times as long.
-        """
+    @cached_property
+    def digests(self) -> dict[str, list[str]]:
+        """SHA-256 of a file's bytes -> its paths here; empty for arrays. Every file is read whole, once."""
 
         def hash_of(item: Path) -> str:
             try:
@@ -84,12 +83,28 @@ class Split:
             except OSError:
                 return "unreadable"  # told, and left out, when it is decoded
 
+        found: dict[str, list[str]] = {}
+        if isinstance(self.items, np.ndarray):
+            return found
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            hashed = pool.map(hash_of, self.items, chunksize=64)
+            for count, (path, digest) in enumerate(zip(self.items, hashed, strict=True), 1):
+                found.setdefault(digest, []).append(str(path))
+                at(f"fingerprint of the pictures: {count:,} of {len(self):,}")
+        return found
+
+    def hashes(self, classes: Sequence[str]) -> dict[str, str]:
+        """For each class that has images here DIGITS hex digits of a SHA-256 over the names and bytes of its files.
+
+        Every file is read whole: 20,000 files of 2 KB took 1.7 s, large ones go at 185 MB/s a core (measured
+        2026-11-27, a busy machine without SHA instructions); reading and decoding them takes several times as long.
+        """
+
         found = {}
         lines: list[str] = []
         if not isinstance(self.items, np.ndarray):
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                hashed = pool.map(hash_of, self.items, chunksize=64)
-                lines = [f"{p.parent.name}/{p.name} {h}" for p, h in zip(self.items, hashed, strict=True)]
+            of = {path: digest for digest, paths in self.digests.items() for path in paths}
+            lines = [f"{p.parent.name}/{p.name} {of[str(p)]}" for p in self.items]
         for label in np.unique(self.labels).tolist():
             index = np.flatnonzero(self.labels == label)
             if isinstance(self.items, np.ndarray):
@@ -135,7 +150,10 @@ class Split:
                 return " ".join(str(error).split())
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            results = list(pool.map(one, self.items, chunksize=64))
+            results = []
+            for result in pool.map(one, self.items, chunksize=64):
+                results.append(result)
+                at(f"reading pictures: {len(results):,} of {len(self):,}")
         good = [i for i, r in enumerate(results) if not isinstance(r, str)]
         skipped = tuple(r for r in results if isinstance(r, str))
         lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))
@@ -158,3 +176,16 @@ def joined(splits: Sequence[Split]) -> Split:
     if splits and all(isinstance(s.items, np.ndarray) for s in splits):
         return Split(np.concatenate([np.asarray(s.items) for s in splits]), labels)
     return Split([item for s in splits for item in s.items], labels)
+
+
+def copies(train: Split, val: Split) -> str | None:
+    """A warning where validation pictures are training pictures too, to the byte; None where none is."""
+    both = train.digests.keys() & val.digests.keys() - {"unreadable"}
+    if not both:
+        return None
+    found = sorted(path for digest in both for path in val.digests[digest])
+    first = "/".join(Path(found[0]).parts[-2:])
+    return (
+        f"warning: {len(found)} of the {len(val)} validation pictures are training pictures too ({first}"
+        f"{' ...' if len(found) > 1 else ''}): they make the accuracy too good; remove the copies"
+    )

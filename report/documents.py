@@ -23,9 +23,18 @@ def check_pair(metrics: Metrics, bundle: Bundle) -> None:
         )
 
 
-def check_measured(profile: ProfileRecord, bundle: Bundle) -> None:
+def check_measured(profile: ProfileRecord, bundle: Bundle | None) -> None:
     """Latency of another graph must not stand under this one's name. Raises: InputError."""
     digest, version = profile.context.get("graph_sha256"), profile.context.get("manifest_sha256")
+    if bundle is None:
+        if version is not None or digest is not None:  # a run alone does not say which bundles were made from it
+            raise InputError(
+                "a profile without the bundle that it was measured on",
+                got=f"a run and a profile of bundle {profile.document.get('bundle') or version or digest!s:.64}",
+                expected="the bundle too",
+                fix="give it: cdl-edge report RUN BUNDLE --profile FILE --out PAGE",
+            )
+        return
     # Two bundles of one architecture have the same graph: what they have learnt lies in other files.
     if version is not None and version != bundle.manifest.manifest_sha256:
         raise InputError(

@@ -51,7 +51,7 @@ def write_report(
     elif opened is not None and opened.manifest.training:
         metrics = Metrics.of(opened.manifest.training, f"{opened.path}: manifest.json, training")
     checked = ProfileRecord.of(profile) if profile is not None else None
-    if opened is not None and checked is not None:
+    if checked is not None:
         check_measured(checked, opened)
     write_page(out, render(metrics, opened, checked))
     return out

@@ -109,7 +109,8 @@ def figures(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileReco
         add("Bundle size", number, unit, str(precision) if precision else "")
     if profile:
         end = profile.end_to_end_ms
-        note = profile.backend or "one picture, end to end"
+        precision = profile.context.get("precision")  # may be another than that of the accuracy
+        note = " in ".join(str(v) for v in (profile.backend, precision) if v) or "one picture, end to end"
         add("Latency p50 / p99", f"{ms_text(end['p50'])} / {ms_text(end['p99'])}", "ms", note)
     return tiles
 

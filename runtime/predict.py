@@ -10,6 +10,7 @@ import numpy as np
 
 from ..artefacts.bundle import Bundle
 from ..errors import InputError
+from ..heartbeat import at
 from ..images import UnreadableImage
 from .policy import Selector, Step
 from .runner import Runner
@@ -72,6 +73,7 @@ def predict(
                 unreadable.append({"image": name, "reason": " ".join(str(error).split())})
                 if not skip_unreadable or len(unreadable) == len(sources):  # none is left
                     raise
+        at(f"classified: {len(predictions):,} of {len(sources):,} images")
         if not pixels:
             continue
         step = _step(student, np.stack(pixels))

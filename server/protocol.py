@@ -22,9 +22,15 @@ from . import document as json_document
 LENGTH_HEADER = "inference-header-content-length"
 EXTENSIONS = ["classification", "binary_tensor_data", "model_configuration", "statistics"]
 DATATYPES: dict[str, np.dtype[Any]] = {"UINT8": np.dtype("uint8"), "FP32": np.dtype("<f4")}
+OF_OUTPUT = ("classification", "binary_data")
+"parameters of an output; another one would ask in vain for another answer, and is refused"
+MISPLACED = ("classification", "class_count", "binary_data")
+"parameters that the whole request does not have: clients that mean well put them there"
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 "backend -> what Triton calls it"
 _EXAMPLE = '{"inputs": [{"name": "images", "shape": [1, S, S, 3], "datatype": "UINT8", "data": [...]}]}'
+
+_ASKED = 'ask as {"outputs": [{"name": "logits", "parameters": {"classification": 3}}]}'
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,15 @@ def parse(body: bytes, header_length: str | None, signature: Signature, pictures
     identity = document.get("id")
     if identity is not None and not isinstance(identity, str):
         raise InputError("field 'id'", got=repr(identity)[:100], expected="a string")
-    return Request(identity, inputs, outputs, bool(_parameters(document).get("binary_data_output")))
+    parameters = _parameters(document)
+    for parameter in MISPLACED:
+        if parameter in parameters:
+            raise InputError(
+                f"parameter {parameter!r} of the whole request",
+                expected=f"{' or '.join(OF_OUTPUT)} of an output, binary_data_output of the request",
+                fix=_ASKED,
+            )
+    return Request(identity, inputs, outputs, bool(parameters.get("binary_data_output")))
 
 
 def answer(
@@ -194,6 +208,11 @@ def _named(fields: Mapping[str, Any], known: Mapping[str, object], what: str) ->
 
 
 def _wanted(name: str, parameters: Mapping[str, Any]) -> Wanted:
+    for parameter in parameters:
+        if parameter not in OF_OUTPUT:
+            raise InputError(
+                f"output {name!r}: unknown parameter", got=f"{parameter!r:.50}", expected=" or ".join(OF_OUTPUT)
+            )
     classes = parameters.get("classification", 0)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
         raise InputError("parameter 'classification'", got=f"{classes!r:.50}", expected="how many classes")

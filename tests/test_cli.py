@@ -394,6 +394,9 @@ def test_predict_a_folder(cli, bundle, photo, tmp_path):
     assert [p["image"] for p in answer.json["predictions"]] == sorted(map(str, files), key=lambda n: n.split("/"))
     assert answer.json["data"] == {"images": 3, "left_out": {"hidden": 1, "of type .txt": 1}}
     assert answer.json["unreadable"] == []
+    os.rename(files[1], os.fsencode(root) + b"/caf\xe9.png")  # not UTF-8: of no account where nothing is kept of it
+    answer = cli("predict", bundle[0], root, "--json")
+    assert answer.code == 0 and len(answer.json["predictions"]) == 3
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "x.txt").write_text("x")
     cli("predict", bundle[0], tmp_path / "empty").assert_refused("no picture in this folder", "1 of type .txt")
@@ -646,6 +649,17 @@ def test_ctrl_c_says_how_to_go_on(cli, monkeypatch, tmp_path, verb, words):
     answer = cli(verb, "--data", "digits", "--out", tmp_path / "out", *options)
     assert answer.code == 1 and "Aborted" not in answer.err and "Traceback" not in answer.err
     assert "stopped: " in answer.err and words in answer.err and str(tmp_path / "out") in answer.err
+
+
+@pytest.mark.parametrize("verb", ["export", "calibrate"])
+def test_ctrl_c_where_nothing_is_kept(cli, monkeypatch, tmp_path, verb):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"cdl_edge.api.{verb}", stopped)
+    answer = cli(verb, tmp_path / "in", "--out", tmp_path / "out")
+    assert answer.code == 1 and "Aborted" not in answer.err
+    assert "stopped: nothing was written; start the same command again" in answer.err
 
 
 def test_training_and_export_say_what_they_do(cli, trained, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from cdl_edge.data import VAL_SHARE, Fingerprint, Split, load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
-from cdl_edge.splits import joined
+from cdl_edge.splits import copies, joined
 
 SMALL = Preprocessing(8, 8, "bilinear")
 
@@ -344,6 +344,22 @@ def test_the_fingerprint_of_files_is_names_and_bytes(tmp_path, image_folder, cha
     text = before.changes(after)
     assert all(word in text for word in words) and bool(text) == bool(words)
     assert Fingerprint.from_json(json.loads(json.dumps(before.to_json()))) == before
+
+
+def test_copies_of_training_pictures_among_the_validation_pictures(image_folder, tmp_path):
+    root = image_folder(tmp_path / "d", train={"a": 3, "b": 3}, val={"a": 2, "b": 2})
+
+    def said(source):
+        found = load_dataset(source)
+        return copies(found.train, found.val)
+
+    assert said(f"folder:{root}") is None
+    for name in ("copy 1.png", "copy 2.png"):
+        (root / "val" / "a" / name).write_bytes((root / "train" / "a" / "001.png").read_bytes())
+    assert said(f"folder:{root}").startswith(
+        "warning: 2 of the 6 validation pictures are training pictures too (a/copy 1.png ...)"
+    )
+    assert said("digits") is None
 
 
 def test_a_fingerprint_knows_the_order_of_the_classes():

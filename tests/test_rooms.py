@@ -30,6 +30,7 @@ BASE = (
     "jetson.py",
     "machine.py",
     "files.py",
+    "heartbeat.py",
     "data.py",
     "folders.py",
     "splits.py",

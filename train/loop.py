@@ -24,7 +24,7 @@ from ..artefacts.run_record import read_metrics, write_metrics
 from ..class_statistics import ClassStatistics
 from ..data import absolute, held_out_early, load_dataset
 from ..errors import InputError
-from ..splits import Split, joined
+from ..splits import Split, copies, joined
 from .backbone import Backbone
 from .baseline import FrozenBaseline
 from .batches import Images, Side, Validation
@@ -101,6 +101,8 @@ class _Training:
         by_default = dataset.source != "digits" and config.head == "learned"
         self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and by_default)
         self.data = dataset.record
+        if (warning := copies(dataset.train, dataset.val)) is not None:
+            self._say(warning)
         "what is learnt from, for checkpoints and metrics.json"
         if config.limit_per_class is not None:
             dataset = replace(dataset, train=dataset.train.limited(config.limit_per_class, config.seed))

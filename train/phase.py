@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..heartbeat import at
 from .batches import KEPT_BYTES, Batch, Images, images_seen
 from .config import TrainConfig
 from .distill import Distiller, Lesson
@@ -168,7 +169,9 @@ class Phase:
                 self.optimiser.step()
                 value = loss.item()
                 total += value * min(config.batch_size, count - step * config.batch_size)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{length}, loss {value:.3f}", refresh=False)
+                state = f"epoch {epoch + 1}/{length}, loss {value:.3f}"
+                bar.set_postfix_str(state, refresh=False)
+                at(f"{self.bar}: {state}")
                 bar.update()
             total = float(self.engine.sum(torch.tensor(total)))
             self.model.learner.synchronise(self.engine.any)

@@ -48,6 +48,17 @@ def test_a_profile_of_another_bundle_with_the_same_graph_is_refused(
         write_report(tmp_path / "s.html", bundle=other, profile={**profile, "context": context})
 
 
+def test_a_profile_beside_a_run_alone_is_refused(tmp_path, metrics, profile, save_run, save_bundle, read_page):
+    """A run does not say which bundles were made from it: any latency could stand under its name."""
+    run, bundle = save_run(tmp_path / "run", metrics), save_bundle(tmp_path / "b", metrics)
+    context = {"manifest_sha256": open_bundle(bundle).manifest["manifest_sha256"], "precision": "int8"}
+    with pytest.raises(InputError, match="without the bundle"):
+        write_report(tmp_path / "r.html", run, profile={**profile, "context": context})
+    assert not (tmp_path / "r.html").exists()
+    text = read_page(write_report(tmp_path / "r.html", run, bundle, {**profile, "context": context})).text
+    assert "onnxruntime in int8" in text  # beside an accuracy that is of fp32
+
+
 def test_energy_that_was_not_measured():
     said = value_text("energy", {"source": None, "reason": "the board tells nothing about its power"})
     assert said == "not measured: the board tells nothing about its power"

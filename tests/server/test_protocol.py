@@ -303,6 +303,22 @@ def test_wrong_classification(client, count):
         assert client.post(INFER, json={"inputs": [tensor(ONE)], "outputs": [asked]}).status_code == 400
 
 
+@pytest.mark.parametrize("parameter", ["class_count", "shared_memory_region", "clasification"])
+def test_what_would_change_the_answer_is_not_ignored(client, parameter):
+    asked = {"name": "logits", "parameters": {parameter: 2}}
+    refused = client.post(INFER, json={"inputs": [tensor(ONE)], "outputs": [asked]})
+    assert refused.status_code == 400 and f"{parameter!r}" in refused.json()["error"]
+    assert "classification" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("parameter", ["classification", "class_count", "binary_data"])
+def test_a_parameter_of_an_output_at_the_whole_request(client, parameter):
+    refused = client.post(INFER, json={"inputs": [tensor(ONE)], "parameters": {parameter: 1}})
+    assert refused.status_code == 400 and parameter in refused.json()["error"]
+    kept = {"inputs": [tensor(ONE)], "parameters": {"priority": 0, "timeout": 5000, "mine": "x"}}
+    assert client.post(INFER, json=kept).status_code == 200  # what clients send along
+
+
 def test_config_statistics_and_index(client, make_version, images):
     name = version_name(open_bundle(make_version(0)))
     for path in ("/v2/models/tiny", f"/v2/models/tiny/versions/{name}"):

@@ -268,3 +268,9 @@ def test_a_run_measures_the_same_without_memory(config, monkeypatch):
     again = train(config("again"), quiet=True)
     assert kept["student"]["matrix"] == again["student"]["matrix"]
     assert torch.tensor(kept["student"]["matrix"][-1]).isfinite().all()
+
+
+def test_pictures_that_are_learnt_and_measured_on_are_said(config, photos, capsys):
+    (photos / "val" / "a" / "copy.png").write_bytes((photos / "train" / "a" / "000.png").read_bytes())
+    train(config(tasks=1))
+    assert "warning: 1 of the 7 validation pictures are training pictures too (a/copy.png)" in capsys.readouterr().err
