@@ -65,7 +65,7 @@ def run_of(tmp_path, make_config):
 @heads
 @pytest.mark.parametrize("kd", [False, True])
 def test_the_module_is_the_numpy_head(head, kd):
-    module = StatisticsHead(head, 8, kd, 6)
+    module = StatisticsHead(head, 8, kd, 6, random_features=64)
     width = 8 * (6 if kd else 5)
     where = ("patches", "vertical", "horizontal", "diagonal")
     assert module.map.parts == (("class", "kd", *where) if kd else ("class", *where))
