@@ -55,7 +55,7 @@ def reused(folder):
 # -- a kept teacher ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("coda-kdp")
+@pytest.mark.quick("l2p-reviewkd")
 @pytest.mark.parametrize(
     ("options", "other"),
     [
