@@ -156,8 +156,8 @@ def base(tmp_path_factory, image_folder, photo, cli, short_options):
         image_folder(folder / "photos-new", unsplit=dict.fromkeys((*classes, "kiwi", "lime"), 10))
         photo(folder / "photos" / "apple" / "IMG_0001.jpg", seed=1, colour=0)
         for seed, name in enumerate(("fruit", "fruit-new")):
-            options = ["--tasks", "2", "--seed", seed, "--out", f"runs/{name}", *QUICK["train"], *short_options]
-            assert cli("train", "--data", "folder:photos", *options).code == 0
+            options = ["--learner", "coda", "--tasks", "2", "--seed", seed, *QUICK["train"], *short_options]
+            assert cli("train", "--data", "folder:photos", "--out", f"runs/{name}", *options).code == 0
             assert cli("export", f"runs/{name}", "--out", f"bundles/{name}", "--images", "4").code == 0
         shutil.copytree("bundles/fruit", "device")
         shutil.copytree("bundles/fruit", "broken")

@@ -286,7 +286,7 @@ def test_from_such_weights_to_an_answer(way, hub, folder, model, tmp_path, photo
         "hub": {"student": "hf-hub:org/tiny"},
         "file": {"student": f"file:{folder}/model.safetensors"},
     }[way]
-    options = {**short_training, "tasks": 2, "limit_per_class": 4, "batch_size": 16, **student}
+    options = {**short_training, "learner": "l2p", "tasks": 2, "limit_per_class": 4, "batch_size": 16, **student}
     if way == "folder":
         options["teacher_image_size"] = 32
     train(TrainConfig("digits", str(tmp_path / "run"), **options), quiet=True)
