@@ -226,8 +226,8 @@ def test_a_resumed_run_takes_its_own_number_of_threads(tmp_path, make_config, mo
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_run_is_left_untouched(copied, make_config):
-    config, metrics = copied
+def test_an_existing_run_is_left_untouched(usual, make_config):
+    config, metrics = usual
     out = Path(config.out)
     before = contents(out)
     refused(config, "a run is there already", "--resume")
