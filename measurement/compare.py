@@ -12,6 +12,8 @@ import numpy as np
 from ..errors import InputError
 
 RESAMPLES = 2000
+AT_ONCE = 2**18
+"times that the bootstrap holds at once: a few MB"
 SHARE = 0.95
 "of the interval"
 FLOOR = 0.02
@@ -133,12 +135,13 @@ def block_length(trace: np.ndarray) -> int:
 def bootstrap_medians(trace: np.ndarray, block: int, rng: np.random.Generator) -> np.ndarray:
     """Medians of RESAMPLES traces, each put together from blocks of the given one; float64 (RESAMPLES,)."""
     n = len(trace)
-    count = -(-n // block)
+    count, together = -(-n // block), max(1, AT_ONCE // n)
     medians = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        starts = rng.integers(0, n, count)
-        index = (starts[:, None] + np.arange(block)).ravel()[:n] % n
-        medians[i] = np.median(trace[index])
+    for first in range(0, RESAMPLES, together):
+        rows = min(together, RESAMPLES - first)
+        starts = rng.integers(0, n, (rows, count))
+        index = (starts[:, :, None] + np.arange(block)).reshape(rows, -1)[:, :n] % n
+        medians[first : first + rows] = np.median(trace[index], axis=1)
     return medians
 
 

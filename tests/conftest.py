@@ -233,9 +233,29 @@ def cli() -> Callable[..., Answer]:
 
 
 @pytest.fixture(scope="session")
-def fast_options(tiny_vit: Callable[..., str]) -> list[str]:
-    """Options of a training run that takes a second: digits, tiny backbones, two tasks."""
-    return [
-        *("--data", "digits", "--teacher", tiny_vit("teacher", 24), "--student", tiny_vit("student", 16)),
-        *("--tasks", "2", "--epochs", "2", "--limit-per-class", "6", "--batch-size", "16"),
-    ]
+def short_training(tiny_vit: Callable[..., str]) -> dict[str, Any]:
+    """Fields of a TrainConfig that make it short: tiny backbones, as many steps as the epochs have, few features.
+
+    By default a task has 200 steps and RanPAC 2,000 features: a minute of one core for what these show as well.
+    """
+    pair = {"teacher": tiny_vit("teacher", 24), "student": tiny_vit("student", 16)}
+    return {**pair, "epochs": 1, "min_steps": 0, "random_features": 64}
+
+
+def as_options(settings: dict[str, Any]) -> list[str]:
+    """{"batch_size": 8} -> ["--batch-size", "8"]."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def fast_options(short_training: dict[str, Any]) -> list[str]:
+    """Options of a training run that takes a second: digits, two tasks, and `short_training`."""
+    return as_options(
+        {**short_training, "data": "digits", "tasks": 2, "epochs": 2, "limit_per_class": 6, "batch_size": 16}
+    )
+
+
+@pytest.fixture(scope="session")
+def short_options(short_training: dict[str, Any]) -> list[str]:
+    """`short_training` for the command line."""
+    return as_options(short_training)

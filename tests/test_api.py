@@ -11,9 +11,9 @@ CODE = """
 import sys, json
 from cdl_edge import doctor, evaluate, export, inspect, predict, profile, train, validate
 import cdl_edge
-out = sys.argv[1]
-metrics = train(data="digits", out=out + "/run", learner="apt", distill="none", tasks=2, epochs=1, limit_per_class=5,
-                quiet=True)
+out, short = sys.argv[1], json.loads(sys.argv[2])
+digits = dict(data="digits", learner="apt", distill="none", tasks=2, quiet=True, **short)
+metrics = train(out=out + "/run", limit_per_class=5, **digits)
 export(out + "/run", out + "/bundle", images=10)
 import cdl_edge.train.loop, cdl_edge.export.bundle  # the names stay those of the functions
 assert cdl_edge.train is train and cdl_edge.export is export
@@ -23,8 +23,7 @@ assert torch_side["backend"] == "torch"
 assert validate(out + "/bundle")["valid"]
 assert profile(out + "/bundle", runs=5, warmup=1)["end_to_end_ms"]["n"] == 5
 from cdl_edge import create_pack, install_pack, rollback, versions
-other = dict(data="digits", learner="apt", distill="none", tasks=2, epochs=1, limit_per_class=6, seed=1, quiet=True)
-train(out=out + "/run2", **other)
+train(out=out + "/run2", limit_per_class=6, seed=1, **digits)
 export(out + "/run2", out + "/bundle2", images=10)
 create_pack(out + "/bundle", out + "/bundle2", out + "/new.pack")
 installed = install_pack(out + "/new.pack", out + "/bundle")
@@ -35,10 +34,9 @@ print(json.dumps({"classes": inspect(out + "/bundle")["class_count"]}))
 
 
 @pytest.mark.slow
-def test_commands_from_python(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
-    )
+def test_commands_from_python(tmp_path, short_training):
+    arguments = [str(tmp_path), json.dumps(short_training)]
+    done = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1]) == {"classes": 10}
     assert (tmp_path / "run" / "report.html").is_file()

@@ -29,7 +29,16 @@ QUICK = {
     "profile": ("--runs", "40"),
 }
 "what the tests put behind a command: the last one of an option holds"
-SECONDS = ("calibrate.md", "export.md", "jetson.md", "pretrain.md", "quickstart.md", "sweep.md", "train.md")
+SECONDS = (
+    "backbones.md",
+    "calibrate.md",
+    "export.md",
+    "jetson.md",
+    "pretrain.md",
+    "quickstart.md",
+    "sweep.md",
+    "train.md",
+)
 "pages whose commands train, export or calibrate"
 
 
@@ -137,7 +146,7 @@ def test_links_lead_somewhere(path):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, image_folder, photo, cli):
+def base(tmp_path_factory, image_folder, photo, cli, short_options):
     """A folder as the pages have it: photos, those with new classes, a run, a bundle, a broken bundle, a text."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
@@ -147,8 +156,8 @@ def base(tmp_path_factory, image_folder, photo, cli):
         image_folder(folder / "photos-new", unsplit=dict.fromkeys((*classes, "kiwi", "lime"), 10))
         photo(folder / "photos" / "apple" / "IMG_0001.jpg", seed=1, colour=0)
         for seed, name in enumerate(("fruit", "fruit-new")):
-            options = ["--tasks", "2", "--seed", seed, "--out", f"runs/{name}", *QUICK["train"]]
-            assert cli("train", "--data", "folder:photos", *options).code == 0
+            options = ["--learner", "coda", "--tasks", "2", "--seed", seed, *QUICK["train"], *short_options]
+            assert cli("train", "--data", "folder:photos", "--out", f"runs/{name}", *options).code == 0
             assert cli("export", f"runs/{name}", "--out", f"bundles/{name}", "--images", "4").code == 0
         shutil.copytree("bundles/fruit", "device")
         shutil.copytree("bundles/fruit", "broken")

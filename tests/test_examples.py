@@ -21,12 +21,12 @@ def load(name):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, image_folder, cli):
+def place(tmp_path_factory, image_folder, cli, short_options):
     """photos, and two bundles with one backbone: of a run and of a later one."""
     folder = tmp_path_factory.mktemp("examples")
     image_folder(folder / "photos", unsplit=dict.fromkeys(("apple", "cherry", "pear", "plum"), 6))
     for seed, name in enumerate(("fruit", "fruit-new")):
-        options = ["--tasks", "2", "--epochs", "1", "--min-steps", "0", "--seed", seed, "--threads", "1"]
+        options = ["--learner", "coda", "--tasks", "2", "--seed", seed, "--threads", "1", *short_options]
         options += ["--out", folder / name]
         assert cli("train", "--data", f"folder:{folder}/photos", *options).code == 0
         assert cli("export", folder / name, "--out", folder / "bundles" / name, "--images", "4").code == 0

@@ -1,6 +1,7 @@
 """Who may import whom, and what no file may do: ARCHITECTURE.md as a test."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -60,11 +61,23 @@ CALLERS = {"api", "cli", "cli_device", "quickstart"}
 "root modules that call rooms: for no room to import"
 
 
+@functools.cache
+def text_of(source):
+    return (ROOT / source).read_text()
+
+
+@functools.cache
+def tree_of(source):
+    """The syntax of a file; a dozen tests look at all of them."""
+    return ast.parse(text_of(source))
+
+
+@functools.cache
 def imports(source):
     """(level 0: top-level package, or module path below cdl_edge) of every import in a file, also inside functions."""
     outside, inside = set(), set()
     parts = source.split("/")[:-1]
-    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -164,7 +177,7 @@ def test_a_device_needs_numpy_pillow_and_one_engine_only():
 
 def test_onnxruntime_is_imported_only_where_a_session_is_made():
     for source in SOURCES:
-        tree = ast.parse((ROOT / source).read_text())
+        tree = tree_of(source)
         for node in tree.body:  # module level
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
@@ -183,10 +196,9 @@ def test_only_the_server_imports_a_server():
 
 def test_nothing_is_pickled():
     for source in SOURCES:
-        text = (ROOT / source).read_text()
         outside, _ = imports(source)
         assert not outside & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}, source
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(source)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = f"{node.value.id}.{node.attr}"
                 assert name not in ("torch.load", "torch.save", "numpy.load"), f"{source}: {name}"
@@ -198,7 +210,7 @@ def test_nothing_is_pickled():
 
 def test_no_error_is_swallowed():
     for source in SOURCES:
-        for node in ast.walk(ast.parse((ROOT / source).read_text())):
+        for node in ast.walk(tree_of(source)):
             if isinstance(node, ast.ExceptHandler):
                 names = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
                 broad = {n.id for n in names if isinstance(n, ast.Name)} & {"Exception", "BaseException"}
@@ -209,15 +221,15 @@ def test_no_error_is_swallowed():
 
 def test_every_room_and_module_says_what_it_is():
     for source in SOURCES:
-        text = (ROOT / source).read_text()
-        assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{source}: no docstring"
+        text = text_of(source)
+        assert not text.strip() or ast.get_docstring(tree_of(source)), f"{source}: no docstring"
 
 
 def test_no_file_is_a_drawer():
     for source in SOURCES:
         stem = Path(source).stem
         assert stem not in ("utils", "util", "helpers", "misc", "common"), source
-        lines = len((ROOT / source).read_text().splitlines())
+        lines = len(text_of(source).splitlines())
         assert lines <= 500, f"{source}: {lines} lines"
 
 

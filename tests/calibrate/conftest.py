@@ -203,7 +203,7 @@ def source(digits) -> str:
 
 
 @pytest.fixture(scope="session")
-def make_run(tmp_path_factory, tiny_vit, source) -> Callable[..., Path]:
+def make_run(tmp_path_factory, tiny_vit, short_training, source) -> Callable[..., Path]:
     """make(learner=..., ...) -> a finished run of three tasks with tiny backbones and kept ranges, made once."""
     from cdl_edge.train.config import TrainConfig
     from cdl_edge.train.loop import train
@@ -214,11 +214,9 @@ def make_run(tmp_path_factory, tiny_vit, source) -> Callable[..., Path]:
         key = repr((learner, sorted(options.items())))
         if key not in made:
             out = tmp_path_factory.mktemp("run")
-            settings: dict[str, Any] = {"distill": "kdp", "tasks": 3, "epochs": 12, "learning_rate": 0.02}
-            settings |= {"teacher": tiny_vit("teacher", 24), "student": tiny_vit("student", 32, seed=3)}
-            train(
-                TrainConfig(source, str(out), learner=learner, range_images=16, **{**settings, **options}), quiet=True
-            )
+            settings = {**short_training, "distill": "kdp", "tasks": 3, "epochs": 12, "learning_rate": 0.02}
+            settings |= {"student": tiny_vit("student", 32, seed=3), "range_images": 16, **options}
+            train(TrainConfig(source, str(out), learner=learner, **settings), quiet=True)
             made[key] = out
         return made[key]
 

@@ -26,7 +26,7 @@ from cdl_edge.train.run import load_run
 
 
 @pytest.fixture(scope="session")
-def make_run(tmp_path_factory, tiny_vit):
+def make_run(tmp_path_factory, short_training):
     """make(learner=..., distill=...) -> a finished run on digits with tiny backbones, made once."""
     made: dict[str, Path] = {}
 
@@ -34,9 +34,8 @@ def make_run(tmp_path_factory, tiny_vit):
         key = repr(sorted(options.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("run")
-            settings = {"teacher": tiny_vit("teacher", 24), "student": tiny_vit("student", 16), "tasks": 5}
-            config = TrainConfig("digits", str(out), epochs=1, limit_per_class=8, **{**settings, **options})
-            train(config, quiet=True)
+            settings = {**short_training, "tasks": 5, "limit_per_class": 8, **options}
+            train(TrainConfig("digits", str(out), **settings), quiet=True)
             made[key] = out
         return made[key]
 
@@ -205,11 +204,10 @@ def test_dynamic_batch(make_run, bundle, tmp_path):
         np.testing.assert_allclose(many.infer(pixels), one.infer(pixels), atol=1e-4)
 
 
-def test_parity_takes_training_images_when_the_validation_images_are_few(make_run, image_folder, tmp_path):
+def test_parity_takes_training_images_when_the_validation_images_are_few(short_training, image_folder, tmp_path):
     data = image_folder(tmp_path / "data", train={"a": 9, "b": 9}, val={"a": 2, "b": 3})
     run = tmp_path / "run"
-    source = load_run(make_run(learner="apt", distill="kdp")).config
-    train(TrainConfig(f"folder:{data}", str(run), source.teacher, source.student, "apt", tasks=2, epochs=1), quiet=True)
+    train(TrainConfig(f"folder:{data}", str(run), learner="apt", tasks=2, **short_training), quiet=True)
     assert export(run, tmp_path / "bundle")["parity"]["images"] == 18 + 5
     assert export(run, tmp_path / "bundle", images=4, replace=True)["parity"]["images"] == 4
     # The images have moved away: nothing can be proven on them.
@@ -221,13 +219,10 @@ def test_parity_takes_training_images_when_the_validation_images_are_few(make_ru
 
 
 @pytest.fixture
-def moved(make_run, image_folder, tmp_path):
+def moved(short_training, image_folder, tmp_path):
     """(a run, its images, the same images in another place)."""
     data = image_folder(tmp_path / "data", train=dict.fromkeys("ab", 4), val=dict.fromkeys("ab", 3))
-    source = load_run(make_run(learner="apt", distill="kdp")).config
-    config = TrainConfig(
-        f"folder:{data}", str(tmp_path / "run"), source.teacher, source.student, "apt", tasks=2, epochs=1
-    )
+    config = TrainConfig(f"folder:{data}", str(tmp_path / "run"), learner="apt", tasks=2, **short_training)
     train(config, quiet=True)
     return tmp_path / "run", data, Path(shutil.copytree(data, tmp_path / "elsewhere"))
 
@@ -266,11 +261,10 @@ def test_other_images_are_refused(moved, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_from_another_working_directory(moved, make_run, image_folder, tmp_path, monkeypatch):
+def test_from_another_working_directory(moved, short_training, image_folder, tmp_path, monkeypatch):
     _, data, _ = moved
-    source = load_run(make_run(learner="apt", distill="kdp")).config
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig("folder:data", "typed", source.teacher, source.student, "apt", tasks=2, epochs=1)
+    config = TrainConfig("folder:data", "typed", learner="apt", tasks=2, **short_training)
     train(config, quiet=True)
     # Another place that has another `data`.
     image_folder(tmp_path / "other" / "data", train=dict.fromkeys("ab", 3), val=dict.fromkeys("ab", 9))

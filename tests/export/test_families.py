@@ -57,8 +57,15 @@ def assert_equal(lab, student, **options):
         assert difference.max() <= TOLERANCE, f"{name}: max {difference.max():.2e}, mean {difference.mean():.2e}"
 
 
-@pytest.mark.parametrize(("learner", "kd", "profile"), PASSES)
-@pytest.mark.parametrize("name", FAMILIES)
+ONCE = [
+    pytest.param(name, *each, marks=[] if i % len(PASSES) == j else pytest.mark.slow)
+    for i, name in enumerate(FAMILIES)
+    for j, each in enumerate(PASSES)
+]
+"every family, and every pass: together only in the slow cases"
+
+
+@pytest.mark.parametrize(("name", "learner", "kd", "profile"), ONCE)
 def test_every_family(lab, family, name, learner, kd, profile):
     assert_equal(lab, lab.student(learner, kd, backbone=family(name)), profile=PROFILES[profile])
 
@@ -68,6 +75,7 @@ def test_patches_that_ask_are_without_registers(lab, family, name):
     assert_equal(lab, lab.student("coda", (12, 6), True, query_of="patches", backbone=family(name)))
 
 
+@pytest.mark.quick("registers, DINOv2", "RoPE, DINOv3")
 @pytest.mark.parametrize("name", ["registers, DINOv2", "norm in front, CLIP", "q/k norm", "RoPE, DINOv3"])
 def test_many_tokens_and_any_batch(lab, family, name):
     """From LAST_TOKENS on the last block makes no keys, where it is linear."""

@@ -42,19 +42,15 @@ def photos(tmp_path_factory, image_folder):
 
 
 @pytest.fixture(scope="session")
-def run_of(tmp_path_factory, tiny_vit, photos):
+def run_of(tmp_path_factory, short_training, photos):
     """run_of(learner, head): a run of two tasks, made once."""
     made = {}
 
     def make(learner, head):
         if (learner, head) not in made:
             out = tmp_path_factory.mktemp("run")
-            backbones = {"teacher": tiny_vit("teacher", 24), "student": tiny_vit("student", 16)}
-            options = {"tasks": 2, "epochs": 1, "min_steps": 0, "batch_size": 8, "random_features": 64, "head": head}
-            train(
-                TrainConfig(f"folder:{photos / 'old'}", str(out), **backbones, **options, **LEARNERS[learner]),
-                quiet=True,
-            )
+            options = {**short_training, "tasks": 2, "batch_size": 8, "head": head, **LEARNERS[learner]}
+            train(TrainConfig(f"folder:{photos / 'old'}", str(out), **options), quiet=True)
             made[learner, head] = out
         return made[learner, head]
 
@@ -97,7 +93,7 @@ def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, hea
     assert sha256(opened.path / "statistics.npz") == sha256(run / "statistics" / "student-2.npz")
 
 
-@pytest.mark.quick("coda-kdp-ranpac")
+@pytest.mark.quick("apt-ranpac")
 @pytest.mark.parametrize("head", STATISTICS_HEADS)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learner, head):

@@ -139,12 +139,11 @@ def test_what_is_sent_does_not_grow_with_the_teachers_width(lab, student, learne
 
 @pytest.mark.quick("coda")
 @pytest.mark.parametrize("learner", POOLS)
-def test_from_training_to_the_device_without_the_teacher(tmp_path, tiny_vit, learner):
+def test_from_training_to_the_device_without_the_teacher(tmp_path, tiny_vit, short_training, learner):
     weights = tmp_path / "teacher.safetensors"
     shutil.copy(tiny_vit("teacher", 24).removeprefix("file:"), weights)
-    run, pair = tmp_path / "run", {"teacher": f"file:{weights}", "student": tiny_vit("student", 16)}
-    options = {"learner": learner, "distill": "cdl-prompt", "tasks": 2, "epochs": 1, "limit_per_class": 8}
-    train(TrainConfig("digits", str(run), **options, **pair), quiet=True)
+    run, options = tmp_path / "run", {**short_training, "teacher": f"file:{weights}", "learner": learner}
+    train(TrainConfig("digits", str(run), distill="cdl-prompt", tasks=2, limit_per_class=8, **options), quiet=True)
     weights.unlink()
     result = export(run, tmp_path / "bundle", images=64)
     assert result["parity"]["max_abs_error"] <= TOLERANCE

@@ -52,21 +52,21 @@ def test_a_sweep(run_sweep, fakes, tmp_path):
 
 def test_learners_by_distillers_by_heads(run_sweep, tmp_path):
     grid = {"learners": "frozen,l2p,apt", "distillers": "none,two-heads,kd,kd-token,kdp", "heads": "learned,ranpac"}
-    document = run_sweep(**grid, seeds="0,1")
-    assert len(document["cells"]) == 2 * 2 * (1 + 5 + 5) and document["failed"] == []
+    document = run_sweep(**grid, seeds="1")
+    assert len(document["cells"]) == 2 * (1 + 5 + 5) and document["failed"] == []
     assert document["grid"]["heads"] == ["learned", "ranpac"]
-    assert document["frozen"][0]["average_accuracy"]["mean"] == 57.5
+    assert document["frozen"][0]["average_accuracy"]["mean"] == 58
     assert {r["head"] for r in document["rows"]} == {"learned", "ranpac"}
     lines = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
     header = next(i for i, line in enumerate(lines) if line.startswith("| learner"))
     assert [c.strip() for c in lines[header].split("|")[1:7]] == [
         *("learner", "distiller", "head", "n", "accuracy %", "vs frozen")
     ]
-    assert lines[header + 2].startswith("| frozen baseline") and "57.50" in lines[header + 2]
+    assert lines[header + 2].startswith("| frozen baseline") and "58.00" in lines[header + 2]
     assert "Frozen baseline: head ranpac." in lines
     # The same command with one more head runs what is new.
-    more = run_sweep(**{**grid, "heads": "learned,ranpac,ncm"}, seeds="0,1")
-    assert len(more["cells"]) == 3 * 2 * (1 + 5 + 5)
+    more = run_sweep(**{**grid, "heads": "learned,ranpac,ncm"}, seeds="1")
+    assert len(more["cells"]) == 3 * (1 + 5 + 5)
 
 
 def test_class_orders_of_each_seed(run_sweep):

@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def sides(backbone, tiny_vit, make_model):
     wide = load_backbone(tiny_vit("teacher", 24))
-    teacher = PromptedViT(wide.model, "coda", 6, 3, 1, key_width=backbone.width)
+    teacher = PromptedViT(wide.model, "l2p", 6, 3, 1, key_width=backbone.width)
     return {
-        "student": Side(make_model("coda"), backbone.preprocessing, CPU),
+        "student": Side(make_model("l2p"), backbone.preprocessing, CPU),
         "teacher": Side(teacher, wide.preprocessing, CPU),
     }
 

@@ -65,7 +65,7 @@ def run_of(tmp_path, make_config):
 @heads
 @pytest.mark.parametrize("kd", [False, True])
 def test_the_module_is_the_numpy_head(head, kd):
-    module = StatisticsHead(head, 8, kd, 6)
+    module = StatisticsHead(head, 8, kd, 6, random_features=64)
     width = 8 * (6 if kd else 5)
     where = ("patches", "vertical", "horizontal", "diagonal")
     assert module.map.parts == (("class", "kd", *where) if kd else ("class", *where))
@@ -168,7 +168,7 @@ def test_it_learns_nothing_more_behind_the_first_task(run_of, monkeypatch):
 @pytest.mark.parametrize("head", STATISTICS_HEADS)
 @pytest.mark.parametrize("moment", ["statistics", "checkpoint"])
 def test_stopped_anywhere_it_ends_in_the_same_bytes(tmp_path, run_of, make_config, monkeypatch, head, moment):
-    options = {"epochs": 2, "learner": "coda", "distill": "kdp", "head": head, "prompt_tasks": 2}
+    options = {"epochs": 2, "learner": "l2p", "distill": "kdp", "head": head, "prompt_tasks": 2}
     whole = run_of("whole", **options)
     config = make_config(tmp_path / "broken", **options)
 

@@ -1,5 +1,6 @@
 """Pre-training of blocks behind a frozen trunk, on a handful of pictures and random checkpoints."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -34,9 +35,16 @@ def weights(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="module")
+def opened():
+    """`load_trunk` that opens a file once: timm takes half a second for a network, all of them frozen."""
+    return functools.cache(load_trunk)
+
+
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
+def small(monkeypatch, opened):
     """The same code at smaller sizes."""
+    monkeypatch.setattr(module, "load_trunk", opened)
     monkeypatch.setattr(module, "HYBRIDS", {"hybrid-student": Hybrid("efficientnet_lite0", 64, 16, 2, depth=2)})
     monkeypatch.setattr(module, "ANSWERS", Hybrid("efficientnet_lite0", 40, 0, 0))
     monkeypatch.setattr(module, "CHUNK", 5)

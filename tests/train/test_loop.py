@@ -1,6 +1,7 @@
 """A run from start to end: what it writes, what it refuses, what reaches the loss."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +37,23 @@ def refused(config, *words, resume=False):
 # -- what a run leaves ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_its_folder(tmp_path, make_config):
-    out = tmp_path / "deep" / "run"
-    config = make_config(out)
-    returned = train(config, quiet=True)
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory, make_config):
+    """(its configuration, what train returned) of a finished run of the usual options; for reading and copying."""
+    config = make_config(tmp_path_factory.mktemp("usual") / "deep" / "run")
+    return config, train(config, quiet=True)
+
+
+@pytest.fixture
+def copied(usual, make_config, tmp_path):
+    """(the configuration, what train returned) of a copy of that run to work on."""
+    shutil.copytree(usual[0].out, tmp_path / "run")
+    return make_config(tmp_path / "run"), usual[1]
+
+
+def test_a_run_writes_its_folder(usual):
+    config, returned = usual
+    out = Path(config.out)
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
         "metrics.json",
@@ -105,7 +119,7 @@ def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
     # Phase one is done and frozen before phase two looks at it.
     names = ("kd", "kdp", "blockwise", "cdl-prompt")  # blockwise goes back through the teacher's own blocks
     for name in names:
-        train(make_config(tmp_path / name, distill=name), quiet=True)
+        train(make_config(tmp_path / name, distill=name, epochs=1, limit_per_class=4), quiet=True)
     one, *others = (load_file(tmp_path / name / "teacher.safetensors") for name in names)
     for other in others:
         assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
@@ -118,6 +132,7 @@ def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
     assert "task 1/2 teacher: loss" in err and "task 2/2 student: average accuracy" in err and "images/s" in err
 
 
+@pytest.mark.quick("bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_is_recorded_and_evaluation_is_fp32(tmp_path, make_config, precision, monkeypatch):
     seen = []
@@ -212,10 +227,9 @@ def test_a_resumed_run_takes_its_own_number_of_threads(tmp_path, make_config, mo
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_run_is_left_untouched(tmp_path, make_config):
-    out = tmp_path / "run"
-    config = make_config(out)
-    metrics = train(config, quiet=True)
+def test_an_existing_run_is_left_untouched(usual, make_config):
+    config, metrics = usual
+    out = Path(config.out)
     before = contents(out)
     refused(config, "a run is there already", "--resume")
     refused(make_config(out, epochs=9, seed=1), "a run is there already")
@@ -271,7 +285,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, make_config):
             refused(make_config(tmp_path / name), "exists and is not a run", resume=resume)
     assert contents(tmp_path / "photos") == {"me.jpg": b"x"}
     (tmp_path / "empty").mkdir()
-    train(make_config(tmp_path / "empty"), quiet=True)
+    train(make_config(tmp_path / "empty", distill="none", epochs=1), quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -415,9 +429,8 @@ def test_without_weight_the_one_pass_regulariser_changes_no_number(tmp_path, mak
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
-def test_leftovers_of_a_killed_write_are_removed(tmp_path, make_config):
-    config = make_config(tmp_path / "run")
-    train(config, quiet=True)
+def test_leftovers_of_a_killed_write_are_removed(tmp_path, copied):
+    config, _ = copied
     (tmp_path / "run" / ".checkpoint.safetensors.x1.part").write_bytes(b"half")
     train(config, resume=True, quiet=True)
     assert not list((tmp_path / "run").glob(".*.part"))

@@ -193,7 +193,7 @@ def test_given_logits_are_not_asked_for_again(bench, monkeypatch):
 @pytest.mark.parametrize("name", ["student", "teacher"])
 @pytest.mark.parametrize("distill", [n for n, d in DISTILLERS.items() if d.needs_teacher])
 def test_only_the_side_whose_turn_it_is_learns(bench, distill, name):
-    at = bench(distill=distill, learner="coda", epochs=1, batch_size=4)
+    at = bench(distill=distill, learner="l2p", epochs=1, batch_size=4)
     other = at.made.models["teacher" if name == "student" else "student"]
     model, distiller = at.made.models[name], at.made.distiller
     parts = {"model": model, "other": other, "distiller": distiller}

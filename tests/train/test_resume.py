@@ -53,7 +53,7 @@ def unbroken(tmp_path_factory, make_config):
     return folder
 
 
-@pytest.mark.quick("before-coda-kdp", "behind-l2p-none")
+@pytest.mark.quick("before-dualprompt-kd", "behind-l2p-none")
 @pytest.mark.parametrize(
     ("moment", "options"),
     [

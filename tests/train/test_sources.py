@@ -280,16 +280,16 @@ def test_weights_of_another_model_on_the_hub(hub):
 
 
 @pytest.mark.parametrize("way", ["folder", "hub", "file"])
-def test_from_such_weights_to_an_answer(way, hub, folder, model, tmp_path, photo, tiny_vit, monkeypatch):
+def test_from_such_weights_to_an_answer(way, hub, folder, model, tmp_path, photo, short_training, monkeypatch):
     student = {
         "folder": {"student": f"local-dir:{folder}", "image_size": 24},
         "hub": {"student": "hf-hub:org/tiny"},
         "file": {"student": f"file:{folder}/model.safetensors"},
     }[way]
-    options = {"teacher": tiny_vit("teacher", 24), "tasks": 2, "epochs": 1, "limit_per_class": 4, "batch_size": 16}
+    options = {**short_training, "learner": "l2p", "tasks": 2, "limit_per_class": 4, "batch_size": 16, **student}
     if way == "folder":
         options["teacher_image_size"] = 32
-    train(TrainConfig("digits", str(tmp_path / "run"), **options, **student), quiet=True)
+    train(TrainConfig("digits", str(tmp_path / "run"), **options), quiet=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # an export needs the cache only
     result = export(tmp_path / "run", tmp_path / "bundle", images=8)
     assert result["parity"]["max_abs_error"] <= 1e-4

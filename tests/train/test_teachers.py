@@ -55,7 +55,7 @@ def reused(folder):
 # -- a kept teacher ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("coda-kdp")
+@pytest.mark.quick("l2p-reviewkd")
 @pytest.mark.parametrize(
     ("options", "other"),
     [
@@ -83,12 +83,12 @@ def test_a_kept_teacher_changes_no_number(tmp_path, make_config, phases, options
 
 
 def test_what_is_kept_is_small_and_says_whose_it_is(tmp_path, make_config):
-    config = make_config(tmp_path / "run", teachers=str(tmp_path / "kept"), learner="coda", distill="kd")
+    config = make_config(tmp_path / "run", teachers=str(tmp_path / "kept"), learner="l2p", distill="kd")
     train(config, quiet=True)
     (folder,) = (tmp_path / "kept").iterdir()
     assert sorted(p.name for p in folder.iterdir()) == ["key.json", "task-01.safetensors", "task-02.safetensors"]
     key = json.loads((folder / "key.json").read_text())
-    assert (key["learner"], key["epochs"], key["seed"], key["tasks"]) == ("coda", 2, 0, 2)
+    assert (key["learner"], key["epochs"], key["seed"], key["tasks"]) == ("l2p", 2, 0, 2)
     assert key["teacher"].startswith("sha256:") and key["student"].startswith("sha256:")
     assert key["classes"] == json.loads((tmp_path / "run" / "metrics.json").read_text())["classes"]
     stored = load_state(folder / "task-01.safetensors")

@@ -242,6 +242,7 @@ def narrow(width):
     return onnx.ModelProto(ir_version=9, graph=graph, opset_import=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
+@pytest.mark.quick("64")
 @pytest.mark.parametrize("width", [32, 64, 96])
 def test_one_thread_and_a_narrow_backbone(tiny, tmp_path, width):
     """In a process of its own: OpenVINO's compiler dies of such a graph unless its fused kernels are off."""
