@@ -206,6 +206,7 @@ def test_what_a_page_shows(page, place, cli):
     found = blocks(DOCS / page)
     if page == "jetson.md":  # the whole way, from the photographs on
         shutil.rmtree("runs")
+        shutil.rmtree("bundles")
     answer = None
     for i, block in enumerate(found):
         if block.kind == "sh":
