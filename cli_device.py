@@ -76,7 +76,8 @@ def predict(
     for p in result["predictions"]:
         known = "  looks like none of the classes" if p["unknown"] else ""
         share = f"{p['label']} ({100 * p['probability']:.1f} %), confidence {100 * p['confidence']:.1f} %"
-        lines.append(f"{p['image']}: {share}{known}  task {p['task'] + 1}  prompts {p['prompts']['selected']}")
+        prompts = f"  prompts {selected}" if (selected := p["prompts"]["selected"]) else ""
+        lines.append(f"{p['image']}: {share}{known}  task {p['task'] + 1}{prompts}")
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
     lines.append(f"by {result['backend']} in {result['precision']}")
     lines += [f"{name}: {text}" for name, text in result["definitions"].items()]
