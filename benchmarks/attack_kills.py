@@ -7,19 +7,20 @@ thousand numbers, so that a command takes seconds.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attack_files import MEMORY_MB, Found  # of this folder
+from attack_server import measure
 
 from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
@@ -63,10 +64,16 @@ def ended(command: list[str]) -> tuple[int, str, float]:
     """Run it to its end: (exit code, what it said on stderr, most memory that it held in MB)."""
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peaks: dict[int, float] = {}
+        stop = threading.Event()
+        # The kernel's own maximum counts what the parent held when it started the command.
+        watch = threading.Thread(target=measure, args=(process.pid, peaks, stop))
+        watch.start()
+        process.wait()
+        stop.set()
+        watch.join()
         said.seek(0)
-        return process.returncode, said.read(), used.ru_maxrss / 1024
+        return process.returncode, said.read(), max(peaks.values(), default=0.0)
 
 
 def leftovers(folder: Path) -> list[str]:

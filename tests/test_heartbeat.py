@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from cdl_edge.heartbeat import Watched, at, heartbeat
+from cdl_edge.train import phase
 
 
 class Stream(io.StringIO):
@@ -95,7 +96,7 @@ def test_commands_have_one_and_a_server_has_none(cli, monkeypatch):
 def test_a_phase_of_training_says_its_epoch_and_loss(cli, tmp_path, fast_options, monkeypatch):
     """Also where no bar is shown, as in a log file."""
     told = []
-    monkeypatch.setattr("cdl_edge.train.phase.at", told.append)
+    monkeypatch.setattr(phase, "at", told.append)
     answer = cli("train", *fast_options, "--learner", "coda", "--min-steps", 0, "--out", tmp_path / "run")
     assert answer.code == 0, answer.err
     assert any(line.startswith("task 1/2 student: epoch 2/2, loss ") for line in told), told[-1:]

@@ -145,6 +145,7 @@ def test_the_ground_floor_imports_no_room(source):
         "class_statistics",
         "cores",
         "folders",
+        "heartbeat",
         "splits",
         "errors",
         "extras",

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..artefacts.layout import CONFIG, METRICS, RANGES, weights_of
+from ..artefacts.layout import CONFIG, METRICS, RANGES, RUN_SCHEMA, weights_of
 from ..artefacts.run_record import read_metrics, write_metrics
 from ..class_statistics import ClassStatistics
 from ..data import absolute, held_out_early, load_dataset
@@ -468,7 +468,7 @@ class _Training:
             },
         }
         self.engine.on_main(lambda: self._write(metrics))
-        return metrics
+        return {"schema": RUN_SCHEMA, **metrics}  # as it is written
 
     def _write(self, metrics: dict[str, Any]) -> None:
         for name, matrix in self.matrices.items():

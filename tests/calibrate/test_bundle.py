@@ -587,7 +587,9 @@ def test_latency_of_what_runs_here(kept_only):
     measured = {(e["backend"], e["precision"]): e for e in result["latency"]}
     assert {("onnxruntime", "fp32"), ("onnxruntime", "int8")} <= set(measured)
     assert result["latency"][0]["ratio"] == 1.0 and all(e["compute_ms"] > 0 for e in result["latency"])
-    fastest = min(result["latency"], key=lambda e: e["compute_ms"])
+    refused = {(e["backend"], e["precision"]) for e in result["refused"]}  # bytes that saturate, on an old processor
+    allowed = [e for key, e in measured.items() if key not in refused]
+    fastest = min(allowed, key=lambda e: e["compute_ms"])
     assert result["recommended"] == {"backend": fastest["backend"], "precision": fastest["precision"]}
 
 

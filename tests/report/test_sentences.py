@@ -51,7 +51,7 @@ def test_a_profile_of_another_bundle_with_the_same_graph_is_refused(
 def test_a_profile_beside_a_run_alone_is_refused(tmp_path, metrics, profile, save_run, save_bundle, read_page):
     """A run does not say which bundles were made from it: any latency could stand under its name."""
     run, bundle = save_run(tmp_path / "run", metrics), save_bundle(tmp_path / "b", metrics)
-    context = {"manifest_sha256": open_bundle(bundle).manifest["manifest_sha256"], "precision": "int8"}
+    context = {"manifest_sha256": open_bundle(bundle).manifest.manifest_sha256, "precision": "int8"}
     with pytest.raises(InputError, match="without the bundle"):
         write_report(tmp_path / "r.html", run, profile={**profile, "context": context})
     assert not (tmp_path / "r.html").exists()

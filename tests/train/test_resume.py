@@ -103,17 +103,13 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, moment,
 
 
 def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatch, unbroken):
-    real = loop.write_json
+    def write(run, document):
+        raise Stopped
 
-    def write(path, document):
-        if path.name == "metrics.json":
-            raise Stopped
-        real(path, document)
-
-    monkeypatch.setattr(loop, "write_json", write)
+    monkeypatch.setattr(loop, "write_metrics", write)
     with pytest.raises(Stopped):
         train(make_config(tmp_path / "broken"), quiet=True)
-    monkeypatch.setattr(loop, "write_json", real)
+    monkeypatch.undo()
     assert not (tmp_path / "broken" / "metrics.json").exists()
     train(make_config(tmp_path / "broken"), resume=True, quiet=True)
     assert_same(unbroken, tmp_path / "broken")

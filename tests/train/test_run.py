@@ -37,7 +37,7 @@ def refused(path, *words):
 def test_a_run_comes_back_whole(run):
     got = load_run(run)
     assert got.path == run and got.config.seed == 5
-    assert got.metrics == json.loads((run / "metrics.json").read_text())
+    assert got.metrics.document == json.loads((run / "metrics.json").read_text())
     assert got.student.learner.learnt == 2 and got.student.classes == 10 and got.student.alpha == 0.25
     assert got.student.kd is not None and got.student.two_pass
     assert got.preprocessing == got.backbone.preprocessing
