@@ -34,6 +34,12 @@ def verdict(metrics: Metrics) -> dict[str, Any]:
         return {"sentences": [first, "How a frozen backbone does on the same pictures was not recorded."], "good": None}
     other, head = baseline.average_accuracy, HEADS.get(baseline.head, baseline.head)
     gap = accuracy - other
+    if metrics.config.get("learner") == "frozen":
+        own = HEADS.get(str(metrics.config.get("head")), "learnt head").removesuffix(" head")
+        second = f"It is the frozen backbone with a {own} head: seconds, and nothing else was learnt."
+        if other - accuracy >= 0.05:
+            second = f"{second[:-1]}; with a {head} head it names {other:.1f} %."
+        return {"sentences": [first, second], "good": None}
     frozen = f"the frozen backbone with a {head} head, which takes seconds and no training: {other:.1f} %"
     if abs(gap) < 0.05:
         second = f"That is no better than {frozen}."

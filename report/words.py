@@ -161,7 +161,9 @@ def labelled(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> list[t
 def method_text(learner: object, distiller: object) -> str:
     """ "CODA-Prompt + KDP"."""
     first = LEARNERS.get(str(learner), str(learner))
-    return f"{first} + {DISTILLERS.get(str(distiller), str(distiller))}" if distiller else first
+    if not distiller or learner == "frozen":  # nothing of it could be taught
+        return first
+    return f"{first} + {DISTILLERS.get(str(distiller), str(distiller))}"
 
 
 def spread_text(measure: Mapping[str, Any] | None, digits: int = 2) -> str | None:

@@ -53,6 +53,15 @@ def test_verdict(counted: dict[str, Any], baseline: float, good: bool | None, wo
     assert ("--learner frozen" in found["sentences"][1]) == (good is False)
 
 
+@pytest.mark.parametrize(("baseline", "more"), [(83.82333, "."), (90.0, "; with a RanPAC head it names 90.0 %.")])
+def test_verdict_of_the_frozen_backbone_itself(counted: dict[str, Any], baseline: float, more: str) -> None:
+    counted["baseline"]["average_accuracy"] = baseline
+    counted["config"] |= {"learner": "frozen", "head": "slda"}
+    found = verdict(Metrics.of(counted, "metrics.json"))
+    said = "It is the frozen backbone with a SLDA head: seconds, and nothing else was learnt"
+    assert found["sentences"][1] == said + more and found["good"] is None
+
+
 def test_verdict_of_a_run_of_before(metrics: dict[str, Any]) -> None:
     found = verdict(Metrics.of(metrics, "metrics.json"))
     assert found["good"] is None and "not recorded" in found["sentences"][1]
