@@ -80,6 +80,6 @@ def test_no_text_installs_from_an_index_that_has_it_not(root):
     """The name is not published: the wheel or the sources, until a person publishes it."""
     rooms = ("measurement", "runtime", "server", "updates")
     pages = [*root.glob("docs/*.md"), *root.glob("deploy/*"), *(p for r in rooms for p in (root / r).rglob("*.py"))]
-    for page in filter(Path.is_file, pages):
+    for page in (p for p in pages if p.is_file()):
         text = page.read_text("utf-8")
         assert not re.search(r"pip install (--upgrade )?cdl-edge\b", text), page
