@@ -15,9 +15,9 @@ from ..heads import CLOSED_FORM, RIDGE_SCALE, LinearMap
 FEWEST = 3
 "pictures of a class"
 DUPLICATE = 0.98
-"""cosine of the features of two pictures above which they are one picture twice. Measured with `builtin:student`: the same
-photograph written again as JPEG of quality 90 0.975 to 0.995, two photographs of one class 0.80 at most, two digits of
-8 x 8 pixels 0.973 at most (4 x 435 and 435 pairs, 2026-11-27)."""
+"""cosine of the features of two pictures above which they are one picture twice. Measured with `builtin:student`: the
+same photograph written again as JPEG of quality 90 has 0.975 to 0.995, two photographs of one class 0.80 at most, two
+digits of 8 x 8 pixels 0.973 at most (4 x 435 and 435 pairs, 2026-11-27)."""
 ALIKE = 0.5
 "share of the pictures that one other class may take, each judged by the others, before they are called that class's"
 ENOUGH = 0.7

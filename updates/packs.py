@@ -274,11 +274,15 @@ def _check_base(pack: Pack, store: Store) -> None:
             f"--sequence {store.state.sequence + 1}",
         )
     if document["from"] != installed:
+        enrolled = store.bundle.manifest.enrolled_on
+        fix = "install the packs in between first, or make one: pack create OLD NEW, OLD being what runs"
+        if enrolled is not None and document["from"].startswith(enrolled):
+            fix = "classes were enrolled on that version: cdl-edge enrol remove them, install, and enrol them again"
         raise InputError(
             f"{at}: made for another version than the one that runs",
             got=f"{installed[:16]} runs in {store.path}",
             expected=f"{document['from']:.16}, which the pack needs",
-            fix="install the packs in between first, or make one: pack create OLD NEW, OLD being what runs",
+            fix=fix,
         )
 
 
