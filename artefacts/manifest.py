@@ -90,6 +90,11 @@ class Enrolment:
     at: str
     "UTC"
 
+    def check(self) -> None:
+        """There is a picture. Raises: MalformedField."""
+        if not self.name or self.images < 1:
+            raise MalformedField("images", self.images, "1 or more, of a class with a name")
+
 
 @dataclass(frozen=True)
 class Manifest:

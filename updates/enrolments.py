@@ -91,7 +91,7 @@ def base_of(store: Store) -> Bundle:
     wanted = store.bundle.manifest.enrolled_on
     base = store.bundle
     if wanted is not None:
-        if not store.folder(wanted).is_dir():
+        if wanted not in {v.version for v in store.state.versions}:
             raise InputError(
                 f"{store.path}: the version that classes were enrolled on is not kept here",
                 got=f"{store.bundle.manifest.version} alone",

@@ -28,8 +28,8 @@ from cdl_edge.train.loop import train
 from cdl_edge.updates import enrol as module
 from cdl_edge.updates import judgement
 from cdl_edge.updates.enrol import enrol, enrolments, remove
-from cdl_edge.updates.enrolments import present_head
-from cdl_edge.updates.packs import listed, rollback
+from cdl_edge.updates.enrolments import Enrolled, present_head
+from cdl_edge.updates.packs import create, install, listed, rollback
 
 PICTURES = np.random.default_rng(5).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
 
@@ -205,6 +205,38 @@ def altered(bundle, out, **fields):
     files = {name: opened.path / name for name in opened.manifest.files}
     write_bundle(out, {**opened.manifest.document, **fields}, files)
     return out
+
+
+def test_a_pack_comes_after_the_enrolments_are_removed(device, taught, tmp_path):
+    document = open_bundle(device).manifest.document
+    newer = altered(taught(), tmp_path / "newer", created="2099-01-01T00:00:00Z", alpha=0.25)
+    assert document["alpha"] != 0.25
+    create(taught(), newer, tmp_path / "update.pack")
+    enrol(device, "stripes", frames(4), threads=1)
+    with pytest.raises(InputError, match="classes were enrolled on that version"):
+        install(tmp_path / "update.pack", device, threads=1)
+    remove(device, "stripes", threads=1)
+    install(tmp_path / "update.pack", device, threads=1)
+    enrol(device, "stripes", frames(4), threads=1)
+    opened = open_bundle(device).manifest
+    assert opened.alpha == 0.25 and opened.enrolled_on == open_bundle(newer).manifest.version
+
+
+def test_a_version_without_the_workshop_s_is_refused(device, tmp_path):
+    enrol(device, "stripes", frames(4), threads=1)
+    alone = Path(shutil.copytree(open_bundle(device).path, tmp_path / "alone"))
+    assert api.predict(alone, frames(1), threads=1)["predictions"]
+    with pytest.raises(InputError, match="is not kept here"):
+        remove(alone, "stripes", threads=1)
+
+
+@pytest.mark.parametrize("damage", [{"images": 0}, {"images": -4}, {"images": 5}, {"name": ""}])
+def test_records_that_contradict_the_features(device, tmp_path, damage):
+    enrol(device, "stripes", frames(4), threads=1)
+    entry = {"name": "stripes", "images": 4, "at": "2026-11-27T00:00:00Z"}
+    with pytest.raises(InputError, match=r"enrolments\[0\]|not whole"):
+        broken = altered(open_bundle(device).path, tmp_path / "broken", enrolments=[entry | damage])
+        Enrolled.of(open_bundle(broken))
 
 
 def test_heads_that_no_device_can_make_are_refused(taught, tmp_path):
