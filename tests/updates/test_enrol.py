@@ -233,10 +233,15 @@ def test_a_version_without_the_workshop_s_is_refused(device, tmp_path):
 @pytest.mark.parametrize("damage", [{"images": 0}, {"images": -4}, {"images": 5}, {"name": ""}])
 def test_records_that_contradict_the_features(device, tmp_path, damage):
     enrol(device, "stripes", frames(4), threads=1)
-    entry = {"name": "stripes", "images": 4, "at": "2026-11-27T00:00:00Z"}
+    entry = {"name": "stripes", "images": 4, "at": "whole"}
+    whole = open_bundle(device).path
+
+    def read(records):
+        return Enrolled.of(open_bundle(altered(whole, tmp_path / records[0]["at"], enrolments=records)))
+
+    assert len(read([entry]).features) == 4
     with pytest.raises(InputError, match=r"enrolments\[0\]|not whole"):
-        broken = altered(open_bundle(device).path, tmp_path / "broken", enrolments=[entry | damage])
-        Enrolled.of(open_bundle(broken))
+        read([entry | damage | {"at": "damaged"}])
 
 
 def test_heads_that_no_device_can_make_are_refused(taught, tmp_path):
