@@ -362,6 +362,41 @@ def versions(bundle: Path | str) -> list[dict[str, Any]]:
     return run(bundle)
 
 
+def enrol(
+    bundle: Path | str,
+    name: str,
+    images: Sequence[Path | str | bytes | np.ndarray],
+    max_drop: float | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    say: Callable[[str], None] = _silent,
+) -> dict[str, Any]:
+    """A class of BUNDLE from a few pictures, without torch, see updates.enrol.enrol. Raises also: GateError.
+
+    max_drop: points that the classes that were there may lose; None: 0.5.
+    """
+    from .updates.enrol import MAX_DROP
+    from .updates.enrol import enrol as run
+
+    return run(bundle, name, images, MAX_DROP if max_drop is None else max_drop, backend, threads, say)
+
+
+def remove_enrolment(
+    bundle: Path | str, name: str, backend: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """What was enrolled as the class `name` out of BUNDLE again, see updates.enrol.remove."""
+    from .updates.enrol import remove as run
+
+    return run(bundle, name, backend, threads)
+
+
+def enrolments(bundle: Path | str) -> list[dict[str, Any]]:
+    """What was enrolled in BUNDLE, see updates.enrol.enrolments."""
+    from .updates.enrol import enrolments as run
+
+    return run(bundle)
+
+
 def inspect(bundle: Path | str) -> dict[str, Any]:
     """What a bundle holds."""
     from .measurement.inspect import inspect as run

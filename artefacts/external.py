@@ -13,9 +13,9 @@ import numpy as np
 from ..errors import InputError
 
 # Field numbers of onnx.proto3 (onnx 1.23).
-_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 7, 5, 9, 13, 14
-_GRAPH_OUTPUT, _VALUE_NAME, _NODE_INPUT = 12, 1, 1
-_MODEL_FUNCTIONS, _MODEL_OPSET, _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 25, 8, 1, 2, 8
+MODEL_GRAPH, GRAPH_INITIALIZER, _TENSOR_RAW, TENSOR_EXTERNAL, _TENSOR_LOCATION = 7, 5, 9, 13, 14
+GRAPH_OUTPUT, VALUE_NAME, _NODE_INPUT = 12, 1, 1
+_MODEL_FUNCTIONS, _MODEL_OPSET, TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME = 25, 8, 1, 2, 8
 _CHILDREN: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -30,7 +30,8 @@ _TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "floa
 "TensorProto.DataType -> numpy"
 _LARGEST = (1 << 31) - 1
 "bytes of a protobuf message"
-_BROKEN = (IndexError, ValueError, KeyError)
+BROKEN = (IndexError, ValueError, KeyError)
+"what reading bytes that are no graph raises"
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,10 @@ def external_records(model: Path | bytes) -> list[Record]:
     """
     try:
         view = _content(model)
-        tensors = [t for graph in _messages(view, _MODEL_GRAPH) for t in _messages(graph, _GRAPH_INITIALIZER)]
-        return [_record(t) for t in tensors if any(_messages(t, _TENSOR_EXTERNAL))]
-    except _BROKEN as error:
-        raise _no_graph(model, error) from error
+        tensors = [t for graph in messages_of(view, MODEL_GRAPH) for t in messages_of(graph, GRAPH_INITIALIZER)]
+        return [record_of(t) for t in tensors if any(messages_of(t, TENSOR_EXTERNAL))]
+    except BROKEN as error:
+        raise no_graph(model, error) from error
 
 
 def graph_digest(model: Path | bytes) -> str:
@@ -92,12 +93,12 @@ def graph_digest(model: Path | bytes) -> str:
     digest = hashlib.sha256()
     try:
         view = _content(model)
-        for field in (_MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTIONS):
-            for message in _messages(view, field):
+        for field in (MODEL_GRAPH, _MODEL_OPSET, _MODEL_FUNCTIONS):
+            for message in messages_of(view, field):
                 digest.update(b"%d:%d:" % (field, len(message)))
                 digest.update(message)
-    except _BROKEN as error:
-        raise _no_graph(model, error) from error
+    except BROKEN as error:
+        raise no_graph(model, error) from error
     return digest.hexdigest()
 
 
@@ -109,16 +110,16 @@ def inlined(model: bytes, contents: Mapping[str, np.ndarray]) -> bytes:
     Raises: InputError for a model that is broken, is too large for one piece, or whose constants are not in the files.
     """
     try:
-        graphs = list(_messages(_content(model), _MODEL_GRAPH))
-        parts: list[bytes | memoryview] = [raw for n, _, raw in _fields(memoryview(model)) if n != _MODEL_GRAPH]
+        graphs = list(messages_of(_content(model), MODEL_GRAPH))
+        parts: list[bytes | memoryview] = [raw for n, _, raw in fields_of(memoryview(model)) if n != MODEL_GRAPH]
         for graph in graphs:
             inside: list[bytes | memoryview] = []
-            for number, value, raw in _fields(graph):
-                outside = number == _GRAPH_INITIALIZER and any(_messages(_message(value), _TENSOR_EXTERNAL))
-                inside += _whole(_message(value), contents) if outside else [raw]
-            parts += [_head(_MODEL_GRAPH, sum(map(len, inside))), *inside]
-    except _BROKEN as error:
-        raise _no_graph(model, error) from error
+            for number, value, raw in fields_of(graph):
+                outside = number == GRAPH_INITIALIZER and any(messages_of(message_of(value), TENSOR_EXTERNAL))
+                inside += _whole(message_of(value), contents) if outside else [raw]
+            parts += [head_of(MODEL_GRAPH, sum(map(len, inside))), *inside]
+    except BROKEN as error:
+        raise no_graph(model, error) from error
     if (size := sum(map(len, parts))) > _LARGEST:
         fix = "use --backend onnxruntime, which takes constants apart from the graph"
         raise InputError("the graph with its constants is too large", got=size, expected=f"{_LARGEST} bytes", fix=fix)
@@ -127,46 +128,52 @@ def inlined(model: bytes, contents: Mapping[str, np.ndarray]) -> bytes:
 
 def _whole(tensor: memoryview, contents: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
     """An initializer's message with its values inside."""
-    record = _record(tensor)
+    record = record_of(tensor)
     values = record.view(contents[record.location]).tobytes()
-    kept = [raw for number, _, raw in _fields(tensor) if number not in (_TENSOR_EXTERNAL, _TENSOR_LOCATION)]
-    parts: list[bytes | memoryview] = [*kept, _head(_TENSOR_RAW, len(values)), values]
-    return [_head(_GRAPH_INITIALIZER, sum(map(len, parts))), *parts]
+    kept = [raw for number, _, raw in fields_of(tensor) if number not in (TENSOR_EXTERNAL, _TENSOR_LOCATION)]
+    parts: list[bytes | memoryview] = [*kept, head_of(_TENSOR_RAW, len(values)), values]
+    return [head_of(GRAPH_INITIALIZER, sum(map(len, parts))), *parts]
 
 
-def _head(field: int, length: int) -> bytes:
+def head_of(field: int, length: int) -> bytes:
     """What stands before the content of a length-delimited field."""
-    head = bytearray()
-    for number in (field << 3 | 2, length):
-        while number > 0x7F:
-            head.append(number & 0x7F | 0x80)
-            number >>= 7
-        head.append(number)
-    return bytes(head)
+    return varint_of(field << 3 | 2) + varint_of(length)
+
+
+def varint_of(number: int) -> bytes:
+    """A whole number from 0 as protobuf writes it."""
+    written = bytearray()
+    while number > 0x7F:
+        written.append(number & 0x7F | 0x80)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
 
 
 def _content(model: Path | bytes) -> memoryview:
     return memoryview(model if isinstance(model, bytes) else model.read_bytes())
 
 
-def _no_graph(model: Path | bytes, error: Exception) -> InputError:
+def no_graph(model: Path | bytes, error: Exception) -> InputError:
+    """The error for a file that is none of ours."""
     name = "the model" if isinstance(model, bytes) else str(model)
     return InputError(f"{name}: not an ONNX graph", got=str(error), fix="export the bundle again")
 
 
-def _record(tensor: memoryview) -> Record:
+def record_of(tensor: memoryview) -> Record:
+    """Of an initializer whose values are kept outside. Raises: what BROKEN names."""
     entries = {}
-    for entry in _messages(tensor, _TENSOR_EXTERNAL):
-        keys, values = list(_messages(entry, 1)), list(_messages(entry, 2))
+    for entry in messages_of(tensor, TENSOR_EXTERNAL):
+        keys, values = list(messages_of(entry, 1)), list(messages_of(entry, 2))
         entries[bytes(keys[-1]).decode("utf-8")] = bytes(values[-1]).decode("utf-8")
-    dims = list(_numbers(tensor, _TENSOR_DIMS))
-    for packed in _messages(tensor, _TENSOR_DIMS):
+    dims = list(_numbers(tensor, TENSOR_DIMS))
+    for packed in messages_of(tensor, TENSOR_DIMS):
         position = 0
         while position < len(packed):
             size, position = _varint(packed, position)
             dims.append(size)
     kind = _TYPES[next(_numbers(tensor, _TENSOR_TYPE), 0)]
-    name = bytes(next(_messages(tensor, _TENSOR_NAME), b"")).decode("utf-8")
+    name = bytes(next(messages_of(tensor, _TENSOR_NAME), b"")).decode("utf-8")
     offset, length = int(entries.get("offset", 0)), int(entries["length"])
     return Record(name, entries["location"], offset, length, tuple(dims), kind)
 
@@ -178,8 +185,8 @@ def external_files(model: Path | bytes) -> set[str]:
     """
     try:
         return {name for kind, message in _walk(model) if kind == "tensor" for name in _locations(message)}
-    except _BROKEN as error:
-        raise _no_graph(model, error) from error
+    except BROKEN as error:
+        raise no_graph(model, error) from error
 
 
 def used_names(model: Path | bytes) -> set[str]:
@@ -188,13 +195,13 @@ def used_names(model: Path | bytes) -> set[str]:
     try:
         for kind, message in _walk(model):
             if kind == "node":
-                found |= {bytes(name) for name in _messages(message, _NODE_INPUT)}
+                found |= {bytes(name) for name in messages_of(message, _NODE_INPUT)}
             elif kind == "graph":
-                outputs = _messages(message, _GRAPH_OUTPUT)
-                found |= {bytes(name) for output in outputs for name in _messages(output, _VALUE_NAME)}
+                outputs = messages_of(message, GRAPH_OUTPUT)
+                found |= {bytes(name) for output in outputs for name in messages_of(output, VALUE_NAME)}
         return {name.decode("utf-8") for name in found}
-    except _BROKEN as error:
-        raise _no_graph(model, error) from error
+    except BROKEN as error:
+        raise no_graph(model, error) from error
 
 
 def _walk(model: Path | bytes) -> Iterator[tuple[str, memoryview]]:
@@ -205,35 +212,36 @@ def _walk(model: Path | bytes) -> Iterator[tuple[str, memoryview]]:
         yield kind, message
         below = _CHILDREN.get(kind, {})
         if below:
-            waiting += [(below[n], v) for n, v, _ in _fields(message) if n in below and isinstance(v, memoryview)]
+            waiting += [(below[n], v) for n, v, _ in fields_of(message) if n in below and isinstance(v, memoryview)]
 
 
 def _locations(tensor: memoryview) -> set[str]:
     found: set[str] = set()
-    for entry in _messages(tensor, _TENSOR_EXTERNAL):
-        keys, values = list(_messages(entry, 1)), list(_messages(entry, 2))
+    for entry in messages_of(tensor, TENSOR_EXTERNAL):
+        keys, values = list(messages_of(entry, 1)), list(messages_of(entry, 2))
         if keys and bytes(keys[-1]) == b"location":
             found.add(bytes(values[-1]).decode("utf-8") if values else "")
     return found
 
 
-def _message(value: object) -> memoryview:
+def message_of(value: object) -> memoryview:
+    """The value of a length-delimited field. Raises: ValueError for another one."""
     if not isinstance(value, memoryview):
         raise ValueError("a number where a message belongs")
     return value
 
 
-def _messages(data: memoryview, field: int) -> Iterator[memoryview]:
+def messages_of(data: memoryview, field: int) -> Iterator[memoryview]:
     """The length-delimited fields numbered `field` of a protobuf message."""
-    return (value for number, value, _ in _fields(data) if number == field and isinstance(value, memoryview))
+    return (value for number, value, _ in fields_of(data) if number == field and isinstance(value, memoryview))
 
 
 def _numbers(data: memoryview, field: int) -> Iterator[int]:
     """The integers numbered `field` of a protobuf message."""
-    return (value for number, value, _ in _fields(data) if number == field and isinstance(value, int))
+    return (value for number, value, _ in fields_of(data) if number == field and isinstance(value, int))
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int | None, memoryview]]:
+def fields_of(data: memoryview) -> Iterator[tuple[int, memoryview | int | None, memoryview]]:
     """Every field of a message: number, its bytes or its integer (None: a fixed-width number), and all of it as is."""
     position = 0
     while position < len(data):

@@ -2,6 +2,7 @@
 
 RUN     config.json  metrics.json  student.safetensors  teacher.safetensors  ranges.npz  report.html
 BUNDLE  manifest.json  student.onnx ...  backbone.bin  prompts.bin  selftest.npz  ranges.npz  statistics.npz
+        enrolments.npz
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ RANGES = "ranges.npz"
 "of the tensors of each task, in a RUN and in a BUNDLE"
 STATISTICS = "statistics.npz"
 "class statistics that the head is made from"
+ENROLMENTS = "enrolments.npz"
+"features of the pictures that classes were enrolled from on the device"
 SELECTIONS = "selections.npz"
 "the prompts that each task selects"
 ENGINES = "engines"

@@ -81,6 +81,22 @@ class ParityRecord:
 
 
 @dataclass(frozen=True)
+class Enrolment:
+    """Pictures that were added to a class on the device at one time."""
+
+    name: str
+    "of the class"
+    images: int
+    at: str
+    "UTC"
+
+    def check(self) -> None:
+        """There is a picture. Raises: MalformedField."""
+        if not self.name or self.images < 1:
+            raise MalformedField("images", self.images, "1 or more, of a class with a name")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """manifest.json, checked: see docs/bundle.md for what each field says."""
 
@@ -113,6 +129,10 @@ class Manifest:
     ranges: str | None = None
     selections: str | None = None
     statistics: str | None = None
+    enrolments: tuple[Enrolment, ...] = ()
+    "in their order; see updates.enrol"
+    enrolled_on: str | None = None
+    "the version that they were added to, as the workshop made it: first digits of its manifest_sha256"
     accuracy: AccuracyRecord | None = None
     parity: ParityRecord | None = None
     graph_parity: Mapping[str, ParityRecord] = field(default_factory=dict)

@@ -56,7 +56,8 @@ def export(
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
         data: where the run's images are now, if they have moved. say: gets a line for each step.
-        statistics: put the class statistics that the head is made from into the bundle, and so into its packs.
+        statistics: put the class statistics that the head is made from into the bundle, and so into its packs; the
+            graph gives its features then, and classes can be enrolled on the device (see updates.enrol).
 
     Returns: {"bundle", "parity", "accuracy", "bytes": {file: size}, "manifest_sha256", "data"}.
 
@@ -77,7 +78,7 @@ def export(
     pixels = _real_images(opened, dataset, images)
     say(f"the trained student answers {len(pixels)} images")
     expected = student_logits(opened, pixels, len(opened.metrics.classes))
-    graphs = _graphs(opened, dialect, None if dynamic_batch else 1)
+    graphs = _graphs(opened, dialect, None if dynamic_batch else 1, kept is not None)
     metadata = {"classes": list(opened.metrics.classes), "preprocessing": opened.preprocessing.to_json()}
     artefact = assemble(graphs, metadata)
     files: dict[str, Path | bytes] = {f"{name}.onnx": model for name, model in artefact.models.items()}
@@ -115,13 +116,24 @@ def export(
     }
 
 
-def _graphs(run: Run, profile: Profile, batch: int | None) -> dict[str, Graph]:
-    """Name -> graph: the student, of a two-pass student also its passes apart, in every precision of the profile."""
+def _graphs(run: Run, profile: Profile, batch: int | None, features: bool) -> dict[str, Graph]:
+    """Name -> graph: the student, of a two-pass student also its passes apart, in every precision of the profile.
+
+    features: see StudentGraph; of the whole student only.
+    """
     graphs = {}
     parts = ("student", "query", "prompted") if run.student.two_pass else ("student",)
     for precision in profile.precisions:
         for part in parts:
-            builder = StudentGraph(run.student, run.preprocessing, len(run.metrics.classes), batch, profile, precision)
+            builder = StudentGraph(
+                run.student,
+                run.preprocessing,
+                len(run.metrics.classes),
+                batch,
+                profile,
+                precision,
+                features=features and part == "student",
+            )
             graphs[part if precision == "fp32" else f"{part}.{precision}"] = builder.build(part)
     return graphs
 

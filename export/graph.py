@@ -46,9 +46,14 @@ class StudentGraph:
         profile: Profile = PROFILES["ort"],
         precision: str = "fp32",
         rewrites: Rewrites = ALL,
+        features: bool = False,
     ) -> None:
-        """classes: learnt so far. batch: images a call, None: any number. precision: key of nodes.TYPES."""
+        """classes: learnt so far. batch: images a call, None: any number. precision: key of nodes.TYPES.
+
+        features: whether the student's graph also gives what a head from class statistics reads, see FeatureMap.
+        """
         self.student, self.preprocessing, self.classes = student, preprocessing, classes
+        self.features = features
         self.rewrites = rewrites
         self.vit = student.backbone
         self.g = Graph(batch, profile, precision)
@@ -310,6 +315,8 @@ class StudentGraph:
         g = self.g
         classes = self.classes if self.rewrites.learnt else self.student.classes
         x = g.op("Concat", g.reshape(x, -1, rows * self.width), patches, axis=1)
+        if self.features:  # no more than a second name for a value that is computed anyway
+            g.output("features", x, head.map.width)
         if head.map.kind == "unit":
             size = g.op("ReduceL2", x, g.indices(1), keepdims=1)
             x = g.op("Div", x, g.op("Max", size, g.constant("head.least", np.array([1e-12]), "")))

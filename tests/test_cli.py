@@ -13,7 +13,7 @@ import pytest
 
 VERBS = (
     *("quickstart", "pretrain", "train", "sweep", "export", "calibrate", "build", "evaluate", "predict"),
-    *("profile", "inspect", "validate", "report", "pack", "serve", "doctor"),
+    *("profile", "inspect", "validate", "report", "pack", "enrol", "serve", "doctor"),
 )
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "sklearn", "numpy", "PIL", "safetensors", "jinja2")
 

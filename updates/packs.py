@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ..runtime.selftest import self_test
 from .delta import apply, by_location, difference
 from .packfile import Pack, open_pack, write_pack
 from .signature import read_public_key
-from .store import Store, link, locked, read_store, sequence_of
+from .store import Store, link, locked, read_store, sequence_of, write_file
 
 REFUSED = UNWRITABLE | {errno.EACCES, errno.EPERM}
 LARGEST_OWN, LARGEST_SHARE = 64 << 20, 2
@@ -275,11 +274,15 @@ def _check_base(pack: Pack, store: Store) -> None:
             f"--sequence {store.state.sequence + 1}",
         )
     if document["from"] != installed:
+        enrolled = store.bundle.manifest.enrolled_on
+        fix = "install the packs in between first, or make one: pack create OLD NEW, OLD being what runs"
+        if enrolled is not None and document["from"].startswith(enrolled):
+            fix = "classes were enrolled on that version: cdl-edge enrol remove them, install, and enrol them again"
         raise InputError(
             f"{at}: made for another version than the one that runs",
             got=f"{installed[:16]} runs in {store.path}",
             expected=f"{document['from']:.16}, which the pack needs",
-            fix="install the packs in between first, or make one: pack create OLD NEW, OLD being what runs",
+            fix=fix,
         )
 
 
@@ -305,14 +308,14 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
     manifest = _manifest(pack)
     packed = {name: entry["encoding"] for name, entry in pack.document["files"].items()}
     deltas = [name for name, encoding in packed.items() if encoding == "delta"]
-    _write(folder / MANIFEST, pack.blocks(MANIFEST))
+    write_file(folder / MANIFEST, pack.blocks(MANIFEST))
     for name, entry in manifest.files.items():
         if name in deltas:
             continue
         if name in packed:
             if entry.sha256 != pack.document["files"][name]["sha256"]:
                 raise _unfit(pack, f"{name!r} is not the one of its manifest")
-            _write(folder / name, pack.blocks(name))
+            write_file(folder / name, pack.blocks(name))
         elif base.manifest.files.get(name) == entry and (base.path / name).is_file():
             link(base.path / name, folder / name)
         elif name != manifest.ranges:
@@ -328,7 +331,7 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
         if name not in old_records or name not in new_records or name not in base.manifest.files:
             raise _unfit(pack, f"{name!r} is a difference to nothing")
         old = (base.path / name).read_bytes()
-        _write(folder / name, [apply(old, pack.read(name), old_records[name], new_records[name])])
+        write_file(folder / name, [apply(old, pack.read(name), old_records[name], new_records[name])])
 
 
 def _manifest(pack: Pack) -> Manifest:
@@ -356,11 +359,3 @@ def _unfit(pack: Pack, what: str) -> InputError:
         expected="a file made by pack create",
         fix="do not use it",
     )
-
-
-def _write(path: Path, blocks: Iterable[bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as stream:
-        stream.writelines(blocks)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,7 +140,9 @@ class Store:
                 os.replace(folder, own)
             left = (*self.bundle.manifest.files, MANIFEST)
         names = [v.version for v in self.state.versions]
-        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version != target][-KEEP:]
+        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version != target]
+        # What classes were enrolled on stays: every later version with enrolments is made from it.
+        past = [v for i, v in enumerate(past) if i >= len(past) - KEEP or v.version == proven.manifest.enrolled_on]
         after = State(
             current=target,
             versions=(*past, Installed(target, sequence, _now())),
@@ -222,6 +224,15 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, target)
         _sync(target)
+
+
+def write_file(path: Path, blocks: Iterable[bytes]) -> None:
+    """Write a file of a staged version, on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.writelines(blocks)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sequence_of(manifest: Manifest) -> int:

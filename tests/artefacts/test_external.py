@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from cdl_edge.artefacts.external import _head, external_files, external_records, graph_digest, inlined
+from cdl_edge.artefacts.external import external_files, external_records, graph_digest, head_of, inlined
 from cdl_edge.errors import InputError
 
 
@@ -145,8 +145,8 @@ def test_nested_deeper_than_python_recurses(read):
     content = graph.SerializeToString()
     for _ in range(3000):
         for field in (6, 5, 1):  # attribute.g, node.attribute, graph.node
-            content = _head(field, len(content)) + content
-    assert external_files(_head(7, len(content)) + content) == {"deep.bin"}
+            content = head_of(field, len(content)) + content
+    assert external_files(head_of(7, len(content)) + content) == {"deep.bin"}
 
 
 def test_inlined(tmp_path, tiny):
