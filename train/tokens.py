@@ -13,7 +13,8 @@ EfficientNet-Lite0 at 128 pixels took 11 ms an image so, 28 in one batch of 128 
 
 CONTRAST = 0.5
 """weight of where something is against what it is, in features of heads from statistics. Digits, frozen student: 96.0 %
-at 0, 98.1 at 0.25, 98.9 at 0.5, 98.7 at 1; photographs, images for tuning: 66.2, 66.3, 66.0, 64.9 (ranpac, one draw; LOG.md)"""
+at 0, 98.1 at 0.25, 98.9 at 0.5, 98.7 at 1; photographs, images for tuning: 66.2, 66.3, 66.0, 64.9. With ranpac, one
+draw of its projection (LOG.md)"""
 
 
 def registers(vit: VisionTransformer) -> int:
