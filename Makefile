@@ -18,7 +18,7 @@ quickstart: $(READY)   ## environment, install, then the whole way once on bundl
 	rm -rf quickstart
 	$(BIN)/cdl-edge quickstart --out quickstart
 
-test: $(READY)         ## no network, no GPU; about three minutes on two cores
+test: $(READY)         ## no network, no GPU; a quarter of an hour on two cores
 	$(PYTEST)
 
 test-all: $(READY)     ## the same and all that is marked slow: whole grids, kills, torchrun

@@ -55,7 +55,7 @@ class Watched:
             return
         doing = _Now.text if _Now.since > self.begun and _Now.text else self.last or "at work"
         last, silent = self.last, now - self.written
-        self.write(f"{chr(10) * self.open}... {doing} (nothing else to say for {silent:.0f} s)\n")
+        self.write(f"{chr(10) * self.open}... {doing} (no other message for {silent:.0f} s)\n")
         self.last = last
         self.flush()
 

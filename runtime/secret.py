@@ -123,7 +123,7 @@ def _read(path: Path) -> str:
         text = stream.read(1000).strip()
     if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077):
         raise InputError(
-            f"{path}: others may read or write the token",
+            f"{path}: others may read or write this secret",
             got=f"mode {stat.S_IMODE(found.st_mode):o}, user {found.st_uid}",
             expected=f"mode 600, user {os.geteuid()}",
             fix=f"delete it: another one is made; or: chmod 600 {path}",

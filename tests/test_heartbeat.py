@@ -39,7 +39,7 @@ def test_a_long_silence_is_broken_with_what_was_said_last(stream):
         assert stream.beat.wait(60)  # again and again, with the line that the command itself wrote
     lines = stream.getvalue().splitlines()
     assert lines[0] == "decoding"
-    assert all(line.startswith("... decoding (nothing else to say for ") for line in lines[1:3])
+    assert all(line.startswith("... decoding (no other message for ") for line in lines[1:3])
     assert not isinstance(sys.stderr, Watched)  # as it was
     assert not any(thread.name == "heartbeat" for thread in threading.enumerate())
 
