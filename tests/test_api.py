@@ -53,6 +53,7 @@ def test_what_runs_on_a_device_is_imported_without_anything_heavy():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_function_keeps_its_name_whatever_is_imported():
     """Five packages have the name of a command: importing one must not put it where the function is."""
     code = ""

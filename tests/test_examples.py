@@ -42,6 +42,7 @@ def test_short_and_told(path):
     assert path.stem in Path(__file__).read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_classify_folder_needs_no_torch(place):
     (place / "photos" / "broken.jpg").write_bytes(b"no picture")
     code = (
@@ -59,6 +60,7 @@ def test_classify_folder_needs_no_torch(place):
     assert "24 of 25 pictures" in done.stderr
 
 
+@pytest.mark.slow
 def test_video_stream(place, capsys):
     cost = load("video_stream").main(str(place / "bundles/fruit"), str(place / "photos"), "60")
     assert list(cost) == ["exact", "pinned", "sticky"]
@@ -75,6 +77,7 @@ def test_train_and_export(tmp_path, capsys):
     assert "average accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_update_device(place, tmp_path, capsys):
     device = tmp_path / "device"
     shutil.copytree(place / "bundles/fruit", device)

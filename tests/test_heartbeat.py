@@ -93,6 +93,7 @@ def test_commands_have_one_and_a_server_has_none(cli, monkeypatch):
     assert seen == ["doctor"]
 
 
+@pytest.mark.slow
 def test_a_phase_of_training_says_its_epoch_and_loss(cli, tmp_path, fast_options, monkeypatch):
     """Also where no bar is shown, as in a log file."""
     told = []

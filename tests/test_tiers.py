@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 GRID = """
 import pytest
 
@@ -29,12 +31,14 @@ def collected(folder, *options):
     return re.findall(r"::(\S+)$", done.stdout, re.MULTILINE), done.stdout
 
 
+@pytest.mark.slow
 def test_only_the_named_cases_of_a_grid_are_in_the_default_suite(tmp_path):
     (tmp_path / "test_it.py").write_text(GRID)
     assert sorted(collected(tmp_path, "-m", "not slow")[0]) == ["test_grid[a-y]", "test_grid[b-x]", "test_plain"]
     assert sorted(collected(tmp_path, "-m", "")[0]) == sorted([*CASES, "test_plain"])
 
 
+@pytest.mark.slow
 def test_a_case_that_is_not_there_is_an_error(tmp_path):
     (tmp_path / "test_it.py").write_text(GRID.replace('"b-x"', '"b-z"'))
     found, text = collected(tmp_path)

@@ -87,6 +87,7 @@ def test_a_part_that_failed_makes_the_section_fail(gpu, monkeypatch, tmp_path, j
     assert (found["status"], found["reason"], found["results"]) == ("failed", "coda: bad", None)
 
 
+@pytest.mark.slow
 def test_a_section_is_stopped_with_what_it_has_started(gpu, monkeypatch, tmp_path, job):
     import psutil
 
@@ -104,6 +105,7 @@ def test_a_section_is_stopped_with_what_it_has_started(gpu, monkeypatch, tmp_pat
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_with_no_time_left_nothing_is_run_and_the_document_is_whole(gpu, root):
     command = [sys.executable, str(root / "benchmarks" / "gpu.py"), "--device", "cpu", "--minutes", "0.1"]
     process = subprocess.run(command, capture_output=True, text=True)

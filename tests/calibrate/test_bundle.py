@@ -440,6 +440,7 @@ def test_a_flavour_of_another_processor_has_a_floor_of_its_own(kept_only, tmp_pa
             assert runner.describe()["precision"] == precision
 
 
+@pytest.mark.slow
 def test_a_runtime_of_python_3_10(exported, tmp_path, monkeypatch):
     """ONNX Runtime 1.23 has no QuantizeLinear of opset 23: such a graph is not taken unasked, none is made for it."""
     fast_int8(monkeypatch)
@@ -462,6 +463,7 @@ def test_a_runtime_of_python_3_10(exported, tmp_path, monkeypatch):
 # -- wrong input ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_to_take_ranges_from(exported, source, tmp_path):
     bare = changed(exported(), tmp_path / "bare", ranges=None)
     with pytest.raises(InputError, match="nothing to take ranges from"):

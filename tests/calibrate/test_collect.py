@@ -17,6 +17,7 @@ from cdl_edge.train.ranges import collect as collect_in_training
 DEVICE = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("learner", "options"),
     [("coda", {}), ("l2p", {"one_pass": True}), ("dualprompt", {"patch": 4}), ("apt", {"kd": None})],

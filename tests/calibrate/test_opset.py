@@ -11,6 +11,7 @@ from cdl_edge.calibrate.opset import EVERYWHERE, here, lower, opset_of
 from cdl_edge.calibrate.quantize import quantise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["coda", "apt"])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
 def test_the_same_numbers_without_attention(tools, learner, dynamic):
@@ -29,6 +30,7 @@ def test_the_same_numbers_without_attention(tools, learner, dynamic):
     assert np.abs(got - tools.run(graphs.path(), {"images": graphs.pixels})["logits"]).max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["int8-x86", "int8-arm"])
 def test_8_bits_in_the_older_dialect(tools, flavour):
     if here() is not None:

@@ -82,6 +82,7 @@ def test_every_learner_in_every_flavour(tools, learner, flavour):
     assert_near(tools, graphs, folder)
 
 
+@pytest.mark.slow
 def test_one_pass_without_kd_with_layer_scale_and_heads_of_two_kinds(tools):
     for options in (
         *({"one_pass": True}, {"kd": None}, {"layer_scale": True}, {"qkv_bias": False}, {"stem": "stem"}),
@@ -207,6 +208,7 @@ def test_the_three_graphs_share_their_weights(tools):
     assert answers["logits"] == pytest.approx(expected["logits"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_file_of_weights_is_the_same_for_all_flavours_and_whatever_stays_in_float(tools):
     """Flavours of one bundle share it, though the gate may leave other layers of each in float."""
     graphs = tools.make("coda", profile="trt10")

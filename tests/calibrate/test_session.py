@@ -26,6 +26,7 @@ def test_symmetric_graphs_run_as_they_are_written(tools):
     assert np.array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_any_number_of_images(exported):
     """A free batch goes in chunks, a fixed one image by image: the same answers."""
     one, many = open_bundle(exported()), open_bundle(exported(dynamic_batch=True))

@@ -46,6 +46,7 @@ def test_the_largest_channel_comes_nearer_to_the_others(tools):
             assert both.max() / np.median(both) < a.max() / np.median(a)
 
 
+@pytest.mark.slow
 def test_dead_channels_and_blocks_without_keys(tools):
     graphs = tools.make("coda", patch=4)
     found = smoothing(graphs.path(), graphs.ranges, 0.5)

@@ -189,6 +189,7 @@ def test_policies_agree_with_the_fused_graph(bundle):
             np.testing.assert_allclose(pinned.step(pixels[i : i + 1]).logits[0], expected.logits[i], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_backbone_gives_the_same_file(bundle, make_run, tmp_path):
     export(make_run(learner="apt", distill="kdp"), tmp_path / "apt", images=20)
     assert sha256(tmp_path / "apt" / "backbone.bin") == sha256(bundle[0] / "backbone.bin")
@@ -204,6 +205,7 @@ def test_dynamic_batch(make_run, bundle, tmp_path):
         np.testing.assert_allclose(many.infer(pixels), one.infer(pixels), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parity_takes_training_images_when_the_validation_images_are_few(short_training, image_folder, tmp_path):
     data = image_folder(tmp_path / "data", train={"a": 9, "b": 9}, val={"a": 2, "b": 3})
     run = tmp_path / "run"

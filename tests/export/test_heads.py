@@ -124,6 +124,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
     assert np.abs(served - expected).max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_learnt_head_has_none(tmp_path, run_of):
     export(run_of("apt", "learned"), tmp_path / "bundle", images=8)
     opened = open_bundle(tmp_path / "bundle")

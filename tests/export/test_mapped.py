@@ -106,6 +106,7 @@ def test_entries_fold_and_only_codas_mixture_attends(lab, student, learner):
     assert kinds["Softmax"] == {"l2p": 0, "dualprompt": 0, "coda": 5}[learner]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", POOLS)
 def test_the_mapping_is_in_the_file_of_what_is_learnt(lab, student, learner):
     backbone = lab.backbone()
@@ -127,6 +128,7 @@ def test_the_mapping_is_in_the_file_of_what_is_learnt(lab, student, learner):
             assert tensor.data_type == onnx.TensorProto.INT64, tensor.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", POOLS)
 def test_what_is_sent_does_not_grow_with_the_teachers_width(lab, student, learner):
     """A mapped row has the student's width; no table of the mapping itself is left."""

@@ -30,6 +30,7 @@ def test_pack_is_aligned_and_reads_back():
     assert pack(dict(reversed(arrays.items()))) == (content, where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_learnt_values_are_never_inside_the_graph(lab, learner):
     student = lab.student(learner)
@@ -56,6 +57,7 @@ def test_learnt_values_are_never_inside_the_graph(lab, learner):
     assert one["prompts.bin"] != two["prompts.bin"]
 
 
+@pytest.mark.slow
 def test_backbone_bin_depends_on_the_backbone_only(lab):
     backbone = lab.backbone()
     cases = (

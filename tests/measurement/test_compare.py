@@ -68,6 +68,7 @@ def test_a_machine_that_wanders_within_a_run_may_have_wandered_between_two():
     assert compare(report(calm), report(calm * 1.03))["floor"] == 0.02
 
 
+@pytest.mark.slow
 def test_calls_that_resemble_their_neighbours_need_blocks():
     # 24 pairs of runs with nothing between them: single draws call far more than one in twenty different.
     wrong = {"blocks": 0, "single": 0}

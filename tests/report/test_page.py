@@ -108,6 +108,7 @@ def test_names_are_escaped(
     assert not any("onload" in attrs for _, attrs in page.tags)
 
 
+@pytest.mark.slow
 def test_only_a_page_of_ours_is_replaced(
     tmp_path: Path, metrics: dict[str, Any], save_run: Callable[..., Path]
 ) -> None:

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cdl_edge.report.page import write_report
 
 
+@pytest.mark.slow
 def test_sections_without_data_are_absent(
     tmp_path: Path,
     metrics: dict[str, Any],

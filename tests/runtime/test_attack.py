@@ -24,6 +24,7 @@ def attack(suite):
     return suite("attack_files")
 
 
+@pytest.mark.slow
 def test_changed_bundles(attack, make_version, tmp_path):
     found = attack.attack_bundles(make_version(1), 60, tmp_path)
     assert found.faults == [] and found.cases == 60
@@ -52,6 +53,7 @@ def test_a_fault_is_found(attack, tmp_path):
     assert found.outcomes["fine"] == 4 and "case 3" in found.faults[0] and "KeyError" in found.faults[0]
 
 
+@pytest.mark.slow
 def test_kills_find_what_is_half_written(suite, tmp_path):
     kills, out = suite("attack_kills"), tmp_path / "out"
     slow = "import pathlib, time; p = pathlib.Path({!r}); p.write_text('half'); time.sleep(0.3); p.write_text('whole')"

@@ -76,6 +76,7 @@ def colour_of(bundle, label):
     raise AssertionError(f"no colour is {label}")
 
 
+@pytest.mark.slow
 def test_upload_then_install_a_pack_and_see_the_new_class(
     open_page, make_server, listen, make_version, pack_between, tiny
 ):
@@ -121,6 +122,7 @@ def test_what_is_refused_is_told_on_the_page(open_page, make_server, listen, tin
     page.wait_for_selector("#problem", state="hidden")
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for(open_page, make_server, listen, pack_between):
     pack = file("update.pack", pack_between(0, 1).read_bytes(), "application/octet-stream")
     page = open_page(listen(make_server(token="secret")))
@@ -131,6 +133,7 @@ def test_a_token_is_asked_for(open_page, make_server, listen, pack_between):
     page.wait_for_selector("#packs tr:nth-child(2)")
 
 
+@pytest.mark.slow
 def test_the_camera(open_page, make_server, listen):
     page = open_page(listen(make_server()))
     page.click("#camera")
@@ -153,6 +156,7 @@ def test_it_fits(open_page, make_server, listen, tiny, viewport, scheme):
     look(page, f"{viewport['width']}-{scheme}")
 
 
+@pytest.mark.slow
 def test_the_keyboard_is_enough(open_page, make_server, listen):
     page = open_page(listen(make_server()))
     reached = set()

@@ -69,6 +69,7 @@ def ask(port, picture):
     return answer.status, json.loads(answer.read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_finishes_what_is_in_flight(start, make_version, tiny, number):
     process, port = start(make_version(0), 0.3)

@@ -50,6 +50,7 @@ def test_a_sweep(run_sweep, fakes, tmp_path):
     assert text.count(document["definitions"]["forgetting"]) == 1
 
 
+@pytest.mark.slow
 def test_learners_by_distillers_by_heads(run_sweep, tmp_path):
     grid = {"learners": "frozen,l2p,apt", "distillers": "none,two-heads,kd,kd-token,kdp", "heads": "learned,ranpac"}
     document = run_sweep(**grid, seeds="1")
@@ -77,6 +78,7 @@ def test_class_orders_of_each_seed(run_sweep):
     assert document["notes"] == []
 
 
+@pytest.mark.slow
 def test_data_that_changed_in_between_are_noted(run_sweep, tmp_path):
     run_sweep(**SMALL)
     path = tmp_path / "sweep" / "runs" / "apt-kdp-1" / "metrics.json"
@@ -93,6 +95,7 @@ def photos(tmp_path, image_folder):
     return image_folder(tmp_path / "photos", train=dict.fromkeys("abcd", 2), val=dict.fromkeys("abcd", 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known_by", ["sweep.json", "metrics.json"])
 def test_a_sweep_whose_pictures_have_changed_is_refused(run_sweep, fakes, tmp_path, photos, known_by):
     options = {**SMALL, "data": f"folder:{photos}"}
@@ -111,6 +114,7 @@ def test_a_sweep_whose_pictures_have_changed_is_refused(run_sweep, fakes, tmp_pa
     assert fakes.started == []
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_pictures_have_moved_goes_on(run_sweep, fakes, tmp_path, photos):
     lines = []
     run_sweep(**{**SMALL, "data": f"folder:{photos}"})
@@ -120,6 +124,7 @@ def test_a_sweep_whose_pictures_have_moved_goes_on(run_sweep, fakes, tmp_path, p
     assert lines[0] == f"folder:{moved}: 4 classes, 8 train, 4 validation, 0 left out"
 
 
+@pytest.mark.slow
 def test_a_sweep_of_an_early_version_keeps_its_source(run_sweep, tmp_path, photos):
     run_sweep(**{**SMALL, "data": f"folder:{photos}"})
     path = tmp_path / "sweep" / "sweep.json"
@@ -128,6 +133,7 @@ def test_a_sweep_of_an_early_version_keeps_its_source(run_sweep, tmp_path, photo
     assert run_sweep(**{**SMALL, "data": f"folder:{photos}"})["failed"] == []
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again(run_sweep, fakes):
     first = run_sweep(**SMALL)
     fakes.started.clear()
@@ -135,6 +141,7 @@ def test_finished_cells_are_not_run_again(run_sweep, fakes):
     assert fakes.started == []
 
 
+@pytest.mark.slow
 def test_the_grid_may_grow_and_the_baseline_change(run_sweep, fakes):
     run_sweep(**SMALL)
     fakes.started.clear()
@@ -160,6 +167,7 @@ def test_files_are_written_after_every_cell(run_sweep, fakes, tmp_path):
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_listed_and_run_again_next_time(run_sweep, fakes, tmp_path):
     fakes.exit_codes = {"l2p-kdp-1": 1, "apt-none-0": -9}
     lines = []
@@ -213,6 +221,7 @@ def test_other_options_are_refused(run_sweep, fakes, tmp_path):
     assert run_sweep(epochs=3, devices="cpu", **SMALL)["failed"] == []  # where it runs is no other sweep
 
 
+@pytest.mark.slow
 def test_a_run_of_other_options_is_refused(run_sweep, tmp_path):
     run_sweep(epochs=3, **SMALL)
     (tmp_path / "sweep" / "sweep.json").unlink()
@@ -228,6 +237,7 @@ def test_a_folder_of_something_else_is_refused(run_sweep, fakes, tmp_path):
     assert fakes.started == [] and files(tmp_path / "sweep") == {"holiday.jpg"}
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_before_its_first_table_is_continued(run_sweep, tmp_path):
     (tmp_path / "sweep" / "cells").mkdir(parents=True)
     (tmp_path / "sweep" / ".lock").touch()
@@ -252,6 +262,7 @@ def test_sizes(run_sweep, name, value):
     refused(lambda: run_sweep(**{**SMALL, name: value}), f"--{name} is out of range")
 
 
+@pytest.mark.slow
 def test_a_second_sweep_in_the_folder_is_refused(run_sweep, tmp_path):
     lock = hold(tmp_path / "sweep" / ".lock")
     refused(lambda: run_sweep(**SMALL), "a sweep runs there now")
@@ -262,6 +273,7 @@ def test_a_second_sweep_in_the_folder_is_refused(run_sweep, tmp_path):
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_cells_and_the_same_command_continues(run_sweep, fakes, tmp_path):
     lines = []
 
@@ -282,6 +294,7 @@ def test_a_signal_stops_the_cells_and_the_same_command_continues(run_sweep, fake
     assert set(fakes.started) == {c["name"] for c in document["cells"]} - done
 
 
+@pytest.mark.slow
 def test_a_cell_that_an_orphan_still_works_on_is_not_started(run_sweep, fakes, tmp_path):
     lock = hold(tmp_path / "sweep" / "cells" / ".l2p-kdp-0.lock")
 

@@ -26,6 +26,7 @@ def test_it_is_the_frozen_learner_with_that_head(tmp_path, make_config, head):
     assert np.allclose(mine.sums, frozen.sums, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_does_not_depend_on_what_is_trained_beside_it(tmp_path, make_config):
     found = []
     for name, options in {

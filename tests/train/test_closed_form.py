@@ -127,6 +127,7 @@ def test_the_order_of_tasks_changes_neither_statistics_nor_answers(run_of, monke
     assert results(one)["baseline"]["heads"] == pytest.approx(results(two)["baseline"]["heads"])
 
 
+@pytest.mark.slow
 def test_prompts_learn_in_the_first_tasks_only(run_of):
     one, two, all_ = (run_of(f"run{n}", tasks=3, prompt_tasks=n, head="slda") for n in (1, 2, 3))
     prompts = [load_run(run).student.learner.merged for run in (one, two, all_)]
@@ -243,6 +244,7 @@ def test_extended_it_is_the_run_that_learnt_all_at_once(tmp_path, run_of, extend
     assert load_statistics(tmp_path / "third", "student", 4).map == old.map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["ranpac", "learned"])
 def test_an_extension_that_was_stopped(tmp_path, run_of, extending, photos, monkeypatch, head):
     run = run_of("run", data=f"folder:{photos / 'old'}", head=head)

@@ -27,6 +27,7 @@ def test_many_classes_keep_pairs_and_classes_only():
     assert count == ((labels == true) & (predicted == answer)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["learned", "ranpac"])
 def test_a_run_counts_what_its_matrix_says(tmp_path, make_config, head):
     metrics = train(make_config(tmp_path / "run", head=head, distill="none"), quiet=True)

@@ -35,6 +35,7 @@ def test_the_numbers_of_training_are_found_again(finished, photos):
     assert set(got["definitions"]) == {"average_accuracy", "forgetting", "baseline"}
 
 
+@pytest.mark.slow
 def test_the_frozen_baseline_of_a_whole_network_is_of_the_bare_one(tmp_path, make_config):
     metrics = train(make_config(tmp_path / "run", learner="finetune", distill="none", epochs=1), quiet=True)
     got = evaluate_run(tmp_path / "run", "digits")

@@ -98,7 +98,7 @@ def logits(model, preprocessing):
 # -- what was learnt stays --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("coda", "l2p-cdl-prompt", "finetune-kd")
+@pytest.mark.quick("coda")
 @pytest.mark.parametrize("options", KINDS, ids=name_of)
 def test_what_a_run_says_of_its_classes_is_the_same_before_the_new_task(finished, extending, options):
     run = finished(**options)
@@ -116,7 +116,7 @@ def test_what_a_run_says_of_its_classes_is_the_same_before_the_new_task(finished
     assert made.position == (2, "", 0) and made.tasks == 3
 
 
-@pytest.mark.quick("coda", "l2p-cdl-prompt")
+@pytest.mark.quick("coda")
 @pytest.mark.parametrize("options", KINDS, ids=name_of)
 def test_it_learns_on_and_is_a_run_like_any_other(finished, extending, photos, options):
     run = finished(**options)
@@ -177,6 +177,7 @@ def test_where_it_comes_from_is_recorded(finished, extending):
     assert new["tasks"] == 1 and "extends" not in metrics_of(run)
 
 
+@pytest.mark.slow
 def test_ranges_go_on(finished, extending, tmp_path):
     run = finished(learner="coda")
     train(extending(run), quiet=True)
@@ -247,6 +248,7 @@ def test_stopped_at_every_checkpoint_it_ends_in_the_same_numbers(tmp_path, finis
     assert (tmp_path / "unbroken" / "ranges.npz").read_bytes() == (tmp_path / "more" / "ranges.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_run_under_the_same_name_is_refused_on_resume(tmp_path, finished, extending, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(finished(learner="coda"), run)

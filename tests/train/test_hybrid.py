@@ -68,6 +68,7 @@ def quiet(line):
     pass
 
 
+@pytest.mark.slow
 def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
     said = []
     made = pretrain_hybrid(config("a"), say=said.append)
@@ -81,6 +82,7 @@ def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
     assert (got.model.patch_embed.backbone(x) - expected).abs().max() < 0.02 * expected.abs().max()  # kept in fp16
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_path, photos, monkeypatch):
     pretrain_hybrid(config("whole"), say=quiet)
     real = module.save_state
@@ -115,6 +117,7 @@ def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_
         pretrain_hybrid(given, resume=True, say=quiet)
 
 
+@pytest.mark.slow
 def test_features_that_were_kept_are_not_those_of_other_images(config, tmp_path, photos):
     pretrain_hybrid(config("a", epochs=1), say=quiet)
     (tmp_path / "a" / "w.safetensors").unlink()
@@ -128,6 +131,7 @@ def test_features_that_were_kept_are_not_those_of_other_images(config, tmp_path,
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
+@pytest.mark.slow
 def test_an_unreadable_picture_is_named_each_time(config, photos):
     (photos / "train" / "red" / "broken.png").write_bytes(b"no picture")
     for name in ("a", "a"):

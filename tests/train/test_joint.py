@@ -14,6 +14,7 @@ def side(metrics):
     return metrics["student"]["forgetting"], metrics["student"]["forgetting_of_joint"]
 
 
+@pytest.mark.slow
 def test_prompts_of_the_first_task_only_lose_nothing_more(tmp_path, make_config):
     metrics = train(make_config(tmp_path / "run", head="slda", distill="none"), quiet=True)
     own, joint = side(metrics)
@@ -21,11 +22,13 @@ def test_prompts_of_the_first_task_only_lose_nothing_more(tmp_path, make_config)
     assert "forgetting_of_joint" in metrics["definitions"]
 
 
+@pytest.mark.slow
 def test_learnt_heads_have_none(tmp_path, make_config):
     metrics = train(make_config(tmp_path / "run", distill="none"), quiet=True)
     assert "forgetting_of_joint" not in metrics["student"]
 
 
+@pytest.mark.slow
 def test_prompts_that_go_on_learning_are_measured_against_the_final_student(tmp_path, make_config):
     config = make_config(
         tmp_path / "run", head="slda", distill="none", learner="apt", prompt_tasks=2, learning_rate=0.5

@@ -115,6 +115,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path, make_con
     assert runs[0]["classes"] == runs[1]["classes"] != runs[2]["classes"]
 
 
+@pytest.mark.slow
 def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
     # Phase one is done and frozen before phase two looks at it.
     names = ("kd", "kdp", "blockwise", "cdl-prompt")  # blockwise goes back through the teacher's own blocks
@@ -148,6 +149,7 @@ def test_precision_is_recorded_and_evaluation_is_fp32(tmp_path, make_config, pre
     assert seen and not any(seen)
 
 
+@pytest.mark.slow
 def test_the_number_of_tasks_that_was_taken_is_stored(tmp_path, make_config, image_folder, capfd):
     root = image_folder(tmp_path / "p", train=dict.fromkeys("abcd", 3), val=dict.fromkeys("abcd", 2))
     config = make_config(tmp_path / "run", data=f"folder:{root}", tasks=None, distill="none", epochs=1)
@@ -370,6 +372,7 @@ def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
     assert all(side.preprocessing.mean == (0, 0, 0) for side in made.sides.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [False, True])
 def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat, monkeypatch):
     # Trap 2: in the authors' code the teacher distils from the previous merged prompt, zeros in task 1.

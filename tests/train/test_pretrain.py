@@ -51,6 +51,7 @@ def test_the_real_student_trains_and_loads(tmp_path, photos):
     assert any("epoch 1/1" in line for line in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["convnet", "student", "student-plain"])
 def test_a_stopped_run_ends_in_the_same_file(tmp_path, photos, small, monkeypatch, arch):
     def config(name):

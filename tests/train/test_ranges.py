@@ -171,6 +171,7 @@ def test_a_run_keeps_its_ranges(tmp_path, make_config):
     assert moved and all(n.startswith("prompted") for n in moved)
 
 
+@pytest.mark.slow
 def test_looking_at_ranges_changes_no_number_of_the_run(tmp_path, make_config):
     for images in (0, 256):
         train(make_config(tmp_path / str(images), range_images=images), quiet=True)

@@ -53,7 +53,7 @@ def unbroken(tmp_path_factory, make_config):
     return folder
 
 
-@pytest.mark.quick("before-dualprompt-kd", "behind-l2p-none")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "options"),
     [
@@ -115,6 +115,7 @@ def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatc
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_checkpoint(tmp_path, make_config, monkeypatch, unbroken):
     monkeypatch.setattr(loop, "save_state", lambda *_: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
@@ -125,6 +126,7 @@ def test_stopped_before_the_first_checkpoint(tmp_path, make_config, monkeypatch,
     assert_same(unbroken, tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_resume_with_nothing_there_is_a_start(tmp_path, make_config, unbroken):
     train(make_config(tmp_path / "run"), resume=True, quiet=True)
     assert_same(unbroken, tmp_path / "run")

@@ -59,6 +59,7 @@ def test_the_student_answers_as_it_did_in_training(run, make_config, tmp_path, m
         assert torch.equal(student.combine(student(tokens)), loaded.combine(loaded(tokens)))
 
 
+@pytest.mark.slow
 def test_a_kd_head_of_another_kind_comes_back(make_config, tmp_path):
     train(make_config(tmp_path / "run", kd_head="normalised"), quiet=True)
     run = load_run(tmp_path / "run")
@@ -69,6 +70,7 @@ def test_a_kd_head_of_another_kind_comes_back(make_config, tmp_path):
         train(make_config(tmp_path / "run"), resume=True, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_was_a_choice_of_kd_head(run, make_config):
     config = json.loads((run / "config.json").read_text())
     del config["kd_head"]

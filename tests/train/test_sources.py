@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import save, save_file
 
 from cdl_edge import evaluate, export, predict
@@ -161,6 +161,7 @@ def test_folders_that_are_none(tmp_path, folder):
     refused(f"local-dir:{folder}", "which weights", "a.safetensors, b.safetensors")
 
 
+@pytest.mark.slow
 def test_a_pickle_is_refused_with_the_line_that_converts_it(tmp_path, model, folder, monkeypatch):
     import shlex
     import subprocess
@@ -210,6 +211,8 @@ def hub(monkeypatch, tmp_path, model):
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
+    # Where nothing is in the cache huggingface_hub asks again, six times, with a time-out of its own of a minute.
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2, raising=False)
     monkeypatch.setattr("time.sleep", lambda _: None)  # between tries
     yield server
     server.close()
@@ -279,6 +282,7 @@ def test_weights_of_another_model_on_the_hub(hub):
 # -- the whole way ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["folder", "hub", "file"])
 def test_from_such_weights_to_an_answer(way, hub, folder, model, tmp_path, photo, short_training, monkeypatch):
     student = {

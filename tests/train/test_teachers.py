@@ -99,6 +99,7 @@ def test_what_is_kept_is_small_and_says_whose_it_is(tmp_path, make_config):
     assert kept.keys() == last.keys() and all(torch.equal(v, last[k]) for k, v in kept.items())
 
 
+@pytest.mark.slow
 def test_progress_says_where_the_teacher_comes_from(tmp_path, make_config, capfd):
     for name in ("a", "b"):
         train(make_config(tmp_path / name, teachers=str(tmp_path / "kept"), distill="kd"))
@@ -133,6 +134,7 @@ def key(tmp_path, make_config, photos):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -261,6 +263,7 @@ def test_a_run_on_kept_teachers_stopped_at_every_checkpoint(tmp_path, make_confi
     assert reused(tmp_path / "broken") == ([0] if lost else [0, 1])
 
 
+@pytest.mark.slow
 def test_a_write_that_failed_leaves_no_teacher(tmp_path, make_config, phases, monkeypatch):
     keep = {"learner": "apt", "distill": "kd", "teachers": str(tmp_path / "kept")}
     real = teachers.save_state
@@ -276,6 +279,7 @@ def test_a_write_that_failed_leaves_no_teacher(tmp_path, make_config, phases, mo
     assert_same(tmp_path / "first", tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_the_folder_may_be_named_anew_when_a_run_is_resumed(tmp_path, make_config, monkeypatch):
     real = loop.save_state
 

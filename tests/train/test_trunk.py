@@ -57,6 +57,7 @@ def test_it_is_the_network_without_its_last_convolution(published, name, size):
     assert not any(p.requires_grad for p in trunk.parameters()) and not trunk.training
 
 
+@pytest.mark.slow
 def test_the_padding_of_every_layer_is_the_one_that_is_exported(published):
     trunk, _ = load_trunk("efficientnet_lite0", published("efficientnet_lite0")[1])
     seen = set()
@@ -81,6 +82,7 @@ def test_names_are_of_no_account_order_is(published, tmp_path):
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
 
+@pytest.mark.slow
 def test_what_is_no_checkpoint_of_it(published, tmp_path):
     _, path = published("efficientnet_lite0")
     pickle, cut, other = (tmp_path / n for n in ("w.pth", "cut.safetensors", "other.safetensors"))

@@ -173,6 +173,7 @@ def test_the_workshop_version_is_kept_however_many_follow(device):
     assert sum(e["images"] for e in enrolments(device)) == 9
 
 
+@pytest.mark.slow
 def test_other_graphs_get_the_class_too(taught, tmp_path, monkeypatch):
     monkeypatch.setattr(judgement, "DUPLICATE", 1 - 1e-9)
     monkeypatch.setitem(selftest.LIMITS, "int8", 0.6)  # of 16 channels, 8 bits are coarse

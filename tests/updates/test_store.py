@@ -91,7 +91,7 @@ def prepared(device: SimpleNamespace, number: int, name: str) -> Path:
     return bundle
 
 
-@pytest.mark.quick("0")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_killed_before_any_single_change(device, number):
     bundle = prepared(device, number, "counted")

@@ -49,7 +49,7 @@ def learnt_more(student):
     return other
 
 
-@pytest.mark.quick("coda-fp16", "l2p-fp32", "apt-fp16", "dualprompt-fp32")
+@pytest.mark.quick("coda-fp16")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda", "apt"])
 def test_a_student_that_learnt_more(fake, lab, make_student, capsys, learner, precision):
@@ -67,6 +67,7 @@ def test_a_student_that_learnt_more(fake, lab, make_student, capsys, learner, pr
         np.testing.assert_allclose(runner.infer(images), cpu.infer(images), atol=1e-4 if precision == "fp32" else 0.05)
 
 
+@pytest.mark.slow
 def test_a_student_that_learnt_another_task_is_built_anew(fake, lab, make_student, capsys):
     """More entries are learnt: shapes change."""
     old = make_student(lab.student("coda", learnt=2), "old")

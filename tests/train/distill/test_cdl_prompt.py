@@ -79,6 +79,7 @@ def test_a_run_leaves_a_student_that_needs_no_teacher(tmp_path, make_config, tin
     assert measured["average_accuracy"] == pytest.approx(trained["average_accuracy"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_mapping_has_learnt(tmp_path, make_config):
     train(make_config(tmp_path / "run", learner="l2p", distill="cdl-prompt"), quiet=True)
     trained = load_run(tmp_path / "run")
@@ -122,6 +123,7 @@ def test_a_run_stopped_at_every_checkpoint_is_the_same_run(tmp_path, make_config
         assert torch.equal(value, broken[name]), name
 
 
+@pytest.mark.slow
 def test_a_kept_teacher_gives_the_same_student(tmp_path, make_config):
     options = {"learner": "dualprompt", "distill": "cdl-prompt", "teachers": str(tmp_path / "teachers")}
     first = train(make_config(tmp_path / "first", **options), quiet=True)

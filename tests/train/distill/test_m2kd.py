@@ -360,6 +360,7 @@ def test_killed_in_the_middle_of_a_task(tmp_path, make_config):
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["finetune", "dualprompt"])
 def test_the_metrics_say_what_the_snapshots_cost(tmp_path, make_config, learner):
     metrics = train(make_config(tmp_path / "run", **options(learner)), quiet=True)

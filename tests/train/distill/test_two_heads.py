@@ -37,6 +37,7 @@ def test_it_is_kd_tokens_student_to_the_last_number(backbone, learner):
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_trains_no_teacher_and_mixes_both_heads(tmp_path, make_config):
     metrics = train(make_config(tmp_path / "run", learner="apt", distill="two-heads", alpha=0.25), quiet=True)
     assert metrics["teacher"] is None and "teacher" not in metrics["backbones"]

@@ -95,6 +95,7 @@ def test_it_works_with_every_distiller_or_says_why_not(tmp_path, config, distill
     assert (metrics["teacher"] is not None) == DISTILLERS[distill].needs_teacher
 
 
+@pytest.mark.slow
 def test_the_teacher_is_a_whole_network_that_stands_still_while_the_student_learns(tmp_path, config, monkeypatch):
     seen = []
     real = loop.Phase.epochs
@@ -113,6 +114,7 @@ def test_the_teacher_is_a_whole_network_that_stands_still_while_the_student_lear
     assert seen == [("teacher", True, []), ("student", False, [])] * 2
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path, config):
     options = {"distill": "none", "tasks": 1, "epochs": 8, "limit_per_class": 20, "learning_rate": 0.1}
     metrics = train(config(tmp_path / "run", **options), quiet=True)

@@ -35,6 +35,7 @@ def test_its_class_token_is_that_of_the_backbone(make_model, backbone, tokens, h
         assert torch.allclose(output.features, torch.cat([expected, *(p / 4 for p in pooled)], dim=1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_learned_head_learns_and_one_from_statistics_takes_no_step(tmp_path, make_config):
     steps = {}
     for head in ("learned", "ncm"):

@@ -96,6 +96,7 @@ def test_logits_equal_the_plain_formulas(make, naive_mapped, backbone, pixels, l
     assert np.abs(got - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", POOLS)
 def test_every_part_matters(make, tokens, learner):
     model = make(learner)
