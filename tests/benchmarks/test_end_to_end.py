@@ -69,3 +69,8 @@ def test_the_command(root, tmp_path):
     assert set(document["cases"]) == {"JPEG 64 x 64", "frame 1920 x 1080"}
     for rows in document["cases"].values():
         assert rows["ours, int8"]["median_ms"] > 0 and rows[document["reference"]]["ratio"] == pytest.approx(1, rel=1)
+
+
+def test_the_tables_of_the_page_are_those_of_the_kept_results(root):
+    done = subprocess.run([sys.executable, "docs/make_benchmarks.py", "--check"], cwd=root, check=False)
+    assert done.returncode == 0, "run: python docs/make_benchmarks.py"
