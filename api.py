@@ -106,13 +106,17 @@ def pretrain(
 
 
 def train(
-    resume: bool = False, quiet: bool = False, threads: int | None = None, **options: Unpack[TrainOptions]
+    resume: bool = False,
+    quiet: bool = False,
+    threads: int | None = None,
+    pictures: bool = True,
+    **options: Unpack[TrainOptions],
 ) -> dict[str, Any]:
     """Train teacher and student on one task after another and write a RUN folder with its report.
 
     options: the fields of train.config.TrainConfig, `data` and `out` at least; with `extend` those not given are that
     run's. threads: of the CPU; None: as many as the run began with if it is resumed, else see limit_threads.
-    Returns: the contents of metrics.json.
+    pictures: show some validation pictures in the report. Returns: the contents of metrics.json.
     """
     from .artefacts.layout import REPORT
     from .files import first_process
@@ -129,7 +133,7 @@ def train(
     metrics = run(config, resume, quiet, keep_threads=threads is not None)
     folder = Path(config.out)
     if first_process():
-        write_report(folder / REPORT, run=folder)
+        write_report(folder / REPORT, run=folder, pictures=pictures)
     return metrics
 
 
@@ -416,12 +420,16 @@ def report(
     run: Path | str | None = None,
     bundle: Path | str | None = None,
     profile: dict[str, Any] | None = None,
+    pictures: bool = True,
 ) -> Path:
-    """One self-contained HTML page about a run, a bundle, or both; profile: what `profile` returned."""
+    """One self-contained HTML page about a run, a bundle, or both.
+
+    profile: what `profile` returned. pictures: show some validation pictures of the run, if its data source is there.
+    """
     from .report.page import write_report
 
     paths = [Path(p) if p is not None else None for p in (run, bundle)]
-    return write_report(Path(out), run=paths[0], bundle=paths[1], profile=profile)
+    return write_report(Path(out), run=paths[0], bundle=paths[1], profile=profile, pictures=pictures)
 
 
 def doctor() -> dict[str, Any]:

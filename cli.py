@@ -21,6 +21,7 @@ from .cli_options import (
     emit,
     force_option,
     json_option,
+    pictures_option,
     resumable,
     say,
     threads_option,
@@ -212,9 +213,12 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     help="JSON file of these options; the command line wins",
 )
 @click.option("--resume", is_flag=True, help="continue a stopped run to the same numbers")
+@pictures_option
 @threads_option
 @json_option
-def train(config: Path | None, resume: bool, threads: int | None, as_json: bool, **options: Any) -> None:
+def train(
+    config: Path | None, resume: bool, pictures: bool, threads: int | None, as_json: bool, **options: Any
+) -> None:
     """Train a student, and a teacher where it distils, on one task after another; write a RUN folder."""
     given = merged(config, options)
     from . import api
@@ -223,7 +227,7 @@ def train(config: Path | None, resume: bool, threads: int | None, as_json: bool,
     from .display import accuracy_table, baseline_line, baseline_warning, forgetting_line
 
     with resumable(f"{given.get('out')}: the last whole epoch is kept; go on with the same command and --resume"):
-        metrics = Metrics.of(api.train(resume, threads=threads, **given), "what train returned")
+        metrics = Metrics.of(api.train(resume, threads=threads, pictures=pictures, **given), "what train returned")
     out = str(metrics.config["out"])
     report = Path(out) / REPORT
     keys = ("average_accuracy", "forgetting", "matrix")
@@ -277,8 +281,8 @@ def sweep(out: Path, config: Path | None, as_json: bool, **options: Any) -> None
 
 
 # What the grid does not vary is given as to train.
-VARIED = ("out", "learner", "distill", "query", "head", "seed", "resume", "teachers", "extend", "threads", "as_json")
-sweep.params[8:8] = [p for p in train.params if p.name not in VARIED]
+VARIED = ("out", "learner", "distill", "query", "head", "seed", "resume", "teachers", "extend", "pictures", "threads")
+sweep.params[8:8] = [p for p in train.params if p.name not in (*VARIED, "as_json")]
 
 
 @cli.command()

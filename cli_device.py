@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import click
 
 from .artefacts.layout import MANIFEST, METRICS
-from .cli_options import backend_option, emit, json_option, precision_option, say, threads_option
+from .cli_options import backend_option, emit, json_option, pictures_option, precision_option, say, threads_option
 from .errors import InputError
 
 
@@ -434,8 +434,9 @@ def evaluate(
     help="the saved output of `profile --json`",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help=".html file to write")
+@pictures_option
 @json_option
-def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_json: bool) -> None:
+def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, pictures: bool, as_json: bool) -> None:
     """One self-contained HTML page about a run, a bundle, or both."""
     from . import api
 
@@ -458,7 +459,7 @@ def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, as_j
             raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
         if not isinstance(measured, dict):
             raise InputError(f"{profile_file}: not the output of `profile --json`", got=type(measured).__name__)
-    path = api.report(out, run, bundle, measured)
+    path = api.report(out, run, bundle, measured, pictures)
     emit({"report": str(path)}, as_json, f"report: {path}")
 
 

@@ -17,7 +17,7 @@ from .heartbeat import at
 from .images import Preprocessing, UnreadableImage
 
 DIGITS = 16
-"hex digits of a class's hash: 64 bits tell accidents apart, not attacks"
+"hex digits of a hash of a class or of an image: 64 bits tell accidents apart, not attacks"
 _GLANCE = Preprocessing(32, 32)
 "decodes as little of a file as shows that it is readable"
 
@@ -32,6 +32,8 @@ class Decoded:
     "int64 (N,)"
     skipped: tuple[str, ...]
     "one line for each image that could not be read"
+    read: np.ndarray
+    "int64 (N,): where each of them stands in the split"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ class Split:
                 found.setdefault(digest, []).append(str(path))
                 at(f"fingerprint of the pictures: {count:,} of {len(self):,}")
         return found
+
+    def digest(self, index: int) -> str:
+        """DIGITS hex digits of a SHA-256 over one image: a file's bytes, or pixels. Raises: OSError."""
+        item = self.items[index]
+        content = item.tobytes() if isinstance(item, np.ndarray) else Path(item).read_bytes()
+        return hashlib.sha256(content).hexdigest()[:DIGITS]
 
     def hashes(self, classes: Sequence[str]) -> dict[str, str]:
         """For each class that has images here DIGITS hex digits of a SHA-256 over the names and bytes of its files.
@@ -167,7 +175,7 @@ class Split:
             )
         size = preprocessing.size
         pixels = np.stack([r for r in results if not isinstance(r, str)]) if good else np.zeros((0, size, size, 3))
-        return Decoded(pixels.astype(np.uint8, copy=False), self.labels[good], skipped)
+        return Decoded(pixels.astype(np.uint8, copy=False), self.labels[good], skipped, np.asarray(good, np.int64))
 
 
 def joined(splits: Sequence[Split]) -> Split:

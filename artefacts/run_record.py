@@ -14,6 +14,10 @@ from .layout import METRICS, RUN_SCHEMA
 from .typed import MalformedField, parse
 
 Row = tuple[float | None, ...]
+PICTURE_KINDS = ("wrong", "unsure", "drawn")
+"the surest mistakes, the least sure of the right answers, some of the others drawn by the seed"
+PICTURES_EACH = 12
+"pictures of each kind at most"
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,32 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A validation image for the report: what the student answered, and how to find it in the data source again."""
+
+    kind: str
+    "one of PICTURE_KINDS"
+    true: int
+    answer: int
+    "both positions of classes"
+    probability: float
+    "of the answer, 0 to 1"
+    probability_of_true: float
+    place: int
+    "among the source's validation images of its class, 0-based"
+    sha256: str
+    "see splits.Split.digest"
+
+    def check(self) -> None:
+        """Kind and probabilities are possible. Raises: MalformedField."""
+        if self.kind not in PICTURE_KINDS:
+            raise MalformedField("kind", self.kind, f"one of {', '.join(PICTURE_KINDS)}")
+        for name in ("probability", "probability_of_true"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise MalformedField(name, getattr(self, name), "a number from 0 to 1")
+
+
+@dataclass(frozen=True)
 class Side:
     """What the student, or the teacher, came to."""
 
@@ -65,6 +95,8 @@ class Side:
     "of each epoch, for each task"
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     confusion: Confusion | None = None
+    pictures: tuple[Picture, ...] | None = None
+    "None in runs of early versions"
     tasks_reused: tuple[int, ...] = ()
     "whose teacher was kept from another run"
 
@@ -201,6 +233,9 @@ class Metrics:
                 raise MalformedField(f"{name}.matrix", f"{len(side.matrix)} rows", rows)
         if self.student.confusion is not None:
             self.student.confusion.check_classes(count)
+        for i, picture in enumerate(self.student.pictures or ()):
+            if not (0 <= picture.true < count and 0 <= picture.answer < count):
+                raise MalformedField(f"student.pictures[{i}]", vars(picture), f"classes from 0 to {count - 1}")
 
 
 def read_metrics(run: Path) -> Metrics:

@@ -252,7 +252,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         training["config"] = {**training["config"], "data": record["given"]}
     for side in ("student", "teacher"):
         kept = run.metrics.document.get(side)
-        training[side] = {k: v for k, v in kept.items() if k != "loss"} if kept else None
+        training[side] = {k: v for k, v in kept.items() if k not in ("loss", "pictures")} if kept else None
     return {
         "name": name,
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -17,6 +17,7 @@ from ..files import check_out, write_text
 from .charts import HEAT_DARK, HEAT_LIGHT, ink
 from .documents import check_measured, check_pair
 from .mistakes import mistakes_section, verdict
+from .pictures import pictures_section
 from .quantisation import quantisation_section
 from .sections import accuracy_section, card_section, export_section, figures, header, latency_section
 
@@ -26,7 +27,11 @@ _GENERATOR = b'<meta name="generator" content="cdl-edge '
 
 
 def write_report(
-    out: Path, run: Path | None = None, bundle: Path | None = None, profile: Mapping[str, Any] | None = None
+    out: Path,
+    run: Path | None = None,
+    bundle: Path | None = None,
+    profile: Mapping[str, Any] | None = None,
+    pictures: bool = True,
 ) -> Path:
     """Write the page and return its path.
 
@@ -35,6 +40,7 @@ def write_report(
         run: folder written by train (metrics.json). None: what the bundle keeps of it, if any.
         bundle: folder written by export or calibrate; every file of it is hashed.
         profile: what `profile --json` prints, with an optional "trace_ms": end-to-end milliseconds of each call.
+        pictures: show some validation pictures of the run, read from its data source; small copies are in the page.
 
     Raises: InputError when there is neither run nor bundle, when something is missing, damaged, malformed or newer than
         this code, and when run, bundle and profile do not belong together.
@@ -53,7 +59,8 @@ def write_report(
     checked = ProfileRecord.of(profile) if profile is not None else None
     if checked is not None:
         check_measured(checked, opened)
-    write_page(out, render(metrics, opened, checked))
+    wall = pictures_section(metrics, wanted=pictures) if metrics is not None and run is not None else None
+    write_page(out, render(metrics, opened, checked, wall))
     return out
 
 
@@ -90,11 +97,17 @@ def fill(template: str, **values: Any) -> str:
     )
 
 
-def render(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None) -> str:
-    """The page as text, from documents that have been checked."""
+def render(
+    metrics: Metrics | None,
+    bundle: Bundle | None,
+    profile: ProfileRecord | None,
+    wall: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as text, from documents that have been checked. wall: see pictures.pictures_section."""
     sections = {
         "verdict": verdict(metrics) if metrics else None,
         "mistakes": mistakes_section(metrics) if metrics else None,
+        "wall": wall,
         "accuracy": accuracy_section(metrics) if metrics else None,
         "latency": latency_section(profile) if profile else None,
         "quantisation": quantisation_section(bundle) if bundle else None,

@@ -130,7 +130,7 @@ class Process:
     def __init__(self, cell: Cell, slot: Slot, options: Path, log: Path, lock: IO[str] | None) -> None:
         self.lock = lock
         command = [sys.executable, "-m", "cdl_edge.cli", "train", "--config", str(options)]
-        command += ["--resume", "--json", "--threads", str(slot.threads)]
+        command += ["--resume", "--no-pictures", "--json", "--threads", str(slot.threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(slot.threads)}
         if slot.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu

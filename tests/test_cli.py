@@ -144,7 +144,10 @@ def test_every_training_option_is_on_the_command_line():
 
     names = {p.name for p in group.commands["train"].params}
     stored = {"decoder", "compat_schema"}  # rules that a run was made by: for nobody to choose
-    assert names - {"config", "resume", "threads", "as_json"} == set(TrainConfig("digits", "x").to_json()) - stored
+    assert (
+        names - {"config", "resume", "pictures", "threads", "as_json"}
+        == set(TrainConfig("digits", "x").to_json()) - stored
+    )
     names = {p.name for p in group.commands["pretrain"].params}
     fields = {*PretrainConfig.__dataclass_fields__, *HybridConfig.__dataclass_fields__} - {"small_until"}
     assert names - {"resume", "threads", "as_json"} == fields
@@ -576,7 +579,7 @@ def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank,
 
     written = []
     monkeypatch.setattr(loop, "train", lambda *_, **__: {"config": {"out": str(tmp_path)}})
-    monkeypatch.setattr(page, "write_report", lambda path, run: written.append(path))
+    monkeypatch.setattr(page, "write_report", lambda path, run, pictures: written.append(path))
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
     api.train(data="digits", out=str(tmp_path))

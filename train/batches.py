@@ -71,6 +71,8 @@ class Images:
         decoded = {d: split.decode(p) for d, p in {s.decoding: s.preprocessing for s in sides.values()}.items()}
         first = next(iter(decoded.values()))
         self.labels, self.skipped = first.labels, first.skipped
+        self.split, self.read = split, first.read
+        "what they come from, and where each of them stands in it, int64 (N,)"
         self._pixels = {d: torch.from_numpy(v.pixels) for d, v in decoded.items()}
         self._inputs: dict[str, Tensor] = {}
         self._queries: dict[str, Tensor] = {}

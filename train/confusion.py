@@ -9,7 +9,8 @@ import numpy as np
 
 from .batches import Images
 from .engine import Engine
-from .evaluate import predictions
+from .evaluate import answers
+from .pictures import PictureChoice
 
 WHOLE = 30
 "classes up to which the whole matrix is kept"
@@ -45,12 +46,19 @@ class Answered:
         """name: of the model. classes: that are learnt. The processes of an engine share the work."""
         self.images, self.name, self.classes, self.engine = images, name, classes, engine
         self.found: list[tuple[np.ndarray, np.ndarray]] = []
+        self.choice = PictureChoice()
 
     def __iter__(self) -> Iterator[Images]:
         for images in self.images:
-            self.found.append((images.labels, predictions(images, self.name, self.classes, self.engine)))
+            predicted, probability, of_true = answers(images, self.name, self.classes, self.engine)
+            self.found.append((images.labels, predicted))
+            self.choice.add(images.split, images.read, predicted, probability, of_true)
             yield images
 
     def confusion(self) -> dict[str, Any]:
-        """Of all images that have been handed on; see the function."""
+        """Counts over all images that have been handed on; see the function."""
         return confusion(self.found, self.classes)
+
+    def pictures(self, seed: int) -> list[dict[str, Any]]:
+        """Some of the images that have been handed on, for the report; see pictures.PictureChoice."""
+        return self.choice.chosen(seed)

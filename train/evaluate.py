@@ -63,15 +63,32 @@ def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[to
 
 def predictions(images: Images, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
     """Predicted classes, int64 (N,), among the first `seen`; the processes of an engine share the images."""
+    return answers(images, name, seen, engine)[0]
+
+
+def answers(
+    images: Images, name: str, seen: int, engine: Engine | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a model answers among the first `seen` classes; the processes of an engine share the images.
+
+    Returns: predicted classes, int64 (N,); the probability of each, and that of the right class (0 for a class that is
+    not among them), both float32 (N,).
+    """
     rows, weight = (engine.share if engine else Share()).of(len(images))
-    own = logits_of(images, name, seen, rows).argmax(1)
-    if engine is None:
-        return own
-    # A process without images of its own gets one with weight 0: it adds nothing. Numbers of classes are exact in
-    # float32.
-    whole = torch.zeros(len(images))
-    whole[rows] = torch.from_numpy(own).float() * (weight > 0)
-    return engine.sum(whole).cpu().numpy().astype(np.int64)
+    logits = logits_of(images, name, seen, rows)
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    index, predicted, labels = np.arange(len(logits)), logits.argmax(1), images.labels[rows]
+    known = labels < shares.shape[1]
+    of_true = np.where(known, shares[index, np.where(known, labels, 0)], 0.0)
+    own = np.stack([predicted, shares[index, predicted], of_true]).astype(np.float32)
+    if engine is not None:
+        # A process without images of its own gets one with weight 0: it adds nothing. Numbers of classes are exact in
+        # float32.
+        whole = torch.zeros(3, len(images))
+        whole[:, rows] = torch.from_numpy(own) * (weight > 0)
+        own = engine.sum(whole).cpu().numpy()
+    return own[0].astype(np.int64), own[1], own[2]
 
 
 def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:

@@ -436,6 +436,7 @@ class _Training:
                 "images_per_second": {"train": self.trained_images[name] / max(1e-9, sum(self.seconds[name]))},
             }
         metrics["student"]["confusion"] = answered.confusion()
+        metrics["student"]["pictures"] = answered.pictures(self.config.seed)
         head, own = self.models["student"].statistics_head, metrics["student"]["forgetting"]
         if head is not None:
             train = (Images(self._images_of(t), self.sides, self.engine.device) for t in range(self.tasks))

@@ -71,7 +71,7 @@ def test_the_page_answers_first(
     tmp_path: Path, counted: dict[str, Any], save_run: Callable[..., Path], read_page: Callable[[Path], Any]
 ) -> None:
     page = read_page(write_report(tmp_path / "r.html", save_run(tmp_path / "run", counted)))
-    assert page.sections == {"mistakes", "accuracy", "card"}
+    assert page.sections == {"mistakes", "pictures", "accuracy", "card"}
     order = ["points more than the frozen backbone", "Frozen baseline", "Confusion matrix", "Most confused pairs"]
     order += [
         "Accuracy of each class",

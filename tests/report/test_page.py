@@ -25,7 +25,7 @@ def test_full_page(
     run, bundle = save_run(tmp_path / "run", metrics), save_bundle(tmp_path / "bundle", metrics)
     out = write_report(tmp_path / "page" / "report.html", run, bundle, profile)
     page = read_page(out)
-    assert page.sections == {"accuracy", "latency", "export", "card"}
+    assert page.sections == {"pictures", "accuracy", "latency", "export", "card"}
     for name in ("student", "teacher"):
         for row in metrics[name]["matrix"]:
             for value in row:

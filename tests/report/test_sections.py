@@ -26,7 +26,7 @@ def test_sections_without_data_are_absent(
     for key in ("skipped", "definitions", "versions"):
         metrics.pop(key)
     page = read_page(write_report(tmp_path / "run.html", save_run(tmp_path / "run", metrics)))
-    assert page.sections == {"accuracy", "card"}
+    assert page.sections == {"pictures", "accuracy", "card"}
     for absent in (
         "(teacher)",
         "Versions",

@@ -276,7 +276,16 @@ def wait(process):
 def test_a_cell_is_told_its_options_threads_and_gpu(process, tmp_path):
     code = "import os, sys; print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'])"
     assert wait(process(code, threads=3, gpu="5")) == 0
-    options = ["train", "--config", str(tmp_path / "cell.json"), "--resume", "--json", "--threads", "3"]
+    options = [
+        "train",
+        "--config",
+        str(tmp_path / "cell.json"),
+        "--resume",
+        "--no-pictures",
+        "--json",
+        "--threads",
+        "3",
+    ]
     assert (tmp_path / "log").read_text() == f"{options} 3 5\n"
     assert hold(tmp_path / ".lock") is not None
     assert wait(process("import sys; sys.exit('again')")) == 1

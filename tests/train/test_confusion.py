@@ -37,3 +37,11 @@ def test_a_run_counts_what_its_matrix_says(tmp_path, make_config, head):
         assert 100 * right / images == pytest.approx(last[task])
     assert [sum(row) for row in counts["matrix"]] == counts["images"]
     assert sum(counts["images"]) == metrics["images"]["val"]
+    pictures = metrics["student"]["pictures"]
+    assert {p["true"] == p["answer"] for p in pictures if p["kind"] == "wrong"} <= {False}
+    assert all(
+        p["true"] == p["answer"] and p["probability"] == p["probability_of_true"]
+        for p in pictures
+        if p["kind"] == "unsure"
+    )
+    assert any(p["kind"] == "unsure" for p in pictures)

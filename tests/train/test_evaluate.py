@@ -7,7 +7,7 @@ import torch
 from cdl_edge.errors import InputError
 from cdl_edge.train.batches import Images, Side
 from cdl_edge.train.engine import Engine, Share
-from cdl_edge.train.evaluate import accuracy, evaluate_run, logits_of
+from cdl_edge.train.evaluate import accuracy, answers, evaluate_run, logits_of
 from cdl_edge.train.loop import train
 
 
@@ -111,7 +111,24 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
     for rank in range(processes):
         engine.share = Share(rank, processes)
         accuracy(images, "student", 6, engine)
-    assert len(parts) == processes and (sum(parts) == images.labels).all()  # nothing twice, nothing left out
+    found, probability, of_true = sum(parts)
+    assert len(parts) == processes and (found == images.labels).all()  # nothing twice, nothing left out
+    alone = answers(images, "student", 6)
+    assert np.allclose(probability, alone[1], atol=1e-6) and np.array_equal(probability, of_true)
+    assert 1 / 6 <= probability.min() and probability.max() <= 1
+
+
+def test_a_class_that_is_not_among_those_seen_has_no_probability(backbone, make_model):
+    from cdl_edge.data import Split
+
+    device = torch.device("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    sides = {"student": Side(make_model("coda"), backbone.preprocessing, device)}
+    predicted, probability, of_true = answers(
+        Images(Split(pixels, np.array([0, 1, 5, 5])), sides, device), "student", 2
+    )
+    assert set(predicted) <= {0, 1} and (probability >= 0.5).all()
+    assert of_true[2:].tolist() == [0.0, 0.0] and (of_true[:2] > 0).all()
 
 
 def logits_labels(pixels, sides, device):
