@@ -115,7 +115,7 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
     assert len(parts) == processes and (found == images.labels).all()  # nothing twice, nothing left out
     alone = answers(images, "student", 6)
     assert np.allclose(probability, alone[1], atol=1e-6) and np.array_equal(probability, of_true)
-    assert 1 / 6 <= probability.min() and probability.max() <= 1
+    assert probability.min() >= 1 / 6 and probability.max() <= 1
 
 
 def test_a_class_that_is_not_among_those_seen_has_no_probability(backbone, make_model):
