@@ -120,7 +120,7 @@ def train(
     """
     from .artefacts.layout import REPORT
     from .files import first_process
-    from .report.page import write_report
+    from .report.model_page import write_report
     from .train.config import TrainConfig
     from .train.extend import inherit
     from .train.loop import train as run
@@ -426,7 +426,7 @@ def report(
 
     profile: what `profile` returned. pictures: show some validation pictures of the run, if its data source is there.
     """
-    from .report.page import write_report
+    from .report.model_page import write_report
 
     paths = [Path(p) if p is not None else None for p in (run, bundle)]
     return write_report(Path(out), run=paths[0], bundle=paths[1], profile=profile, pictures=pictures)

@@ -37,7 +37,7 @@ _BROKEN = (
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ArraySpec:
     """The array that a name stands for."""
 
     dtype: str
@@ -54,7 +54,7 @@ class Wanted:
 
 
 def read_npz(
-    content: bytes | np.ndarray, wanted: Mapping[str, Wanted] | None = None, most: int = MOST_BYTES
+    content: bytes | np.ndarray, wanted: Mapping[str, ArraySpec] | None = None, most: int = MOST_BYTES
 ) -> dict[str, np.ndarray]:
     """The arrays of an .npz by name; objects (pickles) are refused.
 

@@ -39,7 +39,7 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     from .calibrate.bundle import calibrate
     from .export.bundle import export
     from .measurement.evaluate import evaluate
-    from .report.page import write_report
+    from .report.model_page import write_report
     from .runtime import load
     from .train.config import TrainConfig
     from .train.loop import train

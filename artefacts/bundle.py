@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from ..arrays import Wanted, read_npz
+from ..arrays import ArraySpec, read_npz
 from ..errors import InputError
 from ..files import atomic_folder, check_out, sha256
 from ..images import Preprocessing
@@ -158,8 +158,8 @@ class Bundle:
             )
         size, classes = self.preprocessing.size, len(self.classes)
         wanted = {
-            "images": Wanted("uint8", (SELFTEST_IMAGES, size, size, 3)),
-            "logits": Wanted("float32", (SELFTEST_IMAGES, classes)),
+            "images": ArraySpec("uint8", (SELFTEST_IMAGES, size, size, 3)),
+            "logits": ArraySpec("float32", (SELFTEST_IMAGES, classes)),
         }
         try:
             stored = read_npz(self.read(name), wanted)

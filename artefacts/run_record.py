@@ -76,7 +76,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Side:
+class SideRecord:
     """What the student, or the teacher, came to."""
 
     average_accuracy: float
@@ -178,9 +178,9 @@ class Metrics:
     "names in learned order"
     tasks: tuple[tuple[int, ...], ...]
     "of each task, positions of its classes"
-    student: Side
+    student: SideRecord
     schema: int = RUN_SCHEMA
-    teacher: Side | None = None
+    teacher: SideRecord | None = None
     baseline: Baseline | None = None
     seconds: float | None = None
     images: ImageCounts | int | None = None
@@ -206,12 +206,12 @@ class Metrics:
             raise InputError(f"{where}: written by a newer cdl-edge", got=schema, expected=RUN_SCHEMA, fix=fix)
         return parse(cls, document, where)
 
-    def side(self, name: str) -> Side | None:
+    def side(self, name: str) -> SideRecord | None:
         """ "student" or "teacher"; None for a teacher that there was not."""
         return self.student if name == "student" else self.teacher
 
     @property
-    def sides(self) -> dict[str, Side]:
+    def sides(self) -> dict[str, SideRecord]:
         """Those that there are, the student first."""
         return {name: side for name in ("student", "teacher") if (side := self.side(name)) is not None}
 

@@ -45,16 +45,16 @@ def served(listening: socket.socket, bundle: Path, options: dict[str, Any], orde
 
     from cdl_edge.runtime.predict import predict
     from cdl_edge.server.app import build_app
-    from cdl_edge.server.handle import Handle, version_name
-    from cdl_edge.server.metrics import resident_bytes
+    from cdl_edge.server.live_model import LiveModel, version_name
+    from cdl_edge.server.request_metrics import resident_bytes
     from cdl_edge.server.server import Server
 
-    handle = Handle(bundle, **options)
+    live = LiveModel(bundle, **options)
     server = uvicorn.Server(
-        uvicorn.Config(build_app(Server(handle, bundle)), log_level="warning", access_log=False, proxy_headers=False)
+        uvicorn.Config(build_app(Server(live, bundle)), log_level="warning", access_log=False, proxy_headers=False)
     )
     threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True).start()
-    orders.send({"runner": handle.runner.describe(), "version": version_name(handle.runner.bundle)})
+    orders.send({"runner": live.runner.describe(), "version": version_name(live.runner.bundle)})
     while True:
         order, argument = orders.recv()
         if order == "predict":  # (picture, times) -> milliseconds of each
@@ -62,7 +62,7 @@ def served(listening: socket.socket, bundle: Path, options: dict[str, Any], orde
             samples = []
             for _ in range(times):
                 begin = time.perf_counter()
-                json.dumps(predict(handle.runner, [picture]))
+                json.dumps(predict(live.runner, [picture]))
                 samples.append((time.perf_counter() - begin) * 1e3)
             orders.send(samples)
         elif order == "cpu":
@@ -70,7 +70,7 @@ def served(listening: socket.socket, bundle: Path, options: dict[str, Any], orde
         elif order == "rss":
             orders.send(resident_bytes())
         elif order == "swap":
-            orders.send(handle.swap(argument))
+            orders.send(live.swap(argument))
         else:
             server.should_exit = True
             return
@@ -186,7 +186,7 @@ def load(port: int, clients: int, seconds: float, picture: bytes, watch: Any) ->
 def swaps(port: int, orders: Connection, bundles: list[Path], clients: int, count: int) -> dict[str, Any]:
     """`count` exchanges under load; tensors in, logits out, compared with those of the version that is named."""
     from cdl_edge.runtime import load as load_runner
-    from cdl_edge.server.handle import version_name
+    from cdl_edge.server.live_model import version_name
 
     expected = {}
     for bundle in bundles:

@@ -48,7 +48,7 @@ def serve(
     Args:
         port: 0 takes a free one; the line that `say` gets names it.
         backend, precision, threads: see `runtime.load`.
-        queue, runners, limit_s: see `server.handle.Handle`.
+        queue, runners, limit_s: see `server.live_model.LiveModel`.
         name: of the model in the Open Inference Protocol; empty: the bundle's folder.
         watch: put in every version that appears at `bundle`, once it has proven itself.
         token: who has it may install packs; None: the one in token_file.
@@ -62,7 +62,7 @@ def serve(
     from ..runtime.secret import checked, default_file, kept
     from .app import build_app
     from .guard import Guard
-    from .handle import Handle
+    from .live_model import LiveModel
     from .server import Server
 
     file = token_file or default_file()
@@ -72,9 +72,9 @@ def serve(
         sockets = [listening]
         if socket_path is not None:
             sockets.append(stack.enter_context(listen_locally(socket_path)))
-        handle = Handle(bundle, backend, threads, precision, runners, queue, limit_s)
+        live = LiveModel(bundle, backend, threads, precision, runners, queue, limit_s)
         packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
-        server = Server(handle, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
+        server = Server(live, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
         stack.callback(server.decoders.close)
         server.decoders.start()
         config = uvicorn.Config(
@@ -91,13 +91,13 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         say(
             f"{model['name']} {model['version']}: http://{address}:{listening.getsockname()[1]}/   "
-            f"({model['runner']['backend']}, {model['runner']['precision']}, {handle.capacity} calls at a time)"
+            f"({model['runner']['backend']}, {model['runner']['precision']}, {live.capacity} calls at a time)"
         )
         if token is None:
             say(f"token for packs: {secret if made else 'as before'}, kept in {file}")
         with _ends_well():
             uvicorn.Server(config).run(sockets=sockets)
-        if not handle.close(0):
+        if not live.close(0):
             say("a call of the engine is stuck: leaving without it")
             sys.stdout.flush()
             stack.close()

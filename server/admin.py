@@ -35,7 +35,7 @@ async def listed(request: Request) -> Response:
     """GET /packs: the versions that are kept."""
     server = server_of(request)
     found = await anyio.to_thread.run_sync(packs.listed, server.source)
-    return answered({"packs": found, "version": server.handle.health()["version"]})
+    return answered({"packs": found, "version": server.live.health()["version"]})
 
 
 async def install(request: Request) -> Response:

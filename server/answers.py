@@ -16,7 +16,7 @@ from ..runtime.predict import predict as classify
 from ..runtime.runner import Runner
 from . import protocol
 from .body import content_type
-from .handle import version_name
+from .live_model import version_name
 from .refuse import Refused
 from .server import Server, answered, server_of
 
@@ -50,7 +50,7 @@ async def _classified(request: Request, single: bool) -> Response:
 
 async def classes(request: Request) -> Response:
     """GET /classes: what can be answered, by task."""
-    bundle = server_of(request).handle.runner.bundle
+    bundle = server_of(request).live.runner.bundle
     tasks = [{"task": i, "classes": [bundle.classes[c] for c in task]} for i, task in enumerate(bundle.tasks)]
     return answered({"version": version_name(bundle), "tasks": tasks})
 
@@ -102,15 +102,15 @@ async def ready(request: Request) -> Response:
     """GET /v2/health/ready and /v2/models/NAME/ready: 200 or 503."""
     server = server_of(request)
     if "name" in request.path_params:
-        _check_model(request, server.name, server.handle.runner)
-    good = server.handle.health()["status"] == "ok"
+        _check_model(request, server.name, server.live.runner)
+    good = server.live.health()["status"] == "ok"
     return answered({"ready": good}, 200 if good else 503)
 
 
 async def model(request: Request) -> Response:
     """GET /v2/models/NAME."""
     server = server_of(request)
-    runner = server.handle.runner
+    runner = server.live.runner
     _check_model(request, server.name, runner)
     return answered(protocol.metadata(runner, server.name, version_name(runner.bundle)))
 
@@ -152,26 +152,26 @@ async def infer(request: Request) -> Response:
 async def configuration(request: Request) -> Response:
     """GET /v2/models/NAME/config."""
     server = server_of(request)
-    _check_model(request, server.name, server.handle.runner)
-    return answered(protocol.configuration(server.handle.runner, server.name, server.limits.pictures))
+    _check_model(request, server.name, server.live.runner)
+    return answered(protocol.configuration(server.live.runner, server.name, server.limits.pictures))
 
 
 async def statistics(request: Request) -> Response:
     """GET /v2/models/stats and /v2/models/NAME/stats."""
     server = server_of(request)
     if "name" in request.path_params:
-        _check_model(request, server.name, server.handle.runner)
-    version = version_name(server.handle.runner.bundle)
+        _check_model(request, server.name, server.live.runner)
+    version = version_name(server.live.runner.bundle)
     return answered({"model_stats": [{"name": server.name, "version": version, **server.metrics.statistics()}]})
 
 
 async def index(request: Request) -> Response:
     """POST /v2/repository/index: the one model."""
     server = server_of(request)
-    found = server.handle.health()
+    found = server.live.health()
     good = found["status"] == "ok"
     state, reason = ("READY", "") if good else ("UNAVAILABLE", found["reason"] or found["status"])
-    version = version_name(server.handle.runner.bundle)
+    version = version_name(server.live.runner.bundle)
     return answered([{"name": server.name, "version": version, "state": state, "reason": reason}])
 
 

@@ -18,8 +18,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
-from . import admin, answers, metrics
-from .handle import Busy
+from . import admin, answers, request_metrics
+from .live_model import Busy
 from .notify import notify, watchdog_s
 from .page import page
 from .refuse import Refused
@@ -35,7 +35,7 @@ KINDS |= {415: "content_type", 503: "busy", 504: "timeout"}
 
 
 def build_app(server: Server, watch: bool = False) -> Starlette:
-    """The ASGI application around a handle, which it closes at its end.
+    """The ASGI application around a live model, which it closes at its end.
 
     watch: look every WATCH_S for another version at server.source, and put it in.
     """
@@ -52,7 +52,7 @@ def build_app(server: Server, watch: bool = False) -> Starlette:
             yield
             notify("STOPPING=1")
             tasks.cancel_scope.cancel()
-        await anyio.to_thread.run_sync(server.handle.close)
+        await anyio.to_thread.run_sync(server.live.close)
 
     model = "/v2/models/{name}"
     routes = [
@@ -91,7 +91,7 @@ def build_app(server: Server, watch: bool = False) -> Starlette:
 async def health(request: Request) -> Response:
     """GET /health: 200, or 503 when no answers come; what answers and how fast it is."""
     server = server_of(request)
-    found = server.handle.health()
+    found = server.live.health()
     document = {**found, "model": server.describe(), "latency": server.metrics.latency()}
     return answered(document, 200 if found["status"] == "ok" else 503)
 
@@ -107,7 +107,9 @@ async def prometheus(request: Request) -> Response:
         "cdl_edge": model["cdl_edge"],
     }
     info |= {key: model["runner"][key] for key in ("backend", "precision", "threads", "runners")}
-    return Response(server.metrics.text(server.handle.health(), info), headers={"content-type": metrics.CONTENT_TYPE})
+    return Response(
+        server.metrics.text(server.live.health(), info), headers={"content-type": request_metrics.CONTENT_TYPE}
+    )
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -177,7 +179,7 @@ class Counting:
 async def _guarded(server: Server, period: float) -> None:
     """Tell systemd that all is well, as long as it is: a stuck engine ends in a restart (WatchdogSec=)."""
     while True:
-        if server.handle.health()["status"] == "ok":
+        if server.live.health()["status"] == "ok":
             notify("WATCHDOG=1")
         await anyio.sleep(period)
 
@@ -189,7 +191,7 @@ async def _probing(server: Server) -> None:
         if time.monotonic() - server.answered_at > PROBE_S:
             await server.probe()
         else:
-            server.handle.failing = None
+            server.live.failing = None
 
 
 async def _watch(server: Server) -> None:

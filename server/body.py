@@ -95,7 +95,7 @@ class Uploads:
 
 
 @dataclass
-class Reader:
+class BodyReader:
     """Reads the body of one request into memory, or hands it on in pieces."""
 
     request: Request
@@ -173,8 +173,8 @@ class Reader:
             )
 
 
-async def save(reader: Reader, path: Path) -> None:
-    """A pack, as the body or as the only file of a form, to disk. Raises: Refused, as `Reader.pictures`."""
+async def save(reader: BodyReader, path: Path) -> None:
+    """A pack, as the body or as the only file of a form, to disk. Raises: Refused, as `BodyReader.pictures`."""
     request, limits = reader.request, reader.limits
     stream = reader.chunks(limits.pack_bytes, 10 * limits.body_s, held=False)
     kind, encoding = content_type(request), request.headers.get("content-encoding", "")

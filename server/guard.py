@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .metrics import Metrics
+from .request_metrics import RequestMetrics
 
 LOCAL = "unix"
 "the address of whoever comes through the Unix socket"
@@ -47,7 +47,7 @@ class Bounds:
 class Guard:
     """All connections of a server, and the rules for them. Only the event loop's thread may touch it."""
 
-    metrics: Metrics
+    metrics: RequestMetrics
     bounds: Bounds = field(default_factory=Bounds)
     connections: set[Connection] = field(default_factory=set)
     _timer: asyncio.TimerHandle | None = None

@@ -34,7 +34,7 @@ _ASKED = 'ask as {"outputs": [{"name": "logits", "parameters": {"classification"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedOutput:
     """How an output is asked for."""
 
     binary: bool = False
@@ -48,7 +48,7 @@ class Request:
 
     id: str | None
     inputs: dict[str, np.ndarray]
-    outputs: dict[str, Wanted] | None
+    outputs: dict[str, RequestedOutput] | None
     "None: all of them"
     binary: bool
     "outputs as bytes where `outputs` says nothing"
@@ -106,7 +106,7 @@ def answer(
     for name, array in outputs.items():
         if request.outputs is not None and name not in request.outputs:
             continue
-        wanted = Wanted(request.binary) if request.outputs is None else request.outputs[name]
+        wanted = RequestedOutput(request.binary) if request.outputs is None else request.outputs[name]
         fields: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": list(array.shape)}
         data = array.ravel().tolist()
         if wanted.classes:
@@ -207,7 +207,7 @@ def _named(fields: Mapping[str, Any], known: Mapping[str, object], what: str) ->
     return name
 
 
-def _wanted(name: str, parameters: Mapping[str, Any]) -> Wanted:
+def _wanted(name: str, parameters: Mapping[str, Any]) -> RequestedOutput:
     for parameter in parameters:
         if parameter not in OF_OUTPUT:
             raise InputError(
@@ -218,7 +218,7 @@ def _wanted(name: str, parameters: Mapping[str, Any]) -> Wanted:
         raise InputError("parameter 'classification'", got=f"{classes!r:.50}", expected="how many classes")
     if classes and name != "logits":
         raise InputError(f"output {name!r} has no classes", got=f"classification {classes}", expected="output 'logits'")
-    return Wanted(bool(parameters.get("binary_data")), classes)
+    return RequestedOutput(bool(parameters.get("binary_data")), classes)
 
 
 def _tensor(

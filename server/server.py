@@ -1,4 +1,4 @@
-"""What the endpoints share: the handle, the limits, the counts, and the way from a coroutine to a worker thread."""
+"""What the endpoints share: the live model, the limits, the counts, and the way from a coroutine to a worker thread."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ..decoders import Decoders
 from ..errors import InputError
 from ..runtime.runner import Runner
 from ..runtime.selftest import extremes, prove_answers
-from .body import Limits, Reader, Uploads
-from .handle import Busy, Handle, version_name
-from .metrics import Metrics
+from .body import BodyReader, Limits, Uploads
+from .live_model import Busy, LiveModel, version_name
 from .refuse import Refused
+from .request_metrics import RequestMetrics
 
 BUILD_S = 1800.0
 "for a trial on a backend that first builds an engine"
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 class Server:
     """State of the application, as request.app.state.server."""
 
-    handle: Handle
+    live: LiveModel
     source: Path
     "the bundle on disk, where packs are installed"
     limits: Limits = field(default_factory=Limits)
@@ -53,9 +53,9 @@ class Server:
     "until a pack is unpacked and has passed its self-test; 0: by the backend"
     name: str = ""
     "of the model in the Open Inference Protocol: stays, whatever is installed; empty: the name of the folder"
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
     changing: threading.Lock = field(default_factory=threading.Lock)
-    "held while the bundle on disk and the one in the handle may differ"
+    "held while the bundle on disk and the one that answers may differ"
     say: Callable[[str], None] = print
     "gets a line for each exchange, and for each version that cannot be put in"
     decoders: Decoders = field(default_factory=Decoders)
@@ -66,20 +66,20 @@ class Server:
     def __post_init__(self) -> None:
         self.name = self.name or self.source.resolve().name
         self.uploads = Uploads(self.limits.held_bytes)
-        self.install_s = self.install_s or (BUILD_S if self.handle.backend in BUILDERS else self.handle.load_s)
+        self.install_s = self.install_s or (BUILD_S if self.live.backend in BUILDERS else self.live.load_s)
 
     @contextlib.contextmanager
-    def reader(self, request: Request) -> Iterator[Reader]:
+    def reader(self, request: Request) -> Iterator[BodyReader]:
         """For the body of a request; what it has read is counted until the end."""
         with self.uploads.one() as upload:
-            yield Reader(request, self.limits, self.uploads, upload)
+            yield BodyReader(request, self.limits, self.uploads, upload)
 
     def place(self) -> dict[str, Any]:
         """Arguments of updates.packs: the bundle, and how it is run."""
-        return {"bundle": str(self.source.absolute()), "backend": self.handle.backend, "threads": self.handle.threads}
+        return {"bundle": str(self.source.absolute()), "backend": self.live.backend, "threads": self.live.threads}
 
     async def compute(self, work: Callable[[Runner], Result]) -> tuple[Result, dict[str, Any]]:
-        """Do `work` with the current version on a thread of the handle; also who did it and how long it took.
+        """Do `work` with the current version on a thread of the live model; also who did it and how long it took.
 
         Raises: Busy, Refused (504) after limits.answer_s, and what `work` raises.
         """
@@ -92,7 +92,7 @@ class Server:
             milliseconds = {"waited": round((start - begin) * 1e3, 3), "computed": round((end - start) * 1e3, 3)}
             return result, {"bundle": runner.bundle.name, "version": version_name(runner.bundle), "ms": milliseconds}
 
-        answer = await self._within(self.handle.submit(timed))
+        answer = await self._within(self.live.submit(timed))
         self.metrics.predicted((time.perf_counter() - begin) * 1e3)
         return answer
 
@@ -107,7 +107,7 @@ class Server:
     async def probe(self) -> None:
         """Ask itself, as a client would, and keep for /health whether an answer came."""
         try:
-            future = self.handle.submit(lambda runner: prove_answers(runner, extremes(runner)[:1]))
+            future = self.live.submit(lambda runner: prove_answers(runner, extremes(runner)[:1]))
         except Busy:  # too much is asked: no sign of a fault
             return
         begin = time.monotonic()
@@ -115,13 +115,13 @@ class Server:
             await self._within(future)
         except InputError as error:
             if self.answered_at < begin:  # nobody else got an answer meanwhile
-                self.handle.failing = str(error).splitlines()[0]
+                self.live.failing = str(error).splitlines()[0]
                 return
-        self.handle.failing = None
+        self.live.failing = None
 
     def describe(self) -> dict[str, Any]:
         """What answers now, for /health and the page."""
-        runner = self.handle.runner
+        runner = self.live.runner
         bundle = runner.bundle
         return {
             "name": self.name,
@@ -137,14 +137,14 @@ class Server:
         }
 
     def exchange(self) -> dict[str, Any]:
-        """Put in what lies on disk now; see `Handle.swap`. The caller holds `changing`."""
+        """Put in what lies on disk now; see `LiveModel.swap`. The caller holds `changing`."""
         done = False
         try:
-            result = self.handle.swap(self.source)
+            result = self.live.swap(self.source)
             done = True
         finally:
             self.metrics.swap(done)
-        classes = len(self.handle.runner.bundle.classes)
+        classes = len(self.live.runner.bundle.classes)
         change = f"{result['previous']} -> {result['version']}"
         self.say(f"{self.name}: version {change} answers now: {classes} classes, after {result['seconds']} s")
         return result
@@ -162,7 +162,7 @@ class Server:
         """Put in what lies on disk if it is another version than the one that answers. Raises: InputError, Busy."""
         with self.changing:
             found = version_name(open_bundle(self.source, verify=False))
-            if found != version_name(self.handle.runner.bundle):
+            if found != version_name(self.live.runner.bundle):
                 self.exchange()
 
 

@@ -65,7 +65,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Refused:
+class ExcludedCombination:
     """A combination that is not run."""
 
     learner: str
@@ -77,7 +77,7 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """Everything about a sweep that is known before it starts."""
 
     out: Path
@@ -93,7 +93,7 @@ class Plan:
     settings: Mapping[str, Any]
     "options of train that all cells share, complete; teacher and student stand in the pairs"
     cells: tuple[Cell, ...]
-    refused: tuple[Refused, ...]
+    refused: tuple[ExcludedCombination, ...]
     preset: Preset | None
     departures: tuple[str, ...]
     "settings of a preset that were overridden, as text"
@@ -113,7 +113,7 @@ class Plan:
         return [key for key in rows if key in there]
 
 
-def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
+def make_plan(out: Path, options: Mapping[str, Any]) -> SweepPlan:
     """Lay out a sweep.
 
     Args:
@@ -152,7 +152,7 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> Plan:
         raise InputError(
             "no combination of learner and distiller is left", got="; ".join(f"{r.reason}" for r in refused[:3])
         )
-    return Plan(
+    return SweepPlan(
         out=out,
         pairs=pairs,
         seeds=seeds,
@@ -220,10 +220,10 @@ def _cells(
     lists: Mapping[str, tuple[str, ...]],
     seeds: tuple[int, ...],
     settings: Mapping[str, Any],
-) -> tuple[tuple[Cell, ...], tuple[Refused, ...]]:
+) -> tuple[tuple[Cell, ...], tuple[ExcludedCombination, ...]]:
     """Seed by seed, so that after the first one the table has a row for everything."""
     cells: list[Cell] = []
-    refused: dict[tuple[str, str, str, str], Refused] = {}
+    refused: dict[tuple[str, str, str, str], ExcludedCombination] = {}
     grid = [
         (seed, pair, learner, query, head, distiller)
         for seed in seeds
@@ -238,7 +238,7 @@ def _cells(
         first = lists["queries"][0]
         if query != first and not LEARNERS[learner].needs_query:
             reason = f"{learner} has no query: the run would be the {first} one again"
-            refused[learner, distiller, query, head] = Refused(learner, distiller, query, head, reason)
+            refused[learner, distiller, query, head] = ExcludedCombination(learner, distiller, query, head, reason)
             continue
         options = {
             **settings,
@@ -249,7 +249,7 @@ def _cells(
             config, usual = (TrainConfig.from_json({**options, "head": h}) for h in (head, "auto"))
         except InputError as error:
             reason = " ".join(str(error).split())
-            refused[learner, distiller, query, head] = Refused(learner, distiller, query, head, reason)
+            refused[learner, distiller, query, head] = ExcludedCombination(learner, distiller, query, head, reason)
             continue
         suffix = [*([query] if query != "two-pass" else []), *([head] if config.head != usual.head else [])]
         name = "-".join([*([pair.name] if pair.name else []), learner, distiller, *suffix, str(seed)])

@@ -14,12 +14,12 @@ from ..artefacts.run_record import Metrics, read_metrics
 from ..data import Dataset, Fingerprint, absolute, load_dataset
 from ..errors import InputError
 from ..files import hold, write_json, write_text
-from ..report.sweep import write_sweep_report
+from ..report.sweep_page import write_sweep_report
 from ..train.config import TrainConfig
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
-from .grid import ELSEWHERE, SETTINGS, Cell, Key, Plan, differing, make_plan
+from .grid import ELSEWHERE, SETTINGS, Cell, Key, SweepPlan, differing, make_plan
 from .markdown import markdown
-from .runner import Process, Schedule, Slot, alone, last_lines, make_slots, run_cells
+from .processes import Process, Schedule, Slot, alone, last_lines, make_slots, run_cells
 from .table import DEFINITIONS, METRICS, Summary, make_tables, summarise
 
 SCHEMA = 1
@@ -57,7 +57,7 @@ def sweep(
 class _Sweep:
     """What is known of the cells while they run."""
 
-    def __init__(self, plan: Plan, dataset: Dataset, say: Callable[[str], None]) -> None:
+    def __init__(self, plan: SweepPlan, dataset: Dataset, say: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.say = plan, dataset, say
         self.metrics: dict[str, Metrics] = {}
         "metrics.json of each finished cell, by its name"
@@ -262,7 +262,7 @@ def _check_images(path: Path, record: Mapping[str, Any], dataset: Dataset) -> No
         )
 
 
-def _check_folder(plan: Plan, dataset: Dataset) -> None:
+def _check_folder(plan: SweepPlan, dataset: Dataset) -> None:
     """Raises: InputError when the folder holds something else, or a sweep with other options or images."""
     path = plan.out / "sweep.json"
     if not path.is_file():

@@ -10,7 +10,7 @@ from typing import Any
 from ..artefacts.run_record import Metrics
 from ..train.distill import DISTILLERS
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
-from .grid import Key, Plan
+from .grid import Key, SweepPlan
 from .presets import BEST_OTHER, KDP, NONE, POOL_LEARNERS
 
 ALL, POOL = "all learners", "pool learners"
@@ -95,7 +95,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def make_tables(plan: Plan, results: Results) -> dict[str, list[dict[str, Any]]]:
+def make_tables(plan: SweepPlan, results: Results) -> dict[str, list[dict[str, Any]]]:
     """{"frozen", "rows", "averages", "queries", "paper"} as lists of rows, in the order of the grid."""
     rows, averages, queries = [], [], []
     for key in plan.keys:
@@ -125,7 +125,7 @@ def make_tables(plan: Plan, results: Results) -> dict[str, list[dict[str, Any]]]
     return {"frozen": _frozen(plan, results), **tables}
 
 
-def _frozen(plan: Plan, results: Results) -> list[dict[str, Any]]:
+def _frozen(plan: SweepPlan, results: Results) -> list[dict[str, Any]]:
     """The frozen baseline of each pair of backbones: of each seed once, for all cells of a seed have the same."""
     rows = []
     for pair in plan.pairs:
@@ -152,7 +152,7 @@ def correct(rows: Sequence[dict[str, Any]]) -> None:
         comparison["p_holm"] = p
 
 
-def _families(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
+def _families(plan: SweepPlan) -> list[tuple[str, tuple[str, ...]]]:
     """Sets of learners to average over: all that learn, and those with a pool; none of a single learner."""
     learning = tuple(le for le in plan.learners if le != "frozen")
     pool = tuple(le for le in plan.learners if le in POOL_LEARNERS)
@@ -162,7 +162,7 @@ def _families(plan: Plan) -> list[tuple[str, tuple[str, ...]]]:
     return [(label, learners) for label, learners in families if len(learners) > 1]
 
 
-def _row(plan: Plan, key: Key, learners: Sequence[str], mine: Mapping[int, Summary]) -> dict[str, Any]:
+def _row(plan: SweepPlan, key: Key, learners: Sequence[str], mine: Mapping[int, Summary]) -> dict[str, Any]:
     pair, learner, distiller, query, head = key
     seeds = [s for s in plan.seeds if s in mine]
     teachers = [mine[s]["teacher"] for s in seeds]
@@ -196,7 +196,7 @@ def _difference(mine: Mapping[int, Summary], base: Mapping[int, Summary]) -> dic
 
 
 def _average(
-    plan: Plan, results: Results, label: str, learners: Sequence[str], at: tuple[str, str, str, str]
+    plan: SweepPlan, results: Results, label: str, learners: Sequence[str], at: tuple[str, str, str, str]
 ) -> list[dict[str, Any]]:
     """One row of the averages, or none where fewer than two learners have this combination."""
     pair, query, head, distiller = at
@@ -234,7 +234,7 @@ def averaged(
     }
 
 
-def _paper(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _paper(plan: SweepPlan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Published figures of the preset beside ours; of our other distillers the one with the best mean accuracy."""
     if plan.preset is None:
         return []
@@ -269,7 +269,7 @@ def _paper(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return table
 
 
-def _first(plan: Plan, row: Mapping[str, Any]) -> tuple[str, str] | None:
+def _first(plan: SweepPlan, row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Pair and learner of a row with the first query and head of the sweep; None for other rows."""
     first = (row["query"], row["head"]) == (plan.queries[0], plan.heads[0])
     return (row["pair"], row["learner"]) if first else None

@@ -574,7 +574,7 @@ def test_of_several_processes_one_answers(cli, monkeypatch, rank, world, talks):
 @pytest.mark.parametrize(("rank", "reports"), [("0", 1), ("1", 0)])
 def test_of_several_processes_one_writes_the_report(tmp_path, monkeypatch, rank, reports):
     from cdl_edge import api
-    from cdl_edge.report import page
+    from cdl_edge.report import model_page as page
     from cdl_edge.train import loop
 
     written = []

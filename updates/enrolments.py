@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Wanted, read_npz
+from ..arrays import ArraySpec, read_npz
 from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import external_records
 from ..artefacts.layout import ENROLMENTS, MANIFEST, PROMPTS, SELFTEST
@@ -46,7 +46,7 @@ class Enrolled:
         entries, width = bundle.manifest.enrolments, bundle.signature().outputs["features"][1]
         if not entries:
             return cls((), np.zeros((0, width), np.float32))
-        wanted = {"features": Wanted("float32", (sum(e.images for e in entries), width), exact=True)}
+        wanted = {"features": ArraySpec("float32", (sum(e.images for e in entries), width), exact=True)}
         try:
             return cls(entries, read_npz(bundle.read(ENROLMENTS), wanted, most=4 * MOST * width)["features"])
         except ValueError as error:

@@ -9,10 +9,10 @@ import numpy as np
 
 from ...artefacts.bundle import Bundle
 from ..engines.build import Options
+from ..engines.engine_cache import EngineCache
+from ..engines.engine_session import EngineSession
 from ..engines.memory import Memory, open_memory
 from ..engines.product import find_gpu, find_tensorrt
-from ..engines.session import Session
-from ..engines.shelf import Shelf
 from ..runner import Runner
 
 
@@ -26,11 +26,11 @@ class TensorRTRunner(Runner):
         cuda_graph: launch each call as one CUDA graph; with a free batch axis there is none.
 
     Raises: InputError when there is no GPU, no TensorRT or none new enough, no way to its memory, or no engine that
-        passes; see `runtime.engines.shelf.Shelf.fetch`.
+        passes; see `runtime.engines.engine_cache.EngineCache.fetch`.
     """
 
     int8: ClassVar[str] = "int8-trt"
-    _session: Session | None = None
+    _session: EngineSession | None = None
     _memory: Memory | None = None
 
     def __init__(
@@ -54,7 +54,7 @@ class TensorRTRunner(Runner):
 
     def _open(self) -> None:
         self._memory = open_memory()
-        shelf = Shelf(
+        engine_cache = EngineCache(
             self._trt,
             self._gpu,
             self._memory,
@@ -66,11 +66,11 @@ class TensorRTRunner(Runner):
             self._cuda_graph,
         )
         try:
-            self._session, self.sidecar = shelf.fetch(self._options, self._rebuild, self._may_build)
+            self._session, self.sidecar = engine_cache.fetch(self._options, self._rebuild, self._may_build)
         except BaseException:
             self.close()
             raise
-        self.engine = shelf.engine
+        self.engine = engine_cache.engine
 
     def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with self._turn:
@@ -79,7 +79,7 @@ class TensorRTRunner(Runner):
             return self._session.compute(feeds)
 
     def timed(self, feeds: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        """One call with the times of its stages; see `runtime.engines.session.Session.timed`."""
+        """One call with the times of its stages; see `runtime.engines.engine_session.EngineSession.timed`."""
         with self._turn:
             if self._session is None:
                 raise RuntimeError("the runner is closed")

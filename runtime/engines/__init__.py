@@ -2,5 +2,5 @@
 
 `product` finds TensorRT and the GPU, `build` makes a plan, `achieved` reads what became of it, `gate` compares its
 answers with fp32, `sidecar` remembers all of it, `refit` exchanges what learning changes, `memory`, `graph` and
-`session` run it, `shelf` decides which of these is needed. Nothing here is imported before it is asked for.
+`session` run it, `engine_cache` decides which of these is needed. Nothing here is imported before it is asked for.
 """

@@ -58,7 +58,7 @@ class Definition:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """A serialised engine."""
 
     data: bytes
@@ -72,7 +72,7 @@ def build(
     options: Options = Options(),
     learnt: Sequence[str] = (),
     timing_cache: Path | None = None,
-) -> Plan:
+) -> EnginePlan:
     """Build a plan from a graph and the files of constants beside it.
 
     Args:
@@ -89,7 +89,7 @@ def build(
         raise _failure(onnx, logger(trt).take(), options)
     if cache is not None and timing_cache is not None:
         _write_cache(known.config, timing_cache)
-    return Plan(bytes(plan), known.refittable)
+    return EnginePlan(bytes(plan), known.refittable)
 
 
 def define(trt: ModuleType, onnx: Path, options: Options, learnt: Sequence[str] = ()) -> Definition:

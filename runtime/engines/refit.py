@@ -11,8 +11,8 @@ import numpy as np
 
 from ...artefacts.external import Record, external_records
 from ...artefacts.layout import PROMPTS
+from .engine_session import deserialise
 from .product import logger
-from .session import deserialise
 
 LEARNT = PROMPTS
 "the file that holds all that learning changes (export.nodes.LEARNT)"

@@ -16,7 +16,7 @@ from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.server.handle import Handle
+from cdl_edge.server.live_model import LiveModel
 from cdl_edge.train.closed_form import STATISTICS_HEADS
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.extend import inherit
@@ -118,8 +118,8 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
     opened, held = statistics_of(device)
     assert held.classes == opened.classes and len(held.classes) == 6
     assert sha256(opened.path / "statistics.npz") == sha256(tmp_path / "more" / "statistics" / "student-3.npz")
-    with Handle(device, threads=1, backend="onnxruntime", precision="fp32") as handle:
-        futures = [handle.submit(lambda runner, picture=picture: runner.infer(picture[None])) for picture in pictures()]
+    with LiveModel(device, threads=1, backend="onnxruntime", precision="fp32") as live:
+        futures = [live.submit(lambda runner, picture=picture: runner.infer(picture[None])) for picture in pictures()]
         served = np.concatenate([future.result() for future in futures])
     assert np.abs(served - expected).max() < TOLERANCE
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from cdl_edge.artefacts.run_record import Metrics
 from cdl_edge.errors import InputError
 from cdl_edge.report.mistakes import mistakes_section, verdict
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 
 COUNTS = [
     [8, 2, 0, 0, 0, 0],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cdl_edge.artefacts.run_record import PICTURE_KINDS, PICTURES_EACH, Metrics
 from cdl_edge.errors import InputError
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 from cdl_edge.report.pictures import WEIGHT, _percent, pictures_section, small_jpeg
 
 

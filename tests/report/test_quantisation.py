@@ -15,7 +15,7 @@ from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.artefacts.quantisation_record import Quantisation
 from cdl_edge.artefacts.typed import parse
 from cdl_edge.errors import InputError
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 from cdl_edge.report.quantisation import _latency, change_text
 
 

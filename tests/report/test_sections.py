@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 
 
 @pytest.mark.slow

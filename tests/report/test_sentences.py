@@ -10,7 +10,7 @@ import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.report.page import write_report
+from cdl_edge.report.model_page import write_report
 from cdl_edge.report.words import value_text
 
 CONFIDENCE = {"images": 91, "temperature": 1.4, "unknown": {"below": 0.5, "share": 0.05}, "task": {"scale": 1.0}}

@@ -12,7 +12,7 @@ ROOT = Path(cdl_edge.__file__).parent
 ROOMS = ("artefacts", "runtime", "updates", "measurement")
 MODULES = sorted(
     "cdl_edge." + ".".join(p.relative_to(ROOT).with_suffix("").parts)
-    for room in (*ROOMS, "server/handle.py", "server/notify.py")
+    for room in (*ROOMS, "server/live_model.py", "server/notify.py")
     for p in ([ROOT / room] if room.endswith(".py") else (ROOT / room).rglob("*.py"))
     if p.name != "__init__.py"
 )

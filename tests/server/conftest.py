@@ -17,7 +17,7 @@ pytest.importorskip("python_multipart", reason="the server's packages are not in
 from cdl_edge.decoders import Decoders
 from cdl_edge.server import listen as listen_on
 from cdl_edge.server.app import build_app
-from cdl_edge.server.handle import Handle
+from cdl_edge.server.live_model import LiveModel
 from cdl_edge.server.server import Server
 
 TOKEN = "0123456789abcdef-of-the-tests"
@@ -40,7 +40,7 @@ def decoders() -> Iterator[Decoders]:
 
 @pytest.fixture
 def make_server(make_version: Callable[..., Path], decoders: Decoders) -> Iterator[Callable[..., Server]]:
-    """make(bundle=version 0, queue=..., token=..., ...) -> Server; its handle is closed at the end.
+    """make(bundle=version 0, queue=..., token=..., ...) -> Server; its live model is closed at the end.
 
     It knows TOKEN and takes packs without a signature.
     """
@@ -49,13 +49,13 @@ def make_server(make_version: Callable[..., Path], decoders: Decoders) -> Iterat
     def make(bundle: Path | None = None, **options: Any) -> Server:
         own = {k: options.pop(k) for k in ("queue", "runners", "limit_s", "load_s", "backend") if k in options}
         path = bundle or make_version(0)
-        server = Server(Handle(path, threads=1, **own), path, **{**DEFAULTS, "decoders": decoders, **options})
+        server = Server(LiveModel(path, threads=1, **own), path, **{**DEFAULTS, "decoders": decoders, **options})
         made.append(server)
         return server
 
     yield make
     for server in made:
-        server.handle.close(5)
+        server.live.close(5)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cdl_edge.runtime.secret import default_file, kept
 from cdl_edge.server import admin as admin_room
 from cdl_edge.server import change, guard, listen_locally, serve
 from cdl_edge.server.body import Limits
-from cdl_edge.server.handle import version_name
+from cdl_edge.server.live_model import version_name
 
 PNG = {"content-type": "image/png"}
 
@@ -126,16 +126,16 @@ def test_what_is_refused_changes_nothing(make_server, make_client, make_version,
 def test_what_cannot_be_put_in_is_taken_back_from_the_disk(make_server, make_client, pack_between, monkeypatch, admin):
     server = make_server()
     client = make_client(server)
-    before = server.handle.health()["version"]
+    before = server.live.health()["version"]
 
     def fail(_):
         raise InputError("not on this machine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.handle, "swap", fail)
+        patch.setattr(server.live, "swap", fail)
         answer = client.post("/packs", headers=admin, content=pack_between(0, 1).read_bytes())
     assert answer.status_code == 400 and "not on this machine" in answer.text
-    assert version_name(open_bundle(server.source)) == server.handle.health()["version"] == before
+    assert version_name(open_bundle(server.source)) == server.live.health()["version"] == before
     assert 'cdl_edge_swaps_total{result="failed"} 1' in client.get("/metrics").text
 
 

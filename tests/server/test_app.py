@@ -22,7 +22,7 @@ from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.predict import predict
 from cdl_edge.server import app as application
 from cdl_edge.server.body import Limits
-from cdl_edge.server.handle import version_name
+from cdl_edge.server.live_model import version_name
 
 PNG = {"content-type": "image/png"}
 
@@ -213,7 +213,7 @@ def test_a_bug_is_a_500_and_not_the_end(make_server, make_client, tiny, monkeypa
     server = make_server()
     client = make_client(server)
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.handle.runner.runners[0]), "_call", lambda *_: 1 / 0)
+        patch.setattr(type(server.live.runner.runners[0]), "_call", lambda *_: 1 / 0)
         refused(client.post("/predict", content=tiny.png((1, 2, 3)), headers=PNG), 500, "log of the server")
     good(client, tiny)
     assert 'kind="internal"} 1' in client.get("/metrics").text
@@ -226,7 +226,7 @@ def test_a_full_queue_says_when_to_come_again(make_server, make_client, tiny):
     server = make_server(queue=0)
     client = make_client(server)
     go = threading.Event()
-    held = [server.handle.submit(lambda _: go.wait(20)) for _ in range(server.handle.capacity)]
+    held = [server.live.submit(lambda _: go.wait(20)) for _ in range(server.live.capacity)]
     answer = client.post("/predict", content=tiny.png((1, 2, 3)), headers=PNG)
     refused(answer, 503, "too many")
     assert int(answer.headers["retry-after"]) >= 1
@@ -241,7 +241,7 @@ def test_a_stuck_call(make_server, make_client, tiny, monkeypatch):
     client = make_client(server)
     go = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.handle.runner.runners[0]), "_call", lambda *_: go.wait(20) and {})
+        patch.setattr(type(server.live.runner.runners[0]), "_call", lambda *_: go.wait(20) and {})
         refused(client.post("/predict", content=tiny.png((1, 2, 3)), headers=PNG), 504, "/health")
         found = client.get("/health")
         assert found.status_code == 503 and found.json()["status"] == "stuck"
@@ -249,7 +249,7 @@ def test_a_stuck_call(make_server, make_client, tiny, monkeypatch):
         assert client.get("/v2/health/live").status_code == 200
         assert "cdl_edge_healthy 0" in client.get("/metrics").text
     go.set()
-    while server.handle.health()["in_flight"]:
+    while server.live.health()["in_flight"]:
         time.sleep(0.01)
     good(client, tiny)
 
@@ -359,7 +359,7 @@ def test_health_tells_of_answers(make_server, make_client, tiny, monkeypatch):
     until("ok")
     with monkeypatch.context() as patch:
         patch.setattr(
-            type(server.handle.runner), "certainty", property(lambda _: _raise(InputError("confidence is odd")))
+            type(server.live.runner), "certainty", property(lambda _: _raise(InputError("confidence is odd")))
         )
         until("failing")
         found = client.get("/health")

@@ -105,7 +105,7 @@ def test_the_head_has_a_size(make_server, listen, connect, tiny, sent):
     port = listen(server)
     got = answer(connect(port), sent)
     assert got is None or got[0] in (400, 431)
-    text = server.metrics.text(server.handle.health(), {})
+    text = server.metrics.text(server.live.health(), {})
     assert 'kind="head"' in text or 'kind="http"' in text
     assert classify(port, tiny) == 200
 
@@ -116,7 +116,7 @@ def test_a_client_that_does_not_read(make_server, listen, connect, tiny):
     connection = connect(port)
     connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)  # of some 30 kB each: no kernel keeps so much
     end = time.monotonic() + 20
-    while 'kind="slow_reader"' not in server.metrics.text(server.handle.health(), {}):
+    while 'kind="slow_reader"' not in server.metrics.text(server.live.health(), {}):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert classify(port, tiny) == 200
@@ -128,7 +128,7 @@ def test_many_requests_at_once_on_one_connection(make_server, listen, connect, t
     port = listen(server)
     connect(port).sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
     end = time.monotonic() + 20
-    while 'kind="pipelined"' not in server.metrics.text(server.handle.health(), {}):
+    while 'kind="pipelined"' not in server.metrics.text(server.live.health(), {}):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert classify(port, tiny) == 200

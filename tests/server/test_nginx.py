@@ -94,11 +94,11 @@ def test_pictures_go_through_and_packs_need_the_token(ask, tiny, pack_between, a
     for forged in ({}, {"X-Forwarded-For": "127.0.0.1", "Host": "localhost", "Origin": "https://localhost"}):
         status, _ = ask("POST", "/packs", content, forged)
         assert status == 401
-    assert server.handle.health()["version"] == server.describe()["version"]
-    assert len(server.handle.runner.bundle.classes) == 4
+    assert server.live.health()["version"] == server.describe()["version"]
+    assert len(server.live.runner.bundle.classes) == 4
     status, text = ask("POST", "/packs", content, admin)
     assert status == 200, text
-    assert len(server.handle.runner.bundle.classes) == 5
+    assert len(server.live.runner.bundle.classes) == 5
 
 
 def test_what_is_too_large_or_too_slow_stays_outside(ask, secure, tmp_path, tiny, server):

@@ -115,7 +115,7 @@ def test_a_stuck_engine_is_not_alive(make_server, monkeypatch):
     monkeypatch.setattr(app_room, "notify", sent.append)
 
     async def watched(status):
-        monkeypatch.setattr(server.handle, "health", lambda: {"status": status})
+        monkeypatch.setattr(server.live, "health", lambda: {"status": status})
         with anyio.move_on_after(0.05):
             await app_room._guarded(server, 0.01)
 

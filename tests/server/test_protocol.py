@@ -10,7 +10,7 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load, open_bundle
-from cdl_edge.server.handle import version_name
+from cdl_edge.server.live_model import version_name
 from cdl_edge.server.protocol import LENGTH_HEADER, parse
 
 INFER = "/v2/models/tiny/infer"

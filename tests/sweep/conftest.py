@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cdl_edge.sweep import runner, sweep
-from cdl_edge.sweep.grid import Cell, Plan, make_plan
+from cdl_edge.sweep.grid import Cell, SweepPlan, make_plan
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.scenario import make_scenario
@@ -122,10 +122,10 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
 
 
 @pytest.fixture
-def plan_of(tmp_path: Path) -> Callable[..., Plan]:
+def plan_of(tmp_path: Path) -> Callable[..., SweepPlan]:
     """make_plan(out, options) of digits; out is a folder that is not there yet."""
 
-    def make(out: Path | None = None, **options: Any) -> Plan:
+    def make(out: Path | None = None, **options: Any) -> SweepPlan:
         return make_plan(out or tmp_path / "sweep", {"data": "digits", **options})
 
     return make

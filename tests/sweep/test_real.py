@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from cdl_edge import api
 from cdl_edge.sweep import runner, sweep
-from cdl_edge.sweep.runner import hold
+from cdl_edge.sweep.processes import hold
 
 pytestmark = pytest.mark.slow
 

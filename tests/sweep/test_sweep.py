@@ -11,7 +11,7 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.sweep import sweep as module
-from cdl_edge.sweep.runner import hold
+from cdl_edge.sweep.processes import hold
 
 SMALL = {"learners": "l2p,apt", "distillers": "none,kdp", "seeds": "0,1"}
 
@@ -367,7 +367,7 @@ def test_every_option_of_train_is_one_of_sweep():
 
 
 def test_from_python(fakes, tmp_path):
-    code = "import cdl_edge, cdl_edge.sweep.runner\nfrom cdl_edge import sweep\nassert callable(sweep)\n"
+    code = "import cdl_edge, cdl_edge.sweep.processes\nfrom cdl_edge import sweep\nassert callable(sweep)\n"
     subprocess.run([sys.executable, "-c", code], check=True)
     from cdl_edge import api
 

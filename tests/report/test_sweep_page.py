@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cdl_edge.report.sweep import dot_plot, view, write_sweep_report
+from cdl_edge.report.sweep_page import dot_plot, view, write_sweep_report
 
 METRICS = ("average_accuracy", "forgetting", "incremental_accuracy")
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from cdl_edge.server.metrics import BUCKETS_S, CONTENT_TYPE, RECENT, Metrics, resident_bytes
+from cdl_edge.server.request_metrics import BUCKETS_S, CONTENT_TYPE, RECENT, RequestMetrics, resident_bytes
 
 HEALTH = {"status": "ok", "in_flight": 2, "capacity": 34, "longest_call_s": 0.5}
 
@@ -23,7 +23,7 @@ def read(text):
 
 
 def test_what_prometheus_reads():
-    metrics = Metrics()
+    metrics = RequestMetrics()
     for seconds in (0.0004, 0.03, 0.04, 99):
         metrics.begin()
         metrics.end("predict", 200, seconds)
@@ -49,7 +49,7 @@ def test_what_prometheus_reads():
 
 
 def test_no_count_is_lost_between_threads():
-    metrics = Metrics()
+    metrics = RequestMetrics()
 
     def work():
         for _ in range(2000):
@@ -66,7 +66,7 @@ def test_no_count_is_lost_between_threads():
 
 
 def test_percentiles_of_the_last_answers():
-    metrics = Metrics()
+    metrics = RequestMetrics()
     assert metrics.latency() == {"n": 0, "p50_ms": None, "p99_ms": None}
     for value in [1e6] * 5 + [*range(RECENT)]:
         metrics.predicted(value)
@@ -74,7 +74,7 @@ def test_percentiles_of_the_last_answers():
 
 
 def test_a_stuck_server_is_not_healthy():
-    assert "cdl_edge_healthy 0" in Metrics().text({**HEALTH, "status": "stuck"}, {})
+    assert "cdl_edge_healthy 0" in RequestMetrics().text({**HEALTH, "status": "stuck"}, {})
 
 
 def test_memory():

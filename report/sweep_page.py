@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import ticks
-from .page import fill, write_page
+from .model_page import fill, write_page
 from .words import DISTILLERS, HEADS, LEARNERS, duration_text, labelled, p_text, signed_text, source_text, spread_text
 
 TEMPLATE = "sweep.html.j2"

@@ -1,4 +1,4 @@
-"""The handle: any thread, a bounded queue, versions exchanged under load, calls that hang."""
+"""The live model: any thread, a bounded queue, versions exchanged under load, calls that hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends.onnxruntime import OrtRunner
-from cdl_edge.server.handle import WARMUP, Busy, Handle, Pool, version_name
+from cdl_edge.server.live_model import WARMUP, Busy, LiveModel, Pool, version_name
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def images():
     return np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
 
 
-def make_handle(bundle, **options):
-    return Handle(bundle, threads=1, **options)
+def make_live(bundle, **options):
+    return LiveModel(bundle, threads=1, **options)
 
 
 def broken(make_version, tmp_path, number, **files):
@@ -115,38 +115,38 @@ def test_a_pool_frees_what_it_has_when_one_runner_cannot_be_loaded(bundle):
 
 def test_answers_are_those_of_the_runner(make_version, images):
     path = make_version(1)
-    with make_handle(path) as handle, load(path, threads=1) as runner:
-        np.testing.assert_array_equal(handle.submit(lambda r: r.infer(images)).result(), runner.infer(images))
-        assert handle.runner.bundle.path == path
-        assert handle.health() | {"in_flight": 0} == {
+    with make_live(path) as live, load(path, threads=1) as runner:
+        np.testing.assert_array_equal(live.submit(lambda r: r.infer(images)).result(), runner.infer(images))
+        assert live.runner.bundle.path == path
+        assert live.health() | {"in_flight": 0} == {
             "status": "ok",
             "reason": None,
             "version": version_name(runner.bundle),
             "in_flight": 0,
-            "capacity": handle.capacity,
+            "capacity": live.capacity,
             "longest_call_s": 0.0,
             "retiring": 0,
         }
 
 
 def test_what_work_raises_comes_with_the_future(bundle):
-    with make_handle(bundle) as handle:
+    with make_live(bundle) as live:
         with pytest.raises(InputError, match="wrong shape"):
-            handle.submit(lambda r: r.infer(np.zeros((1, 2, 2, 3), np.uint8))).result()
-        assert handle.submit(lambda _: 7).result() == 7
+            live.submit(lambda r: r.infer(np.zeros((1, 2, 2, 3), np.uint8))).result()
+        assert live.submit(lambda _: 7).result() == 7
 
 
 def test_a_full_queue_refuses(bundle):
-    with make_handle(bundle, queue=2) as handle:
+    with make_live(bundle, queue=2) as live:
         go = threading.Event()
-        accepted = [handle.submit(lambda _: go.wait(20)) for _ in range(handle.capacity)]
+        accepted = [live.submit(lambda _: go.wait(20)) for _ in range(live.capacity)]
         with pytest.raises(Busy, match="too many calls") as caught:
-            handle.submit(lambda _: None)
+            live.submit(lambda _: None)
         assert caught.value.retry_after_s >= 1
-        assert handle.health()["in_flight"] == handle.capacity
+        assert live.health()["in_flight"] == live.capacity
         go.set()
         assert all(future.result() for future in accepted)
-        assert handle.submit(lambda _: "again").result() == "again"
+        assert live.submit(lambda _: "again").result() == "again"
 
 
 def test_every_runner_is_warm_before_it_answers(make_version, monkeypatch):
@@ -157,7 +157,7 @@ def test_every_runner_is_warm_before_it_answers(make_version, monkeypatch):
         return real(runner, feeds)
 
     monkeypatch.setattr(OrtRunner, "_call", call)
-    with make_handle(make_version(1), runners=2):
+    with make_live(make_version(1), runners=2):
         assert len(calls) == 2 and all(count >= WARMUP for count in calls.values())
 
 
@@ -172,12 +172,12 @@ def test_swaps_under_load_lose_no_call_and_mix_no_versions(make_version, images)
             expected[version_name(version)] = runner.infer(images[:1])
     answered, problems, stop = [], [], threading.Event()
 
-    with make_handle(versions[0], runners=2) as handle:
+    with make_live(versions[0], runners=2) as live:
 
         def client():
             while not stop.is_set():
                 try:
-                    name, logits = handle.submit(
+                    name, logits = live.submit(
                         lambda runner: (version_name(runner.bundle), runner.infer(images[:1]))
                     ).result()
                     np.testing.assert_array_equal(logits, expected[name])
@@ -190,35 +190,35 @@ def test_swaps_under_load_lose_no_call_and_mix_no_versions(make_version, images)
         for thread in clients:
             thread.start()
         for i in range(30):
-            done = handle.swap(versions[(i + 1) % 3])
+            done = live.swap(versions[(i + 1) % 3])
             assert (done["previous"], done["version"]) == tuple(version_name(versions[(i + j) % 3]) for j in (0, 1))
         stop.set()
         for thread in clients:
             thread.join()
-        assert handle.swaps == 30
+        assert live.swaps == 30
     assert problems == []
     assert {*answered} == {*expected}
 
 
 def test_calls_in_flight_end_on_the_version_that_accepted_them(make_version, images, monkeypatch):
     old, new = make_version(0), make_version(1)
-    with make_handle(old) as handle:
+    with make_live(old) as live:
         started, go = threading.Event(), threading.Event()
-        before = handle.runner
+        before = live.runner
 
         def work(runner):
             started.set()
             assert go.wait(20)
             return runner.infer(images).shape[1]
 
-        waiting = handle.submit(work)
+        waiting = live.submit(work)
         assert started.wait(20)
-        handle.swap(new)
-        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 5
-        assert handle.health()["retiring"] == 1
+        live.swap(new)
+        assert live.submit(lambda runner: runner.infer(images).shape[1]).result() == 5
+        assert live.health()["retiring"] == 1
         go.set()
         assert waiting.result() == 4
-    assert handle.health()["retiring"] == 0
+    assert live.health()["retiring"] == 0
     with pytest.raises(RuntimeError, match="closed"):
         before.infer(images)
 
@@ -233,90 +233,90 @@ def test_a_version_that_fails_does_not_come_in(make_version, bundle, tmp_path, i
         "no self-test": bundle,
         "not an ONNX graph": broken(make_version, tmp_path, 3, **{"student.onnx": b"nothing"}),
     }
-    with make_handle(make_version(0)) as handle:
-        name = handle.health()["version"]
+    with make_live(make_version(0)) as live:
+        name = live.health()["version"]
         for message, path in bad.items():
             with pytest.raises(InputError, match=message):
-                handle.swap(path)
-            assert handle.health()["version"] == name
-            assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
-        assert handle.swaps == 0
-        assert handle.swap(make_version(4))["selftest"]["images"] == 2
+                live.swap(path)
+            assert live.health()["version"] == name
+            assert live.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
+        assert live.swaps == 0
+        assert live.swap(make_version(4))["selftest"]["images"] == 2
 
 
 def test_a_bundle_that_fails_its_self_test_does_not_start(make_version, tmp_path):
     with pytest.raises(InputError, match="are not the student's"):
-        make_handle(wrong_answers(make_version, tmp_path, 1))
+        make_live(wrong_answers(make_version, tmp_path, 1))
 
 
 def test_one_swap_at_a_time(make_version, monkeypatch):
-    with make_handle(make_version(0)) as handle:
+    with make_live(make_version(0)) as live:
         gate = Gate(monkeypatch)
-        first = threading.Thread(target=handle.swap, args=(make_version(1),))
+        first = threading.Thread(target=live.swap, args=(make_version(1),))
         first.start()
         assert gate.entered.acquire(timeout=20)
         with pytest.raises(Busy, match="another swap"):
-            handle.swap(make_version(2))
+            live.swap(make_version(2))
         gate.open.set()
         first.join()
-        assert handle.swaps == 1
+        assert live.swaps == 1
 
 
 def test_a_version_that_never_comes_to_an_answer_is_given_up(make_version, images, monkeypatch):
     go = threading.Event()
-    with make_handle(make_version(0), load_s=0.05) as handle:
+    with make_live(make_version(0), load_s=0.05) as live:
         with monkeypatch.context() as patch:
-            patch.setattr("cdl_edge.server.handle.prove", lambda *_: go.wait(60))
+            patch.setattr("cdl_edge.server.live_model.prove", lambda *_: go.wait(60))
             with pytest.raises(InputError, match="does not come to an answer"):
-                handle.swap(make_version(1))
-        handle.load_s = 60
-        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
-        handle.swap(make_version(2))  # it stands in nobody's way
-        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 6
-        assert handle.close(5) is False  # its thread still runs
+                live.swap(make_version(1))
+        live.load_s = 60
+        assert live.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
+        live.swap(make_version(2))  # it stands in nobody's way
+        assert live.submit(lambda runner: runner.infer(images).shape[1]).result() == 6
+        assert live.close(5) is False  # its thread still runs
         go.set()
 
 
 def test_what_gets_no_answer_does_not_come_in(make_version, images):
     """The graph passes its self-test; the function that answers requests fails on what the manifest says."""
     broken = {"temperature": "hot", "unknown": {"below": 0.0}, "task": {"scale": 0.0}}
-    with make_handle(make_version(0)) as handle:
+    with make_live(make_version(0)) as live:
         with pytest.raises(InputError, match="confidence"):
-            handle.swap(make_version(1, confidence=broken))
-        assert handle.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
+            live.swap(make_version(1, confidence=broken))
+        assert live.submit(lambda runner: runner.infer(images).shape[1]).result() == 4
     with pytest.raises(InputError, match="confidence"):
-        make_handle(make_version(2, confidence=broken))
+        make_live(make_version(2, confidence=broken))
 
 
 # -- watchdog and end --------------------------------------------------------------------------------------------------
 
 
 def test_a_call_that_hangs_is_told_and_a_swap_mends_it(make_version, images, monkeypatch):
-    with make_handle(make_version(0), limit_s=0.05) as handle:
+    with make_live(make_version(0), limit_s=0.05) as live:
         with monkeypatch.context() as patch:
             gate = Gate(patch)
-            hangs = handle.submit(lambda runner: runner.infer(images[:1]).shape[1])
+            hangs = live.submit(lambda runner: runner.infer(images[:1]).shape[1])
             assert gate.entered.acquire(timeout=20)
-            assert handle.health()["longest_call_s"] < 20
+            assert live.health()["longest_call_s"] < 20
             time.sleep(0.06)
-            assert handle.health()["status"] == "stuck"
-        handle.swap(make_version(1))  # its calls are not gated any more
-        assert handle.health()["status"] == "ok"
-        assert handle.submit(lambda runner: runner.infer(images[:1]).shape[1]).result() == 5
+            assert live.health()["status"] == "stuck"
+        live.swap(make_version(1))  # its calls are not gated any more
+        assert live.health()["status"] == "ok"
+        assert live.submit(lambda runner: runner.infer(images[:1]).shape[1]).result() == 5
         assert not hangs.done()
-        assert handle.close(0) is False
+        assert live.close(0) is False
         gate.open.set()
         assert hangs.result() == 4
 
 
 def test_the_end_waits_for_what_was_accepted(bundle, images):
-    handle = make_handle(bundle)
-    futures = [handle.submit(lambda runner: runner.infer(images)) for _ in range(5)]
-    assert handle.close(20) is True
+    live = make_live(bundle)
+    futures = [live.submit(lambda runner: runner.infer(images)) for _ in range(5)]
+    assert live.close(20) is True
     assert all(future.done() for future in futures)
-    assert handle.close(0) is True
-    assert handle.health()["status"] == "closed"
+    assert live.close(0) is True
+    assert live.health()["status"] == "closed"
     with pytest.raises(RuntimeError, match="closed"):
-        handle.submit(lambda _: None)
+        live.submit(lambda _: None)
     with pytest.raises(RuntimeError, match="closed"):
-        handle.runner.infer(images)
+        live.runner.infer(images)

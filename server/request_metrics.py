@@ -23,7 +23,7 @@ RECENT = 1000
 Labels = tuple[tuple[str, str], ...]
 
 
-class Metrics:
+class RequestMetrics:
     """What happened since the start; safe to use from any thread."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Metrics:
         return {"n": len(recent), "p50_ms": p50, "p99_ms": p99}
 
     def text(self, health: Mapping[str, Any], info: Mapping[str, object]) -> str:
-        """The page at /metrics. health: see `Handle.health`; info: labels of the constant cdl_edge_info."""
+        """The page at /metrics. health: see `LiveModel.health`; info: labels of the constant cdl_edge_info."""
         with self._lock:
             lines = _metric("cdl_edge_info", "gauge", "What answers.", {tuple((k, str(v)) for k, v in info.items()): 1})
             lines += _metric("cdl_edge_requests_total", "counter", "Requests answered.", self._requests)

@@ -111,12 +111,12 @@ class _Version:
         self.pool.close()
 
 
-class Handle:
+class LiveModel:
     """Holds one version of a bundle and computes with it on threads of its own, until `swap` puts another in.
 
-        with Handle("bundle") as handle:
-            future = handle.submit(lambda runner: predict(runner, [picture]))
-            handle.swap("newer-bundle")
+        with LiveModel("bundle") as live:
+            future = live.submit(lambda runner: predict(runner, [picture]))
+            live.swap("newer-bundle")
             future.result()  # by the version that was current when it was submitted
 
     Args:
@@ -169,7 +169,7 @@ class Handle:
         """
         with self._lock:
             if self._closed:
-                raise RuntimeError("the handle is closed")
+                raise RuntimeError("the live model is closed")
             version = self._current
             if version.users >= self.capacity:
                 raise Busy(f"too many calls at once\n  got:      {version.users} waiting or running\n  do:       wait")
@@ -196,7 +196,7 @@ class Handle:
             with self._lock:
                 if self._closed:
                     new.free()
-                    raise RuntimeError("the handle is closed")
+                    raise RuntimeError("the live model is closed")
                 old, self._current = self._current, new
                 self.swaps += 1
                 self.failing = None
@@ -297,7 +297,7 @@ class Handle:
             ended = self._lock.wait_for(lambda: not self._retiring, timeout_s)
         return ended and all(future.done() for future in self._given_up)
 
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> LiveModel:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -17,7 +17,7 @@ from ...artefacts.bundle import Signature
 from ...errors import InputError
 from ..runner import Value, in_batches
 from .build import SCORES
-from .graph import CudaGraph
+from .cuda_graph import CudaGraph
 from .memory import Memory
 from .product import logger
 
@@ -50,7 +50,7 @@ class _Tensor:
     "page-locked, of `shape`; None for what nobody reads"
 
 
-class Session:
+class EngineSession:
     """One execution context with its buffers; made for one thread at a time."""
 
     def __init__(

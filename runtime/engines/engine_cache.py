@@ -21,17 +21,17 @@ from ..runner import Value
 from ..secret import is_sealed
 from . import achieved, sidecar
 from .build import Options, build
+from .engine_session import EngineSession
 from .memory import Memory
 from .product import Gpu, identity
 from .refit import RefitError, learnt_records, possible, refit
-from .session import Session
 
 FOLDER = ENGINES
 "inside the bundle; its manifest lists its own files only, engines are each device's own"
 
 
 @dataclass(frozen=True)
-class Shelf:
+class EngineCache:
     """One graph of one bundle, on one GPU."""
 
     trt: ModuleType
@@ -64,7 +64,7 @@ class Shelf:
 
     def fetch(
         self, options: Options | None = None, rebuild: bool = False, may_build: bool = True
-    ) -> tuple[Session, dict[str, Any]]:
+    ) -> tuple[EngineSession, dict[str, Any]]:
         """A session on an engine that has passed, and its sidecar.
 
         An engine is executable code: one that this user did not build on this device is not loaded but built again.
@@ -104,7 +104,7 @@ class Shelf:
 
     # -- making -------------------------------------------------------------------------------------------------------
 
-    def _build(self, options: Options, reason: str, refit: bool = True) -> tuple[Session, dict[str, Any]]:
+    def _build(self, options: Options, reason: str, refit: bool = True) -> tuple[EngineSession, dict[str, Any]]:
         self._say(f"building a TensorRT engine for {self.gpu.name}, which takes minutes: {reason}")
         begin = time.perf_counter()
         feeds, expected = selftest.reference(self.bundle, self.graph)  # before the minutes: it may be missing
@@ -143,7 +143,7 @@ class Shelf:
         self._say(f"built in {seconds:.0f} s, {len(plan.data) / 1e6:.1f} MB")
         return session, document
 
-    def _refit(self, document: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
+    def _refit(self, document: dict[str, Any]) -> tuple[EngineSession, dict[str, Any]]:
         plan = sidecar.verify_plan(self.engine, document)
         begin = time.perf_counter()
         feeds, expected = selftest.reference(self.bundle, self.graph)
@@ -160,8 +160,8 @@ class Shelf:
         self._say(f"new prompts put into the engine in {time.perf_counter() - begin:.1f} s")
         return session, document
 
-    def _session(self, plan: bytes) -> Session:
-        return Session(self.trt, plan, self.engine, self.signature, self.memory, self.check, self.cuda_graph)
+    def _session(self, plan: bytes) -> EngineSession:
+        return EngineSession(self.trt, plan, self.engine, self.signature, self.memory, self.check, self.cuda_graph)
 
     def _hashes(self) -> dict[str, str]:
         """SHA-256 of the files of constants, from the manifest: opening the bundle has compared them with the disk."""

@@ -12,7 +12,7 @@ import pytest
 
 from cdl_edge.errors import InputError
 from cdl_edge.sweep import runner
-from cdl_edge.sweep.runner import Schedule, alone, hold, last_lines, make_slots, run_cells
+from cdl_edge.sweep.processes import Schedule, alone, hold, last_lines, make_slots, run_cells
 
 
 class Job:
@@ -307,7 +307,7 @@ def test_stop_ends_a_cell_that_ignores_sigterm(process, tmp_path, monkeypatch):
 def test_a_cell_dies_with_the_sweep(tmp_path):
     code = (
         "import subprocess, sys, time\n"
-        "from cdl_edge.sweep.runner import _end_with_parent\n"
+        "from cdl_edge.sweep.processes import _end_with_parent\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True,\n"
         "                         preexec_fn=_end_with_parent())\n"
         "print(child.pid, flush=True)\n"
