@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _silent(line: str) -> None:
-    """For progress that nobody asked for."""
+    """Say nothing: what progress goes to that nobody asked for."""
 
 
 def limit_threads(threads: int | None) -> None:

@@ -79,7 +79,7 @@ class FeatureMap:
         return x if projection is None else np.maximum(x @ projection, 0)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The map as plain JSON values."""
         return {**vars(self), "parts": list(self.parts)}
 
     @classmethod
@@ -96,7 +96,7 @@ class FeatureMap:
 
 @dataclass(frozen=True)
 class ClassStatistics:
-    """Of some classes, over features of length F. All arrays are float64 but the counts."""
+    """Counts, sums and products of the features of some classes, of length F. All arrays are float64 but the counts."""
 
     map: FeatureMap
     classes: tuple[str, ...]
@@ -144,7 +144,7 @@ class ClassStatistics:
             )
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
-        """Of the images of both; a class that both have is one class. Raises: InputError for other features."""
+        """The statistics of both sets of images; what both have is one class. Raises: InputError for other features."""
         self._check(other)
         names = [*self.classes, *(c for c in other.classes if c not in set(self.classes))]
         counts, sums = np.zeros(len(names), np.int64), np.zeros((len(names), self.map.features))

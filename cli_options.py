@@ -13,7 +13,7 @@ from .display import printable
 from .files import first_process
 
 NOTHING_WRITTEN = "nothing was written; start the same command again"
-"how to go on after Ctrl-C in a verb that writes its result at the end"
+"how to go on after Ctrl-C in a command that writes its result at the end"
 
 force_option = click.option(
     "--force", is_flag=True, help="Replace a bundle of ours at --out; anything else that is there stays."
@@ -48,7 +48,7 @@ def resumable(advice: str) -> Iterator[None]:
 
 
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
-    """For people the text; with --json the document as the last line."""
+    """Print a command's answer: the text for people, or with --json the document as the last line."""
     if first_process():
         click.echo(json.dumps(document, allow_nan=False) if as_json else printable(text))
 

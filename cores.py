@@ -41,7 +41,7 @@ def cgroup_quota(root: Path = ROOT) -> float | None:
 
 
 def _limit(folder: Path, old: bool) -> float | None:
-    """Of one group: cpu.max of version 2, the two files of version 1."""
+    """CPUs that one control group allows: from cpu.max of version 2, or the two files of version 1."""
     try:
         if old:
             words = [(folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")]

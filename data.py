@@ -61,7 +61,7 @@ class Fingerprint:
         return hashlib.sha256(json.dumps([list(self.train.items()), list(self.val.items())]).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The fingerprint as plain JSON values."""
         return {"sha256": self.whole, "train": dict(self.train), "val": dict(self.val)}
 
     @classmethod
@@ -112,7 +112,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """Of class names, file names and file bytes; where the folder lies is of no account."""
+        """A fingerprint of class names, file names and file bytes; where the folder lies is of no account."""
         return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes))
 
     @property
@@ -124,7 +124,7 @@ class Dataset:
 
     @property
     def line(self) -> str:
-        """The same for people."""
+        """One line for people with what `summary` has."""
         how = ""
         if self.held_out:
             how = " (a fifth of each class, held out)"
@@ -136,7 +136,7 @@ class Dataset:
 
     @property
     def record(self) -> dict[str, Any]:
-        """For a run's metrics.json: the source as given and wherever it is looked for from, `summary`, fingerprint."""
+        """What a run's metrics.json keeps: the source as given and as an absolute path, `summary`, fingerprint."""
         where = {"given": self.source, "source": absolute(self.source)}
         early = {"early": True} if self.early else {}
         return {**where, **self.summary, **early, "fingerprint": self.fingerprint.to_json()}

@@ -40,7 +40,7 @@ _READY = b"+"
 
 
 class Decoders:
-    """As many processes as there are threads that ask at the same time; started when they are needed, and kept.
+    """Processes that decode pictures, as many as threads ask at the same time; started when needed, and kept.
 
     Args:
         limit_s: for one picture; a process that takes longer is killed, and the picture refused.
@@ -59,7 +59,7 @@ class Decoders:
         self._free.put(self._new())
 
     def read(self, preprocessing: Preprocessing, content: bytes, seconds: float | None = None) -> np.ndarray:
-        """As `preprocessing.read(content)`: uint8 (size, size, 3). seconds: for this picture, at most `limit_s`.
+        """Decode as `preprocessing.read(content)` does: uint8 (size, size, 3). seconds: allowed, at most `limit_s`.
 
         Raises: UnreadableImage, as `Preprocessing.read`, and where the time is over, the memory does not do, or the
             decoder crashes.

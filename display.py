@@ -98,7 +98,7 @@ def parity_line(parity: dict[str, Any]) -> str:
 
 
 def quantisation_table(result: dict[str, Any]) -> str:
-    """What `calibrate` found, a line for each flavour and each precision."""
+    """What `calibrate` found, a line for each quantisation scheme and each precision."""
     lines = []
     for name, found in result["flavours"].items():
         line = f"{name}: {found['layers_int8']} layers in 8 bits, {len(found['layers_float'])} left in float"

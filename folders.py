@@ -196,6 +196,6 @@ def named_pictures(
 
 
 def reasons(left_out: Mapping[str, int]) -> str:
-    """For people: "(3 hidden, 2 of type .txt)"; empty for nothing."""
+    """Say for people why files were left out: "(3 hidden, 2 of type .txt)"; empty where none was."""
     parts = [f"{count} {reason}" for reason, count in sorted(left_out.items(), key=lambda e: -e[1]) if count]
     return f"({', '.join(parts)})" if parts else ""

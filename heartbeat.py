@@ -36,7 +36,7 @@ class Watched:
         "the last line; whether it has not ended yet, as that of a progress bar"
 
     def write(self, text: str) -> int:
-        """As the stream does."""
+        """Write to the stream, and remember when."""
         self.written = time.monotonic()
         lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
         if lines:

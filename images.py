@@ -1,4 +1,4 @@
-"""From a picture to the uint8 pixels every room works on: one decoder for training, calibration and the device.
+"""Turn a picture into the uint8 pixels that every package works on: one decoder for training, calibration, device.
 
 numpy and Pillow only, so that a board needs nothing else and sees the pixels that training saw.
 """
@@ -92,7 +92,7 @@ class Preprocessing:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The rule as plain JSON values."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod

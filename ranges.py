@@ -58,7 +58,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Histogram:
-        """Of finite values, at least one, float32 (...)."""
+        """Count finite values, at least one, float32 (...)."""
         low, high = float(values.min()), float(values.max())
         width, first = bin_grid(low, high)
         index = np.floor(values.ravel() / width).astype(np.int64) - first
@@ -66,7 +66,7 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of one bin."""
         return bin_grid(self.low, self.high)[0]
 
     @property
@@ -76,7 +76,7 @@ class Histogram:
 
     @property
     def edges(self) -> np.ndarray:
-        """Of the bins, float64 (BINS + 1,); values lie between `low` and `high` only."""
+        """Edges of the bins, float64 (BINS + 1,); values lie between `low` and `high` only."""
         width, first = bin_grid(self.low, self.high)
         edges: np.ndarray = (first + np.arange(BINS + 1)) * width
         return edges
@@ -95,7 +95,7 @@ class Histogram:
         return float(left + (right - left) * (target - below[i]) / max(1, self.counts[i]))
 
     def scaled(self, low: float, high: float) -> Histogram:
-        """With negative values times `low` and the others times `high`, both > 0; as many values as before."""
+        """The histogram of negative values times `low` and others times `high`, both > 0; as many values as before."""
         ends = [value * (low if value < 0 else high) for value in (self.low, self.high)]
         edges = Histogram(ends[0], ends[1], self.counts).edges
         # How many values lie below each new edge: as many as below the point that was moved there.
@@ -127,7 +127,7 @@ class TensorRange:
     "float32 (2, D), minimum and maximum of each channel; behind a LayerNorm only"
 
     def scaled(self, low: float, high: float) -> TensorRange:
-        """As Histogram.scaled."""
+        """The range of the scaled tensor, see Histogram.scaled."""
         channels = self.channels
         if channels is not None:
             channels = np.where(channels < 0, channels * low, channels * high).astype(np.float32)
@@ -135,7 +135,7 @@ class TensorRange:
 
 
 def merge_tensors(parts: Sequence[TensorRange]) -> TensorRange:
-    """Of one tensor, over several sets of images."""
+    """Merge the ranges of one tensor over several sets of images."""
     channels = [p.channels for p in parts if p.channels is not None]
     stacked = np.stack([np.min([c[0] for c in channels], 0), np.max([c[1] for c in channels], 0)]) if channels else None
     return TensorRange(merge([p.histogram for p in parts]), stacked)
@@ -143,7 +143,7 @@ def merge_tensors(parts: Sequence[TensorRange]) -> TensorRange:
 
 @dataclass(frozen=True)
 class TaskRanges:
-    """Of the images of one task, by the student as it was when it had learnt the task."""
+    """Ranges of the tensors over one task's images, in the student as it was when it had learnt the task."""
 
     images: int
     "how many were looked at"
@@ -166,7 +166,7 @@ def tails(histogram: Histogram) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Of all tasks, in the order they were learnt."""
+    """Ranges of the tensors of all tasks, in the order they were learnt."""
 
     tasks: tuple[TaskRanges, ...] = ()
 

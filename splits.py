@@ -58,7 +58,7 @@ class Split:
         return self.take(np.flatnonzero(np.isin(self.labels, np.asarray(classes))))
 
     def limited(self, per_class: int, seed: int) -> Split:
-        """At most `per_class` images of each class, drawn by `seed`, in their order here."""
+        """Keep `per_class` images of each class at most, drawn by `seed`, in their order here."""
         rng = np.random.default_rng([seed, 0x11317])
         keep = [rng.permutation(np.flatnonzero(self.labels == c))[:per_class] for c in np.unique(self.labels)]
         return self.take(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *keep])))
@@ -102,7 +102,7 @@ class Split:
         return hashlib.sha256(content).hexdigest()[:DIGITS]
 
     def hashes(self, classes: Sequence[str]) -> dict[str, str]:
-        """For each class that has images here DIGITS hex digits of a SHA-256 over the names and bytes of its files.
+        """Hash each class that has images here: DIGITS hex digits of a SHA-256 over the names and bytes of its files.
 
         Every file is read whole: 20,000 files of 2 KB took 1.7 s, large ones go at 185 MB/s a core (measured
         2026-11-27, a busy machine without SHA instructions); reading and decoding them takes several times as long.

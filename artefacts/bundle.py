@@ -78,7 +78,7 @@ class Bundle:
 
     @property
     def tasks(self) -> tuple[tuple[int, ...], ...]:
-        """For each task, in learned order, the indices of its classes."""
+        """The indices of each task's classes, tasks in learned order."""
         return self.manifest.tasks
 
     @cached_property

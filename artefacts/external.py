@@ -161,7 +161,7 @@ def no_graph(model: Path | bytes, error: Exception) -> InputError:
 
 
 def record_of(tensor: memoryview) -> Record:
-    """Of an initializer whose values are kept outside. Raises: what BROKEN names."""
+    """Read where an initializer's values are kept outside of the graph. Raises: what BROKEN names."""
     entries = {}
     for entry in messages_of(tensor, TENSOR_EXTERNAL):
         keys, values = list(messages_of(entry, 1)), list(messages_of(entry, 2))

@@ -16,7 +16,7 @@ class PerTask:
     per_task: tuple[float | None, ...]
 
     def check(self) -> None:
-        """At least one task was measured. Raises: MalformedField."""
+        """Check that at least one task was measured. Raises: MalformedField."""
         if all(value is None for value in self.per_task):
             raise MalformedField("per_task", list(self.per_task), "numbers or null, not all null")
 

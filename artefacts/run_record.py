@@ -164,7 +164,7 @@ class ParentRun:
     "tasks whose entries the prompt pool had when it was made"
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The record as plain JSON values, as a run writes it."""
         return dict(vars(self))
 
 

@@ -87,7 +87,7 @@ def _value(kind: Any, value: object, where: str, at: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: object, where: str, at: str) -> Any:
-    """Of a union: null, a number, or an object."""
+    """Read a value that may be one of several types: null, a number, or an object."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]

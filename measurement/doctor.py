@@ -219,7 +219,7 @@ def _swap(root: Path) -> Check:
 
 
 def _purposes(root: Path) -> list[Check]:
-    """For each purpose: yes, or what is missing and the one command that mends it."""
+    """Check each purpose: yes, or what is missing and the one command that mends it."""
     lacking = {purpose: [n for n in names if version_of(n) is None] for purpose, names in _NEEDS.items()}
     checks = [_purpose(p, lacking[p], "ok", command("train")) for p in ("train", "export", "calibrate")]
     engines = [name for name in _ORT_PACKAGES if version_of(name) is not None]

@@ -270,7 +270,7 @@ def _timed(runner: Runner, encoded: bytes) -> dict[str, float]:
 
 
 def _agreement(runner: Runner) -> dict[str, float | int] | None:
-    """With the fp32 student on the bundle's own images: {"images", "top1" (%), "max_abs_error" (of a logit)}."""
+    """Compare with the fp32 student on the bundle's images: {"images", "top1" (%), "max_abs_error" (of a logit)}."""
     if not runner.bundle.manifest.selftest:
         return None
     images, expected = runner.bundle.selftest()

@@ -19,7 +19,7 @@ INKS = ("#ffffff", "#0b1620")
 
 
 def ink(colour: str) -> str:
-    """Of INKS, the one with more contrast on `colour` (WCAG 2 contrast ratio)."""
+    """The one of INKS with more contrast on `colour` (WCAG 2 contrast ratio)."""
     return max(INKS, key=lambda text: contrast(text, colour))
 
 

@@ -80,7 +80,7 @@ def write_page(out: Path, html: str) -> None:
 
 
 def fill(template: str, **values: Any) -> str:
-    """A template of this room with its values, the colours of the heat map and the version."""
+    """A template of this package with its values, the colours of the heat map and the version."""
     # Autoescape: class names and paths are the user's, and end up in a page that is opened with a double click.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -18,21 +18,21 @@ BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "
 
 
 def quantisation_section(bundle: Bundle) -> dict[str, Any] | None:
-    """Accuracy before and after, per task and flavour; where ranges came from; latency; sizes. None: nothing to say."""
+    """Accuracy before and after, per task and scheme; where ranges came from; latency; sizes. None: nothing to say."""
     found = bundle.manifest.quantisation
     if found is None or not found.flavours:
         return None
-    flavours = found.flavours
+    schemes = found.flavours
     return {
         "reading": _reading(found, len(bundle.tasks)),
-        "gate": _gate(found, flavours),
+        "gate": _gate(found, schemes),
         "refused": [(f"{BACKENDS.get(r.backend, r.backend)} in {r.precision}", r.reason) for r in found.refused],
-        "runtimes": [(name, flavour.runtimes) for name, flavour in flavours.items() if flavour.runtimes],
-        "costs": _costs(flavours),
-        "layers": [entry for name, flavour in flavours.items() if (entry := _layers(name, flavour))],
-        "tasks": _tasks(flavours, len(bundle.tasks)),
+        "runtimes": [(name, scheme.runtimes) for name, scheme in schemes.items() if scheme.runtimes],
+        "costs": _costs(schemes),
+        "layers": [entry for name, scheme in schemes.items() if (entry := _layers(name, scheme))],
+        "tasks": _tasks(schemes, len(bundle.tasks)),
         "latency": _latency(found),
-        "sizes": _sizes(bundle, list(flavours)),
+        "sizes": _sizes(bundle, list(schemes)),
         "definitions": [(NAMES.get(k, label_text(k)), v) for k, v in found.definitions.items()],
     }
 
@@ -58,24 +58,24 @@ def _reading(found: Quantisation, tasks: int) -> list[str]:
     return lines
 
 
-def _gate(found: Quantisation, flavours: Mapping[str, SchemeRecord]) -> dict[str, Any] | None:
-    """The gate's verdict over all flavours, and what it could not decide; None: there was no gate."""
+def _gate(found: Quantisation, schemes: Mapping[str, SchemeRecord]) -> dict[str, Any] | None:
+    """The gate's verdict over all schemes, and what it could not decide; None: there was no gate."""
     if found.max_drop is None:
         return None
     # Before 2026-11-27 the gate did not know its own error: what it passed may have been chance.
-    judged = [f.gate or GateRecord("not decided") for f in flavours.values()]
+    judged = [f.gate or GateRecord("not decided") for f in schemes.values()]
     passed = all(g.verdict == "passed" for g in judged)
-    unsure = [f"{name}: {line}" for (name, _), g in zip(flavours.items(), judged, strict=True) for line in g.unsure]
+    unsure = [f"{name}: {line}" for (name, _), g in zip(schemes.items(), judged, strict=True) for line in g.unsure]
     return {"passed": passed, "text": "within the gate" if passed else "the gate cannot tell", "unsure": unsure}
 
 
-def _costs(flavours: Mapping[str, SchemeRecord]) -> dict[str, Any]:
-    """A row for each measure: of fp32, then of each flavour. Rows that nobody measured are left out."""
-    measured = [f for f in flavours.values() if f.measured]
+def _costs(schemes: Mapping[str, SchemeRecord]) -> dict[str, Any]:
+    """A row for each measure: of fp32, then of each scheme. Rows that nobody measured are left out."""
+    measured = [f for f in schemes.values() if f.measured]
     before = next((f.before for f in measured), None)
 
     def row(label: str, original: str, text: Callable[[Any], str]) -> tuple[str, list[str]]:
-        return label, [original, *(text(f) if f.measured else "–" for f in flavours.values())]
+        return label, [original, *(text(f) if f.measured else "–" for f in schemes.values())]
 
     rows = []
     if before:
@@ -108,24 +108,24 @@ def _costs(flavours: Mapping[str, SchemeRecord]) -> dict[str, Any]:
         "Layers in 8 bits": lambda f: f"{f.layers_int8:,}",
         "Layers left in float": lambda f: f"{len(f.layers_float):,}",
     }
-    rows += [(label, ["", *(text(f) for f in flavours.values())]) for label, text in names.items()]
-    return {"columns": ["fp32", *flavours], "rows": rows, "measured": bool(measured)}
+    rows += [(label, ["", *(text(f) for f in schemes.values())]) for label, text in names.items()]
+    return {"columns": ["fp32", *schemes], "rows": rows, "measured": bool(measured)}
 
 
-def _worst(flavour: Any) -> tuple[float, int]:
+def _worst(scheme: Any) -> tuple[float, int]:
     """Points that the task loses which loses most, and the task."""
-    return max((d, t + 1) for t, d in enumerate(flavour.drop.per_task) if d is not None)
+    return max((d, t + 1) for t, d in enumerate(scheme.drop.per_task) if d is not None)
 
 
-def _forgetting(flavour: SchemeRecord) -> str:
-    value = flavour.quantisation_forgetting
+def _forgetting(scheme: SchemeRecord) -> str:
+    value = scheme.quantisation_forgetting
     return "–" if value is None else change_text(value)
 
 
-def _layers(name: str, flavour: SchemeRecord) -> dict[str, Any] | None:
+def _layers(name: str, scheme: SchemeRecord) -> dict[str, Any] | None:
     """What stayed in float and what was most sensitive; None when nothing was searched."""
-    left = list(flavour.layers_float)
-    ranking = sorted((flavour.sensitivity or {}).items(), key=lambda item: -item[1])[:MOST_SENSITIVE]
+    left = list(scheme.layers_float)
+    ranking = sorted((scheme.sensitivity or {}).items(), key=lambda item: -item[1])[:MOST_SENSITIVE]
     if not left and not ranking:
         return None
     return {"name": name, "left": left, "sensitivity": [(u, power_text(v), u in left) for u, v in ranking]}
@@ -137,15 +137,15 @@ def change_text(value: float) -> str:
     return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
 
 
-def _tasks(flavours: Mapping[str, SchemeRecord], tasks: int) -> dict[str, Any] | None:
-    """Rows of the table over tasks: fp32, and for each flavour its accuracy and the change; the average is last."""
-    first = next((f.before for f in flavours.values() if f.measured), None)
+def _tasks(schemes: Mapping[str, SchemeRecord], tasks: int) -> dict[str, Any] | None:
+    """Rows of the table over tasks: fp32, and for each scheme its accuracy and the change; the average is last."""
+    first = next((f.before for f in schemes.values() if f.measured), None)
     if first is None:
         return None
     rows = [("fp32", _cells([*first.per_task, first.average_accuracy]))]
-    for name, flavour in flavours.items():
-        after, drop = flavour.after, flavour.drop
-        if not flavour.measured or after is None or drop is None:
+    for name, scheme in schemes.items():
+        after, drop = scheme.after, scheme.drop
+        if not scheme.measured or after is None or drop is None:
             continue
         rows.append((name, _cells([*after.per_task, after.average_accuracy])))
         changes = [None if d is None else -d for d in (*drop.per_task, drop.average)]
@@ -178,11 +178,11 @@ def _latency(found: Quantisation) -> list[dict[str, Any]]:
     ]
 
 
-def _sizes(bundle: Bundle, flavours: Sequence[str]) -> list[dict[str, str]]:
-    """Of each precision of the student: its graph, and the constants that it reads."""
+def _sizes(bundle: Bundle, schemes: Sequence[str]) -> list[dict[str, str]]:
+    """Sizes for each precision of the student: its graph, and the constants that it reads."""
     graphs = bundle.manifest.graphs
     rows = []
-    for key in ("student", "student.fp16", *(f"student.{name}" for name in flavours)):
+    for key in ("student", "student.fp16", *(f"student.{name}" for name in schemes)):
         if key not in graphs:
             continue
         graph = bundle.graph(key)

@@ -294,5 +294,5 @@ def _distiller(name: str) -> str:
 
 
 def _minus(text: str | None) -> str | None:
-    """With the sign that is as wide as a plus."""
+    """Replace the hyphen by the minus sign that is as wide as a plus."""
     return None if text is None else text.replace("-", "−")

@@ -1,4 +1,4 @@
-"""From a bundle to a runner: the one way in."""
+"""Open a bundle as a runner: the one way in."""
 
 from __future__ import annotations
 

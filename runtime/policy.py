@@ -104,7 +104,7 @@ class Selector:
         "frames by path"
 
     def pin(self, task: int | None = None, weights: np.ndarray | Mapping[str, np.ndarray] | None = None) -> None:
-        """From now on these prompts: of a task (from 0), or float32 (L, K), by input name where there are several.
+        """Use these prompts from now on: of a task (from 0), or float32 (L, K), by input name where there are several.
 
         A student of one pass notes the task and computes as ever.
 

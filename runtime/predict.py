@@ -1,4 +1,4 @@
-"""From pictures to labels."""
+"""Name what pictures show: labels with their probabilities."""
 
 from __future__ import annotations
 

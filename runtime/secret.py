@@ -28,7 +28,7 @@ def default_file() -> Path:
 
 
 def state_folder() -> Path:
-    """Of this user, for services and commands alike. Raises: RuntimeError for a user without a home."""
+    """The folder where this user keeps state, for services and commands alike. Raises: RuntimeError without a home."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if state else Path.home() / ".local" / "state") / "cdl-edge"
 

@@ -11,7 +11,7 @@ from ..errors import InputError, choose
 
 
 def selected(prompt_weights: np.ndarray | None, selection: Mapping[str, Any], images: int = 1) -> list[dict[str, Any]]:
-    """For each of B images {"selected": [entry, ...], "weights": [float, ...]}, the two of equal length.
+    """Prompts that each of B images took: {"selected": [entry, ...], "weights": [float, ...]}, of equal length.
 
     - "top-k" (L2P, DualPrompt): cosines of query and keys; the k largest of each block, largest first, block after
       block. Equal weights: the lower entry first.

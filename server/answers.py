@@ -58,7 +58,7 @@ async def classes(request: Request) -> Response:
 def _predictions(
     server: Server, runner: Runner, pictures: Sequence[tuple[str, bytes]], task: int | None, top: int, end: float
 ) -> dict[str, Any]:
-    """As `runtime.predict.predict`, with the names of the files. end: of the time for the answer, time.monotonic()."""
+    """Answer as `runtime.predict.predict` does, with the files' names. end: when the time is up, time.monotonic()."""
     pixels: list[np.ndarray] = []
     for name, content in pictures:
         left = end - time.monotonic()

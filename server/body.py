@@ -69,7 +69,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Upload]:
-        """For as long as a request, and what came with it, is in memory."""
+        """Count one upload for as long as its request, and what came with it, is in memory."""
         upload = Upload()
         self._held.add(upload)
         try:
@@ -229,7 +229,7 @@ class _Form(MultiPartParser):
     async def files(
         cls, request: Request, limits: Limits, stream: AsyncGenerator[bytes, None], most: int, in_memory: bool = False
     ) -> list[UploadFile]:
-        """At most so many files. Raises: Refused (400) for a form that cannot be read."""
+        """Read at most so many files of a form. Raises: Refused (400) for a form that cannot be read."""
         if encoding := request.headers.get("content-encoding", ""):
             raise _no_encoding(encoding, "none, for a form")
         # What it says of its charset is left out: Python has codecs that do odd things. UTF-8 it is.

@@ -82,12 +82,12 @@ class Pool(Runner):
             self._free.put(runner)
 
     def longest_s(self) -> float:
-        """For how long the oldest of the calls that run now has been running; 0 when none does."""
+        """Seconds that the oldest of the calls that run now has been running; 0 when none does."""
         with self._lock:
             return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """As the runners, and "runners": how many."""
+        """What one runner says of itself, and "runners": how many there are."""
         return {**self.runners[0].describe(), "runners": len(self.runners)}
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ class RequestMetrics:
         self._v2[name] = (count + 1, total + int(seconds * 1e9))
 
     def statistics(self) -> dict[str, Any]:
-        """Of the Open Inference Protocol, since the start, in the form of Triton's statistics extension."""
+        """Counts of the Open Inference Protocol since the start, in the form of Triton's statistics extension."""
         with self._lock:
             found = {name: {"count": count, "ns": total} for name, (count, total) in self._v2.items()}
             last, images = self._v2_last, self._v2_images

@@ -70,7 +70,7 @@ class Server:
 
     @contextlib.contextmanager
     def reader(self, request: Request) -> Iterator[BodyReader]:
-        """For the body of a request; what it has read is counted until the end."""
+        """Open a reader of a request's body; what it has read is counted until the end."""
         with self.uploads.one() as upload:
             yield BodyReader(request, self.limits, self.uploads, upload)
 

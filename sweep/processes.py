@@ -91,7 +91,7 @@ class Slot:
 
 
 def make_slots(devices: str, cells: int, parallel: int | None, threads: int | None) -> list[Slot]:
-    """As many as asked for, or as fit: one for each GPU, or one for each core as far as the memory reaches."""
+    """Places for cells: as many as asked for, or one a GPU, or one a core as far as the memory reaches."""
     gpus = _gpus() if devices != "cpu" else []
     cores = usable_cores()
     if parallel is None:
@@ -167,7 +167,7 @@ class Process:
 
 
 def _end_with_parent() -> Callable[[], None]:
-    """For the new process to call: the kernel kills it when the sweep dies, however that happens."""
+    """What a new process calls first, so that the kernel kills it when the sweep dies, however that happens."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()  # looked up here: after the fork little is allowed
 
     def call() -> None:

@@ -238,7 +238,7 @@ class _Sweep:
 
 
 def _telling(lines: list[str]) -> str:
-    """Of the last lines of a log the one that names the error."""
+    """The one of a log's last lines that names the error."""
     named = [line for line in lines if line.lower().startswith("error:")]
     return (named or lines)[-1].strip()
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 
 
 def difference(old: bytes, new: bytes, before: Iterable[Record], after: Iterable[Record]) -> bytes:
-    """As long as `new`. before, after: where the tensors of each file are.
+    """The difference of two files, as long as `new`. before, after: where the tensors of each file are.
 
     Raises: InputError for records that do not fit their file.
     """

@@ -56,7 +56,7 @@ class Enrolled:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes, in the order in which they came."""
+        """Names of the enrolled classes, in the order in which they came."""
         return list(dict.fromkeys(entry.name for entry in self.entries))
 
     def of_class(self, name: str) -> np.ndarray:
@@ -65,7 +65,7 @@ class Enrolled:
         return self.features[owners == name] if len(owners) else self.features
 
     def plus(self, entry: Enrolment, features: np.ndarray) -> Enrolled:
-        """With one more entry."""
+        """These enrolments and one more."""
         return Enrolled((*self.entries, entry), np.concatenate([self.features, features]))
 
     def without(self, name: str) -> Enrolled:
@@ -141,7 +141,7 @@ def _check(base: Bundle) -> None:
 
 
 def statistics_of(base: Bundle) -> ClassStatistics:
-    """Of the workshop, its classes in the order of the logits. Raises: InputError for others than the graph's."""
+    """The workshop's class statistics, in the order of the logits. Raises: InputError for others than the graph's."""
     held = ClassStatistics.load(base.path / str(base.manifest.statistics)).ordered(base.classes)
     width, kind = base.signature().outputs["features"][1], CLOSED_FORM[head_of(base)][0]
     if (held.map.width, held.map.kind) != (width, kind):

@@ -80,7 +80,7 @@ class Pack:
             raise InputError(f"{self.path}: {name!r} is not what the pack lists", got="another hash", fix=_AGAIN)
 
     def unpacked_bytes(self) -> int:
-        """Of all members, as pack.json declares them."""
+        """Bytes of all members once unpacked, as pack.json declares them."""
         return sum(int(entry["bytes"]) for entry in self.document["files"].values())
 
     def check_signature(self, public_key: str) -> None:

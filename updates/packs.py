@@ -335,7 +335,7 @@ def _build(pack: Pack, base: Bundle, folder: Path) -> None:
 
 
 def _manifest(pack: Pack) -> Manifest:
-    """Of the bundle that the pack makes; `open_bundle` checks the rest once the files are there."""
+    """The manifest of the bundle that the pack makes; `open_bundle` checks the rest once the files are there."""
     if pack.document["files"][MANIFEST]["bytes"] > MAX_MANIFEST:
         raise _unfit(pack, f"{MANIFEST} is longer than {MAX_MANIFEST} bytes")
     try:

@@ -84,7 +84,7 @@ class Store:
         self.state = _first(self.bundle) if self.plain else _read(path, self.bundle.path.name)
 
     def folder(self, version: str) -> Path:
-        """Of one version."""
+        """The folder of one version."""
         return self.path / VERSIONS / version
 
     def clean(self) -> None:
@@ -160,7 +160,7 @@ class Store:
         return after
 
     def _swap(self, after: State) -> None:
-        """From the rename of `current` on the new state holds; it is written down before, beside the old one."""
+        """Exchange the state: it is written down first, beside the old one, and holds once `current` is renamed."""
         _sync(self.path / VERSIONS)
         _write(self.path, self.state, after)
         _sync(self.path)
@@ -244,7 +244,7 @@ def sequence_of(manifest: Manifest) -> int:
 
 
 def _first(bundle: Bundle) -> State:
-    """Of a bundle folder that never was a store."""
+    """The state of a bundle folder that never was a store."""
     own, sequence = bundle.manifest.version, sequence_of(bundle.manifest)
     return State(own, (Installed(own, sequence, str(bundle.manifest.created)),), sequence)
 

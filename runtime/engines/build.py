@@ -1,4 +1,4 @@
-"""From an ONNX graph to a TensorRT plan: explicitly typed, bounded, refittable where learning changes it.
+"""Build a TensorRT plan from an ONNX graph: explicitly typed, bounded, refittable where learning changes it.
 
 The `tensorrt` module is an argument: CPU tests pass tensorrt_rtx, whose parser and builder need no GPU.
 """

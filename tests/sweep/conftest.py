@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cdl_edge.sweep import runner, sweep
+from cdl_edge.sweep import processes, sweep
 from cdl_edge.sweep.grid import Cell, SweepPlan, make_plan
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
@@ -67,8 +67,8 @@ class Fakes:
         self.running = 0
         self.on_poll: Callable[[Cell], None] = lambda cell: None
 
-    def process(self, cell: Cell, slot: runner.Slot, options: Path, log: Path, lock: Any) -> FakeProcess:
-        """Stands for runner.Process."""
+    def process(self, cell: Cell, slot: processes.Slot, options: Path, log: Path, lock: Any) -> FakeProcess:
+        """Stands for processes.Process."""
         config = TrainConfig.from_json(json.loads(options.read_text()))
         assert config == cell.config
         self.started.append(cell.name)
@@ -117,7 +117,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     """No process is started in this test."""
     made = Fakes()
     monkeypatch.setattr(sweep, "Process", made.process)
-    monkeypatch.setattr(runner, "PAUSE_S", 0.0)
+    monkeypatch.setattr(processes, "PAUSE_S", 0.0)
     return made
 
 

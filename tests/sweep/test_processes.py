@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.sweep import runner
+from cdl_edge.sweep import processes
 from cdl_edge.sweep.processes import Schedule, alone, hold, last_lines, make_slots, run_cells
 
 
@@ -35,7 +35,7 @@ def cells(plan_of):
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(runner, "PAUSE_S", 0.001)
+    monkeypatch.setattr(processes, "PAUSE_S", 0.001)
 
 
 def drain(schedule, busy=()):
@@ -188,22 +188,22 @@ def test_outside_the_main_thread_no_handler_is_set(cells):
 
 
 def test_slots_of_a_processor(monkeypatch):
-    monkeypatch.setattr(runner, "usable_cores", lambda: 8)
-    monkeypatch.setattr(runner, "_memory_bytes", lambda: 1 << 50)
-    monkeypatch.setattr(runner, "_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(processes, "usable_cores", lambda: 8)
+    monkeypatch.setattr(processes, "_memory_bytes", lambda: 1 << 50)
+    monkeypatch.setattr(processes, "_gpus", lambda: ["0", "1"])
     assert [(s.threads, s.gpu) for s in make_slots("cpu", 20, None, None)] == [(1, None)] * 8
     assert [s.threads for s in make_slots("cpu", 3, None, None)] == [2, 2, 2]  # fewer cells than cores
     assert [s.threads for s in make_slots("cpu", 20, 4, None)] == [2] * 4
     assert [s.threads for s in make_slots("cpu", 20, 4, 3)] == [3] * 4
-    monkeypatch.setattr(runner, "_memory_bytes", lambda: 3 * runner.CELL_BYTES)
+    monkeypatch.setattr(processes, "_memory_bytes", lambda: 3 * processes.CELL_BYTES)
     assert len(make_slots("cpu", 20, None, None)) == 3
-    monkeypatch.setattr(runner, "_memory_bytes", lambda: 1)
+    monkeypatch.setattr(processes, "_memory_bytes", lambda: 1)
     assert len(make_slots("cpu", 20, None, None)) == 1
 
 
 def test_slots_of_gpus(monkeypatch):
-    monkeypatch.setattr(runner, "usable_cores", lambda: 8)
-    monkeypatch.setattr(runner, "_gpus", lambda: ["2", "5"])
+    monkeypatch.setattr(processes, "usable_cores", lambda: 8)
+    monkeypatch.setattr(processes, "_gpus", lambda: ["2", "5"])
     assert [(s.threads, s.gpu) for s in make_slots("auto", 20, None, None)] == [(4, "2"), (4, "5")]
     assert [s.gpu for s in make_slots("cuda", 20, 3, None)] == ["2", "5", "2"]
 
@@ -213,15 +213,15 @@ def test_gpus_keep_the_names_they_were_given(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 7")
-    assert runner._gpus() == ["3", "7"]
+    assert processes._gpus() == ["3", "7"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert runner._gpus() == ["0", "1"]
+    assert processes._gpus() == ["0", "1"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert runner._gpus() == []
+    assert processes._gpus() == []
 
 
 def test_memory_is_known_here():
-    assert runner._memory_bytes() > 0
+    assert processes._memory_bytes() > 0
 
 
 # -- locks and processes ----------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def process(cells, tmp_path, monkeypatch):
             subprocess, "Popen", lambda command, **options: real([command[0], "-c", code, *command[3:]], **options)
         )
         lock = hold(tmp_path / ".lock")
-        made = runner.Process(cells[0], runner.Slot(threads, gpu), tmp_path / "cell.json", tmp_path / "log", lock)
+        made = processes.Process(cells[0], processes.Slot(threads, gpu), tmp_path / "cell.json", tmp_path / "log", lock)
         monkeypatch.undo()
         started.append(made)
         return made
@@ -296,7 +296,7 @@ def test_stop_ends_a_cell_that_ignores_sigterm(process, tmp_path, monkeypatch):
     made = process("import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(600)")
     while "up" not in (tmp_path / "log").read_text():
         time.sleep(0.01)
-    monkeypatch.setattr(runner, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(processes, "PATIENCE_S", 0.2)
     made.stop()
     assert made.poll() == -signal.SIGKILL
     assert hold(tmp_path / ".lock") is not None
