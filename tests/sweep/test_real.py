@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cdl_edge import api
-from cdl_edge.sweep import runner, sweep
+from cdl_edge.sweep import processes, sweep
 from cdl_edge.sweep.processes import hold
 
 pytestmark = pytest.mark.slow
@@ -103,7 +103,7 @@ class InProcess:
 @pytest.fixture
 def in_process(monkeypatch):
     monkeypatch.setattr(sweep, "Process", InProcess)
-    monkeypatch.setattr(runner, "PAUSE_S", 0.0)
+    monkeypatch.setattr(processes, "PAUSE_S", 0.0)
 
 
 def write_cifar(folder, classes, train, test):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.runtime.engines import graph, memory
+from cdl_edge.runtime.engines import cuda_graph, memory
 
 
 @pytest.fixture(params=["pycuda", "cuda-python"])
@@ -136,7 +136,7 @@ def test_pycuda_goes_first(kit, monkeypatch):
 def test_a_graph_is_recorded_once_and_launched_often(kit):
     library, done = kit.FakeLibcuda(), []
     library.trt = type("Trt", (), {"recording": None})()
-    recorded = graph.CudaGraph(9, lambda: library.trt.recording.append(lambda: done.append(1)), library)
+    recorded = cuda_graph.CudaGraph(9, lambda: library.trt.recording.append(lambda: done.append(1)), library)
     assert done == []
     recorded.launch(), recorded.launch()
     assert done == [1, 1]
@@ -164,6 +164,6 @@ def test_a_recording_that_fails_ends(kit, step):
             raise RuntimeError("work")
 
     with pytest.raises(RuntimeError, match=step):
-        graph.CudaGraph(9, work, library)
+        cuda_graph.CudaGraph(9, work, library)
     if step == "work":
         assert "cuStreamEndCapture" in library.calls, "the stream would stay in recording"
