@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artefacts.run_record import Metrics, SideRecord
+    from .artefacts.run_record import Metrics, SideResult
 
 
 def printable(text: str) -> str:
@@ -68,7 +68,7 @@ def baseline_warning(
     )
 
 
-def forgetting_line(student: SideRecord) -> str | None:
+def forgetting_line(student: SideResult) -> str | None:
     """Forgetting beside that of the same head made from all images at once; None where that is not known."""
     joint = student.forgetting_of_joint
     if joint is None:

@@ -50,7 +50,7 @@ class Confusion:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ExamplePicture:
     """A validation image for the report: what the student answered, and how to find it in the data source again."""
 
     kind: str
@@ -76,7 +76,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class SideRecord:
+class SideResult:
     """What the student, or the teacher, came to."""
 
     average_accuracy: float
@@ -95,7 +95,7 @@ class SideRecord:
     "of each epoch, for each task"
     images_per_second: Mapping[str, float] = field(default_factory=dict)
     confusion: Confusion | None = None
-    pictures: tuple[Picture, ...] | None = None
+    pictures: tuple[ExamplePicture, ...] | None = None
     "None in runs of early versions"
     tasks_reused: tuple[int, ...] = ()
     "whose teacher was kept from another run"
@@ -178,9 +178,9 @@ class Metrics:
     "names in learned order"
     tasks: tuple[tuple[int, ...], ...]
     "of each task, positions of its classes"
-    student: SideRecord
+    student: SideResult
     schema: int = RUN_SCHEMA
-    teacher: SideRecord | None = None
+    teacher: SideResult | None = None
     baseline: Baseline | None = None
     seconds: float | None = None
     images: ImageCounts | int | None = None
@@ -206,12 +206,12 @@ class Metrics:
             raise InputError(f"{where}: written by a newer cdl-edge", got=schema, expected=RUN_SCHEMA, fix=fix)
         return parse(cls, document, where)
 
-    def side(self, name: str) -> SideRecord | None:
+    def side(self, name: str) -> SideResult | None:
         """ "student" or "teacher"; None for a teacher that there was not."""
         return self.student if name == "student" else self.teacher
 
     @property
-    def sides(self) -> dict[str, SideRecord]:
+    def sides(self) -> dict[str, SideResult]:
         """Those that there are, the student first."""
         return {name: side for name in ("student", "teacher") if (side := self.side(name)) is not None}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..artefacts.run_record import PICTURE_KINDS, PICTURES_EACH, Metrics, Picture
+from ..artefacts.run_record import PICTURE_KINDS, PICTURES_EACH, ExamplePicture, Metrics
 from ..data import Dataset, held_out_early, load_dataset
 from ..errors import InputError
 from ..images import RESIZE_RULES, Preprocessing, UnreadableImage
@@ -67,7 +67,7 @@ def _source(metrics: Metrics) -> Dataset:
     return load_dataset(source, learning=False, early=held_out_early(metrics.document))
 
 
-def _entry(picture: Picture, metrics: Metrics, dataset: Dataset) -> dict[str, Any] | None:
+def _entry(picture: ExamplePicture, metrics: Metrics, dataset: Dataset) -> dict[str, Any] | None:
     """What the page shows of one picture; None where the source has it no longer."""
     names = metrics.classes
     item = _find(picture, names[picture.true], dataset)
@@ -97,7 +97,7 @@ def _percent(share: float) -> str:
     return f"{text}\N{NO-BREAK SPACE}%"
 
 
-def _find(picture: Picture, name: str, dataset: Dataset) -> Any:
+def _find(picture: ExamplePicture, name: str, dataset: Dataset) -> Any:
     """The image with that hash among the validation images of a class, a path or pixels; None where there is none.
 
     It is where it was, unless images were added or removed or cannot be read.

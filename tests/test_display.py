@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cdl_edge.artefacts.run_record import SideRecord
+from cdl_edge.artefacts.run_record import SideResult
 from cdl_edge.display import baseline_line, baseline_warning, forgetting_line
 
 BASELINE = {"head": "ranpac", "average_accuracy": 98.2}
@@ -45,7 +45,7 @@ def test_another_head_of_the_frozen_backbone_is_a_note():
 
 
 def test_forgetting_beside_that_of_all_images():
-    known = SideRecord(90.0, 5.0, ((90.0,),), forgetting_of_joint=4.5)
+    known = SideResult(90.0, 5.0, ((90.0,),), forgetting_of_joint=4.5)
     line = forgetting_line(known)
     assert line is not None and "5.00 points" in line and "4.50" in line
     assert forgetting_line(dataclasses.replace(known, forgetting_of_joint=None)) is None

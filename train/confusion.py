@@ -10,7 +10,7 @@ import numpy as np
 from .batches import Images
 from .engine import Engine
 from .evaluate import answers
-from .pictures import PictureChoice
+from .picture_choice import PictureChoice
 
 WHOLE = 30
 "classes up to which the whole matrix is kept"
@@ -60,5 +60,5 @@ class Answered:
         return confusion(self.found, self.classes)
 
     def pictures(self, seed: int) -> list[dict[str, Any]]:
-        """Some of the images that have been handed on, for the report; see pictures.PictureChoice."""
+        """Some of the images that have been handed on, for the report; see picture_choice.PictureChoice."""
         return self.choice.chosen(seed)

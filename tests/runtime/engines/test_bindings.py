@@ -31,7 +31,7 @@ RECEIVERS = {
     },
     "achieved.py": {"engine": "ICudaEngine", "create_engine_inspector": "EngineInspector"},
     "refit.py": {"engine": "ICudaEngine", "refitter": "Refitter"},
-    "session.py": {
+    "engine_session.py": {
         "runtime": "Runtime",
         "engine": "ICudaEngine",
         "_context": "IExecutionContext",

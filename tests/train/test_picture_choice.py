@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from cdl_edge.artefacts.run_record import PICTURES_EACH, Picture
+from cdl_edge.artefacts.run_record import PICTURES_EACH, ExamplePicture
 from cdl_edge.artefacts.typed import parse
 from cdl_edge.splits import Split
-from cdl_edge.train.pictures import ALIKE, PictureChoice
+from cdl_edge.train.picture_choice import ALIKE, PictureChoice
 
 
 def answered(labels, predicted, probability, first=0, unreadable=()):
@@ -42,7 +42,7 @@ def test_the_surest_mistakes_and_the_least_sure_right_ones_come_first():
     everything = [i for part in by_kind.values() for i in part]
     assert len(everything) == len(set(everything))
     for e in found:
-        record = parse(Picture, e, "metrics.json")
+        record = parse(ExamplePicture, e, "metrics.json")
         assert record.place == grey(e) - 20 * record.true and record.true == labels[grey(e)]
 
 

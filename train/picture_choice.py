@@ -49,7 +49,7 @@ class PictureChoice:
         self.tasks.append(_Answers(split, read, predicted, probability.round(4), of_true.round(4)))
 
     def chosen(self, seed: int) -> list[dict[str, Any]]:
-        """At most PICTURES_EACH of every kind, as artefacts.run_record.Picture has them.
+        """At most PICTURES_EACH of every kind, as artefacts.run_record.ExamplePicture has them.
 
         "wrong": the surest mistakes first, at most ALIKE of one class and one answer; "unsure": the least sure of the
         right answers; "drawn": by `seed` from all others.
