@@ -2,5 +2,5 @@
 
 `product` finds TensorRT and the GPU, `build` makes a plan, `achieved` reads what became of it, the self-test compares
 its answers with fp32, `sidecar` remembers all of it, `refit` exchanges what learning changes, `memory`, `cuda_graph`
-and `engine_session` run it, `engine_cache` decides which of these is needed. Nothing is imported before it is asked for.
+and `engine_session` run it, `engine_cache` decides which is needed. Nothing here is imported before it is asked for.
 """
