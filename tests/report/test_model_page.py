@@ -144,3 +144,22 @@ def test_failed_write_leaves_the_old_page(
         write_report(out, tmp_path / "run")
     assert list(out.parent.iterdir()) == [out]
     assert out.read_bytes() == before
+
+
+def test_a_wide_table_becomes_paragraphs_on_a_phone(
+    tmp_path: Path,
+    metrics: dict[str, Any],
+    profile: dict[str, Any],
+    save_run: Callable[..., Path],
+    save_bundle: Callable[..., Path],
+) -> None:
+    run, bundle = save_run(tmp_path / "run", metrics), save_bundle(tmp_path / "bundle", metrics)
+    html = write_report(tmp_path / "r.html", run, bundle, profile).read_text()
+    tables = re.findall(r"<table(?: class=\"([^\"]*)\")?[^>]*>(.*?)</table>", html, re.DOTALL)
+    assert len(tables) >= 8
+    for kind, text in tables:
+        columns = text.partition("</thead>")[0].count("<th ")
+        narrow = columns <= 4 and 'class="mono"' not in text
+        assert narrow or set(kind.split()) & {"stack", "heat", "confusion"}, text[:300]
+        if "stack" in kind:  # its head is hidden there: values say what they are
+            assert "data-label" in text, text[:300]
