@@ -45,6 +45,7 @@ from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.flavours import FLAVOURS
 from cdl_edge.calibrate.images import images_of
+from cdl_edge.calibrate.layers import FloatGraph, float_graph, named_layers
 from cdl_edge.calibrate.measure import Measured, compare, measure
 from cdl_edge.calibrate.quantize import quantise
 from cdl_edge.calibrate.session import Session
@@ -136,7 +137,8 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
         per_task = len(found.training) // len(bundle.tasks)
         last = found.training[-per_task:]
         kept = Ranges.load(bundle.path / "ranges.npz").merged()
-        every, ending = collect(bundle.graph(), found.training).tensors, collect(bundle.graph(), last).tensors
+        graph = float_graph(bundle, "student")
+        every, ending = collect(graph, found.training).tensors, collect(graph, last).tensors
         both = {n: merge_tensors([kept[n], ending[n]]) for n in ending}
         expected = Session(bundle.graph().read_bytes(), bundle.path).logits(found.validation)
         before = measure(expected, found.labels, bundle.tasks)
@@ -148,7 +150,7 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
             "oracle": every,
         }
         for label, ranges in sources.items():
-            made = quantise({"student": bundle.graph()}, ranges, FLAVOURS[flavour], METHOD)
+            made = quantise({"student": graph}, ranges, FLAVOURS[flavour], METHOD)
             for file, content in made.constants.items():
                 (bundle.path / file).write_bytes(content)
             session = Session(made.models["student"], bundle.path, as_written=FLAVOURS[flavour].symmetric)
@@ -220,7 +222,8 @@ def speed(rounds: int, seed: int, learners: Sequence[str]) -> dict[str, dict[str
             for profile, engine in (("ort", "ort"), ("openvino", "openvino")):
                 place = folder / f"{learner}-{profile}"
                 path = ours(student, backbone, 1, place, profile, ALL)
-                made = quantise({"student": path}, collect(path, pixels).tensors, FLAVOURS["int8-x86"], METHOD)
+                graph = FloatGraph(path, named_layers(path, student.two_pass))
+                made = quantise({"student": graph}, collect(graph, pixels).tensors, FLAVOURS["int8-x86"], METHOD)
                 for file, content in made.constants.items():
                     (place / file).write_bytes(content)
                 (place / "int8.onnx").write_bytes(made.models["student"])

@@ -17,6 +17,7 @@ from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
 from .floor import recommend, some_of
 from .images import FEW, Images, images_of
 from .latency import race
+from .layers import float_graph
 from .measure import DEFINITIONS, Measured, measure
 from .opset import here
 from .quantize import WEIGHTS, scales_file
@@ -114,7 +115,7 @@ def calibrate(
     with workspace(Path(out).parent) as folder:
 
         def trials(strength: float | None) -> list[Trial]:
-            smoothed = smoothing(opened.graph(), kept, strength) if strength is not None else None
+            smoothed = smoothing(float_graph(opened, "student"), kept, strength) if strength is not None else None
             return [Trial(opened, kept, f, method, smoothed, folder, opset or f.opset or loads) for f in chosen]
 
         strength, tried = choose_smoothing(trials, strengths, known, say)
@@ -197,7 +198,7 @@ def _ranges(
             expected="ranges kept while learning, or images",
             fix="train with --range-images above 0 and export again, or give --data",
         )
-    fresh = collect(bundle.graph(), found.training) if use_images and found is not None else None
+    fresh = collect(float_graph(bundle, "student"), found.training) if use_images and found is not None else None
     if fresh is not None and kept_used is None and fresh.images < FEW:
         say(f"warning: ranges of {fresh.images} images only; 500 are the usual advice")
     parts = [m for m in (kept_used.merged() if kept_used else None, fresh.tensors if fresh else None) if m is not None]

@@ -16,6 +16,7 @@ from ..artefacts.layout import BACKBONE, PROMPTS
 from ..ranges import TensorRange
 from .flavours import Flavour
 from .floor import FEW, shortfall
+from .layers import FloatGraph, float_graph
 from .measure import compare, measure
 from .opset import opset_of
 from .paired import Paired
@@ -80,10 +81,9 @@ class Trial:
 
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
         """All graphs of the bundle's base precision."""
-        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
-        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
-        graphs = {name: self.bundle.graph(name + base) for name in names}
-        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset)
+        return quantise(
+            self.graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset
+        )
 
     def session(self, skip: Collection[str] = ()) -> Session:
         """The student in 8 bits but for some units."""
@@ -94,6 +94,13 @@ class Trial:
         for name, content in made.constants.items():
             (self.folder / name).write_bytes(content)
         return Session(made.models["student"], self.folder, as_written=self.flavour.symmetric)
+
+    @cached_property
+    def graphs(self) -> dict[str, FloatGraph]:
+        """The graphs of the base precision, by part."""
+        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
+        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
+        return {name: float_graph(self.bundle, name + base) for name in names}
 
     @cached_property
     def fp32(self) -> Session:

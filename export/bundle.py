@@ -15,7 +15,7 @@ import onnx
 
 from .. import __version__
 from ..artefacts.bundle import Bundle, check_target, write_bundle
-from ..artefacts.layout import RANGES, SELECTIONS, SELFTEST, STATISTICS
+from ..artefacts.layout import LAYERS, RANGES, SELECTIONS, SELFTEST, STATISTICS
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
@@ -83,6 +83,7 @@ def export(
     artefact = assemble(graphs, metadata)
     files: dict[str, Path | bytes] = {f"{name}.onnx": model for name, model in artefact.models.items()}
     files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
+    files[LAYERS] = artefact.layers.to_bytes()
     if (opened.path / RANGES).is_file():
         files[RANGES] = opened.path / RANGES
     if kept is not None:
@@ -292,6 +293,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         "signatures": {name: graph.signature for name, graph in graphs.items()},
         "selftest": SELFTEST,
         "ranges": RANGES if (run.path / RANGES).is_file() else None,
+        "layers": LAYERS,
         "accuracy": None,
         "parity": None,
         "graph_parity": None,

@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..images import Preprocessing
 from ..train.tokens import patch_count, rows_in_front
 from ..train.trunk import Residual, same_padding
-from .nodes import FROZEN, TYPES, Graph
+from .nodes import FROZEN, TYPES, Graph, Reads
 
 
 class Stem:
@@ -76,7 +76,8 @@ class Stem:
         if pixels == "images":
             x = g.op("Cast", x, to=TYPES[g.precision])
         weight, bias = normalised(layer, scale, shift)
-        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias)
+        layer = Reads("stem", pixels=True) if pixels == "images" else None
+        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias, layer)
         return g.reshape(x, -1, rows * columns, self.width)
 
     def convolutions(self, pixels: str, layers: list[Any], scale: Tensor, shift: Tensor) -> str:

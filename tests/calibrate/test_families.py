@@ -7,7 +7,6 @@ import pytest
 import timm
 
 from cdl_edge.calibrate.flavours import FLAVOURS
-from cdl_edge.calibrate.quantize import linears
 from cdl_edge.train.families import plain_vit
 
 SIZES = {"img_size": 32, "patch_size": 8, "depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
@@ -46,8 +45,8 @@ def assert_near(tools, graphs, folder, tolerance=0.15):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_in_every_flavour(tools, graphs, name, flavour):
     made = graphs(name)
-    parts = {(layer.scope, layer.block, layer.part) for layer in linears(made.path()).values()}
-    assert {("prompted", 2, p) for p in ("q", "k", "v", "proj", "fc1", "fc2")} <= parts
+    parts = set(made.whole())
+    assert {f"prompted.blocks.2.{p}" for p in ("q", "k", "v", "proj", "fc1", "fc2")} <= parts
     assert_near(tools, made, made.write(made.quantise(flavour)))
 
 

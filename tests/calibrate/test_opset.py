@@ -36,7 +36,7 @@ def test_8_bits_in_the_older_dialect(tools, flavour):
     if here() is not None:
         pytest.skip("this ONNX Runtime loads no other dialect")
     graphs = tools.make("coda")
-    paths = {n: graphs.path(n) for n in ("student", "query", "prompted")}
+    paths = {n: graphs.graph(n) for n in ("student", "query", "prompted")}
     new, old = (
         quantise(paths, graphs.ranges, get_flavour(flavour), "max", opset=opset) for opset in (None, EVERYWHERE)
     )

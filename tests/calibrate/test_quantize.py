@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from cdl_edge.calibrate.flavours import FLAVOURS
-from cdl_edge.calibrate.quantize import WEIGHTS, linears
+from cdl_edge.calibrate.quantize import WEIGHTS
 from cdl_edge.calibrate.smooth import smoothing
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
@@ -25,7 +25,7 @@ def last(scope, block):
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_linears_that_see_all_tokens(tools, learner):
-    found = set(linears(tools.make(learner).path()))
+    found = set(tools.make(learner).whole())
     prompted = whole("prompted", range(5)) | last("prompted", 5)
     if learner == "apt":
         assert found == prompted
@@ -37,14 +37,14 @@ def test_linears_that_see_all_tokens(tools, learner):
 @pytest.mark.parametrize("depth", [5, 7])
 def test_of_every_depth(tools, depth):
     graphs = tools.make("apt", kd=(3, 2), depth=depth)
-    assert set(linears(graphs.path())) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
+    assert set(graphs.whole()) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
 
 
 @pytest.mark.quick("coda-kd0")
 @pytest.mark.parametrize(("learner", "kd"), [("coda", (12, 6)), ("apt", None), ("l2p", None)])
 def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, kd):
     graphs = tools.make(learner, kd=kd, patch=4)
-    assert not any(".5." in name for name in linears(graphs.path()))
+    assert not any(".5." in name for name in graphs.whole())
     quantised = graphs.quantise()
     blocks = tuple(f"blocks.{i}.{p}" for i in range(5) for p in ("qkv", "proj", "fc1", "fc2"))
     assert quantised.units == (*blocks, "stem")
@@ -54,11 +54,11 @@ def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, 
 
 def test_the_passes_apart_and_one_pass(tools):
     graphs = tools.make("coda")
-    assert set(linears(graphs.path("query"))) == whole("query", range(5)) | last("query", 5)
-    assert set(linears(graphs.path("prompted"))) == whole("prompted", range(5)) | last("prompted", 5)
+    assert set(graphs.whole("query")) == whole("query", range(5)) | last("query", 5)
+    assert set(graphs.whole("prompted")) == whole("prompted", range(5)) | last("prompted", 5)
     one = tools.make("coda", one_pass=True)
     assert one.names == ("student",)
-    assert set(linears(one.path())) == whole("prompted", range(5)) | last("prompted", 5)
+    assert set(one.whole()) == whole("prompted", range(5)) | last("prompted", 5)
 
 
 def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
@@ -96,7 +96,7 @@ def test_weights_are_bytes_within_half_a_step(tools):
     graphs = tools.make("coda")
     floats = tools.constants(graphs.path())
     stored = tools.constants(graphs.write(graphs.quantise()) / "student.onnx")
-    names = {layer.unit.rpartition(".")[0] + f".{layer.part}.weight" for layer in linears(graphs.path()).values()}
+    names = {layer.weight for layer in graphs.whole().values()}
     assert len(names) == 32
     for name in names:
         bytes_, steps = stored[f"{name}.int8"], stored[f"{name}.scale"]
@@ -116,7 +116,7 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
     folder = graphs.write(graphs.quantise(flavour, skip=["stem"]))
     nodes, constants = tools.nodes(folder / "student.onnx"), tools.constants(folder / "student.onnx")
     before, floats = tools.nodes(graphs.path()), tools.constants(graphs.path())
-    layers = linears(graphs.path())
+    layers = graphs.whole()
     values = sorted({n for name in layers for n in (before[name].input[0], before[name].output[0])})
     got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, values)
     low, high = (-128, 127) if FLAVOURS[flavour].symmetric else (0, 255)
@@ -160,7 +160,7 @@ def test_zero_points_and_biases_of_each_flavour(tools):
             assert all(z == 0 for z in zeros)
         else:  # signed values behind a LayerNorm, GELU's just below zero
             assert any(100 < z < 156 for z in zeros) and any(0 < z < 60 for z in zeros)
-        for name in linears(graphs.path()):
+        for name in graphs.whole():
             reader = nodes[name]
             bias = nodes.get(reader.input[2])
             if flavour.integer_bias:
@@ -261,17 +261,17 @@ def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):
     """Without the rounding: the LayerNorms of the 8-bit graph with the float weights times their factors."""
     graphs = tools.make("dualprompt", layer_scale=True)
     folder = graphs.write(graphs.quantise(flavour, smooth=strength, skip=["stem"]))
-    factors = smoothing(graphs.path(), graphs.ranges, strength).factors
+    factors = smoothing(graphs.graph(), graphs.ranges, strength).factors
     floats, before = tools.constants(graphs.path()), tools.nodes(graphs.path())
     model = onnx.load(str(folder / "student.onnx"), load_external_data=False)
     model = onnx.load_from_string(model.SerializeToString())
     onnx.load_external_data_for_model(model, str(folder))
     touched = 0
     for node in model.graph.node:
-        if node.name in (layers := linears(graphs.path())):
+        if node.name in (layers := graphs.whole()):
             old, layer = before[node.name], layers[node.name]
             weight = floats[old.input[1]]
-            smoothed = layer.part in ("q", "k", "v", "fc1") and layer.block < 5
+            smoothed = node.name.rpartition(".")[2] in ("q", "k", "v", "fc1") and ".5." not in node.name
             if smoothed:
                 weight = weight * factors[layer.unit][:, None]
                 touched += 1
@@ -295,7 +295,7 @@ def test_smoothed_scales_cover_the_smoothed_tensor(tools):
     folder = graphs.write(graphs.quantise(smooth=0.5))
     nodes, before = tools.nodes(folder / "student.onnx"), tools.nodes(graphs.path())
     constants = tools.constants(folder / "student.onnx")
-    layers = {n: la for n, la in linears(graphs.path()).items() if la.part in ("q", "k", "fc1")}
+    layers = {n: la for n, la in graphs.whole().items() if n.rpartition(".")[2] in ("q", "k", "fc1")}
     got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, [before[n].input[0] for n in layers])
     for name in layers:
         x = got[before[name].input[0]]
@@ -344,7 +344,7 @@ def test_ranges_are_chosen_once_for_many_trials(tools, monkeypatch):
     calls = []
     real = module.choose_range
     monkeypatch.setattr(module, "choose_range", lambda *a: calls.append(a) or real(*a))
-    paths = {"student": graphs.path()}
+    paths = {"student": graphs.graph()}
     made = [module.quantise(paths, graphs.ranges, FLAVOURS["int8-x86"], "percentile", chosen=known) for _ in range(3)]
     assert len(calls) == len(known) == 41
     assert made[0].constants == made[1].constants == made[2].constants
