@@ -76,8 +76,8 @@ class Stem:
         if pixels == "images":
             x = g.op("Cast", x, to=TYPES[g.precision])
         weight, bias = normalised(layer, scale, shift)
-        layer = Reads("stem", pixels=True) if pixels == "images" else None
-        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias, layer)
+        reads = Reads("stem", pixels=True) if pixels == "images" else None
+        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias, reads)
         return g.reshape(x, -1, rows * columns, self.width)
 
     def convolutions(self, pixels: str, layers: list[Any], scale: Tensor, shift: Tensor) -> str:

@@ -21,7 +21,7 @@ from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS, DistillSpec
 from cdl_edge.train.engine import Engine
 from cdl_edge.train.phase import Answers, Phase
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLASSES, TASKS, TASK = 6, 3, 1
 LOW, HIGH = 2, 4
@@ -231,7 +231,7 @@ def student(backbone):
     def make(learner, distill, query):
         frozen = copy.deepcopy(backbone.model).double()
         kd = (6, 6) if distill == "kdp" else None
-        model = PromptedViT(frozen, learner, CLASSES, TASKS, 0, kd=kd, alpha=ALPHA, **ways(query))
+        model = PromptedViT(frozen, ModelSpec(learner, CLASSES, TASKS, 0, kd=kd, alpha=ALPHA, **ways(query)))
         for task in range(TASK + 1):
             model.learner.begin_task(task)
         model.double()
@@ -322,13 +322,15 @@ def test_float32_gives_the_same_logits_in_training(student, backbone, scene, lea
     formulas = Formulas(numbers(model.backbone), numbers(model), learner, query)
     single = PromptedViT(
         backbone.model,
-        learner,
-        CLASSES,
-        TASKS,
-        0,
-        kd=(6, 6) if distill == "kdp" else None,
-        alpha=ALPHA,
-        **ways(query),
+        ModelSpec(
+            learner,
+            CLASSES,
+            TASKS,
+            0,
+            kd=(6, 6) if distill == "kdp" else None,
+            alpha=ALPHA,
+            **ways(query),
+        ),
     )
     single.load_state_dict(model.state_dict())
     with torch.no_grad():

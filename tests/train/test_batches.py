@@ -12,7 +12,7 @@ from cdl_edge.train.augment import random_boxes
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.batches import CROP_AREA, Images, Side
 from cdl_edge.train.engine import Share
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def sides(backbone, tiny_vit, make_model):
     wide = load_backbone(tiny_vit("teacher", 24))
-    teacher = PromptedViT(wide.model, "l2p", 6, 3, 1, key_width=backbone.width)
+    teacher = PromptedViT(wide.model, ModelSpec("l2p", 6, 3, 1, key_width=backbone.width))
     return {
         "student": Side(make_model("l2p"), backbone.preprocessing, CPU),
         "teacher": Side(teacher, wide.preprocessing, CPU),
@@ -144,7 +144,9 @@ def test_learners_without_a_query_compute_none(backbone, make_model, split):
 def test_with_the_regulariser_each_side_asks_its_own_full_query(sides, split, kept):
     for name in ("student", "teacher"):
         model = sides[name].model
-        made = PromptedViT(model.backbone, "coda", 6, 3, 0, key_width=16, one_pass=True, query_regulariser=0.1)
+        made = PromptedViT(
+            model.backbone, ModelSpec("coda", 6, 3, 0, key_width=16, one_pass=True, query_regulariser=0.1)
+        )
         sides[name] = Side(made, sides[name].preprocessing, CPU)
     images = Images(split, sides, CPU)
     if kept:
@@ -156,7 +158,7 @@ def test_with_the_regulariser_each_side_asks_its_own_full_query(sides, split, ke
 
 
 def test_a_network_whose_stem_learns_is_given_images(backbone, split):
-    side = Side(PromptedViT(backbone.model, "finetune", 6, 3, 0), backbone.preprocessing, CPU)
+    side = Side(PromptedViT(backbone.model, ModelSpec("finetune", 6, 3, 0)), backbone.preprocessing, CPU)
     images = Images(split, {"student": side}, CPU)
     before = images.batch(np.arange(3), ["student"], nullcontext)
     images.keep(["student"], nullcontext, 4)

@@ -10,7 +10,7 @@ import torch
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.distill.base import divergence, regrid
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLS = [[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]]
 TEACHER = [[3.0, -1.0, 0.0], [0.0, 1.0, 2.0]]
@@ -71,7 +71,7 @@ def test_the_same_grid_is_left_alone():
 @pytest.fixture(scope="module")
 def wide(tiny_vit):
     """A teacher of nine classes that has learnt a task and wants no query."""
-    model = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, "apt", 9, 3, 1)
+    model = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, ModelSpec("apt", 9, 3, 1))
     model.learner.begin_task(0)
     model.learner.end_task(0)
     return model.requires_grad_(False)

@@ -7,7 +7,7 @@ from torch import nn
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.distill.base import divergence
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 LABELS = [0, 2, 1]
 SPAN = (3, 6)
@@ -19,7 +19,7 @@ def wide(tiny_vit):
 
     def make(depth=6, learner="apt", learnt=0, width=16):
         backbone = load_backbone(tiny_vit("teacher", 24, depth))
-        model = PromptedViT(backbone.model, learner, 9, 3, 1, key_width=width)
+        model = PromptedViT(backbone.model, ModelSpec(learner, 9, 3, 1, key_width=width))
         for task in range(learnt):
             model.learner.begin_task(task)
             model.learner.end_task(task)
@@ -130,7 +130,7 @@ def test_what_all_agree_on_is_a_target(spec, lesson, tokens, wide):
 
 def test_a_teacher_of_another_grid(spec, lesson, tokens, tiny_vit):
     # The tail has seen 4 patches: 9 patches of the student are resampled for it.
-    teacher = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, "apt", 9, 3, 1).requires_grad_(False)
+    teacher = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, ModelSpec("apt", 9, 3, 1)).requires_grad_(False)
     distiller = DISTILLERS["blockwise"](spec(student_grid=3))
     seen = []
     teacher.head.register_forward_hook(lambda *_: seen.append(1))

@@ -21,7 +21,7 @@ from cdl_edge.train.checkpoint import load_state, save_state
 from cdl_edge.train.distill import DISTILLERS, DistillSpec, Lesson
 from cdl_edge.train.distill.m2kd import AUXILIARY, M2KD
 from cdl_edge.train.loop import train
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 SPANS = ((0, 2), (2, 4), (4, 6))
 
@@ -35,7 +35,7 @@ def spec(**changes):
 
 
 def make(backbone, learner):
-    return PromptedViT(backbone.model, learner, 6, 3, seed=0).eval()
+    return PromptedViT(backbone.model, ModelSpec(learner, 6, 3, seed=0)).eval()
 
 
 def lesson_of(model, task, labels=(0, 1, 1, 0), seed=3):
