@@ -11,6 +11,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .log import told
+
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
@@ -45,7 +47,8 @@ def quickstart(
     from .quickstart import quickstart as run
 
     limit_threads(threads)
-    document, text = run(data, Path(out), say)
+    with told(say):
+        document, text = run(data, Path(out))
     show(text)
     return document
 
@@ -102,7 +105,8 @@ def pretrain(
     if missing := [k for k, f in known.items() if k not in options and f.default is MISSING]:
         raise InputError(f"pretrain --arch {arch}: an option is missing", got="nothing", expected=missing[0])
     limit_threads(threads)
-    return dict((pretrain_hybrid if config is HybridConfig else run)(config(**options), resume, say))
+    with told(say):
+        return dict((pretrain_hybrid if config is HybridConfig else run)(config(**options), resume))
 
 
 def train(
@@ -170,16 +174,16 @@ def export(
 
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images, data, say, replace, statistics)
+        with told(say):
+            return fold(run, out, profile, dynamic_batch, images, data, replace, statistics)
     from .artefacts.bundle import open_bundle
     from .export.triton import check_repository, write_repository
     from .files import workspace
 
     check_repository(Path(out))
-    with workspace(Path(out).parent) as folder:
-        result = fold(
-            run, folder / Path(run).resolve().name, profile, dynamic_batch, images, data, say, statistics=statistics
-        )
+    with told(say), workspace(Path(out).parent) as folder:
+        name = Path(run).resolve().name
+        result = fold(run, folder / name, profile, dynamic_batch, images, data, statistics=statistics)
         write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 
@@ -203,22 +207,9 @@ def calibrate(
     """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: GateError."""
     from .calibrate.bundle import calibrate as run
 
-    return run(
-        bundle,
-        out,
-        data,
-        ranges,
-        method,
-        smooth,
-        flavours,
-        images,
-        max_drop,
-        searching,
-        opset,
-        limit_per_class,
-        say,
-        replace,
-    )
+    numbers = (images, max_drop, searching, opset, limit_per_class, replace)
+    with told(say):
+        return run(bundle, out, data, ranges, method, smooth, flavours, *numbers)
 
 
 def build(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
 from ..errors import InputError, choose
 from ..files import workspace
+from ..log import LOG
 from ..ranges import Ranges, TensorRange, merge_tensors
 from .collect import collect
 from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
@@ -50,7 +51,6 @@ def calibrate(
     searching: bool = True,
     opset: int | None = None,
     limit_per_class: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Add 8-bit graphs to a copy of a bundle; nothing is written when the gate refuses.
@@ -68,7 +68,7 @@ def calibrate(
         searching: leave sensitive layers in float until the gate is passed; False: refuse then.
         opset: 21: 8-bit graphs that ONNX Runtime 1.23 (Python 3.10, JetPack 6) loads too, a little slower; 23: those
             that newer ones run faster; None: 21 for int8-arm and where this machine's ONNX Runtime is so old.
-        limit_per_class: validation images. say: gets a line for each step and each warning.
+        limit_per_class: validation images.
 
     Returns: the manifest's "quantisation", with "bundle" and "bytes".
 
@@ -87,7 +87,7 @@ def calibrate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
-    found = images_of(opened, data, images, limit_per_class, say) if data is not None else None
+    found = images_of(opened, data, images, limit_per_class) if data is not None else None
     if max_drop is not None and (found is None or not len(found.labels)):
         raise InputError(
             "--max-drop needs images to measure accuracy on",
@@ -96,18 +96,18 @@ def calibrate(
         )
     pixels = found.validation if found is not None else opened.selftest()[0]
     labels = found.labels if found is not None else None
-    say(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
+    LOG.info(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
     expected = Session(opened.graph().read_bytes(), opened.path).logits(pixels)
     if not np.isfinite(expected).all():
         raise InputError(
             f"{opened.path}: the answers of fp32 are not finite", fix="export the run again, or look at the images"
         )
     if found is not None:
-        _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels), say)
-    kept, situation = _ranges(opened, found, ranges, say)
+        _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels))
+    kept, situation = _ranges(opened, found, ranges)
     chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
     for flavour in chosen:
-        _warn_clipped(kept, method, flavour, say)
+        _warn_clipped(kept, method, flavour)
     known = Known(pixels, expected, labels, found.training if found is not None else None, opened.tasks, max_drop)
 
     files, graphs, signatures = _float_parts(opened)
@@ -118,10 +118,10 @@ def calibrate(
             smoothed = smoothing(float_graph(opened, "student"), kept, strength) if strength is not None else None
             return [Trial(opened, kept, f, method, smoothed, folder, opset or f.opset or loads) for f in chosen]
 
-        strength, tried = choose_smoothing(trials, strengths, known, say)
+        strength, tried = choose_smoothing(trials, strengths, known)
         for trial, answers in tried:
             name = trial.flavour.name
-            quantised, report[name] = settle(trial, answers, known, searching, say)
+            quantised, report[name] = settle(trial, answers, known, searching)
             files |= quantised.constants
             for graph, model in quantised.models.items():
                 key = f"{graph}.{name}"
@@ -139,7 +139,7 @@ def calibrate(
     manifest = {**opened.manifest.document, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
     with workspace(Path(out).parent) as folder:
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
-        say("latency: every precision that runs here, in turns")
+        LOG.info("latency: every precision that runs here, in turns")
         some = some_of(len(pixels))
         raced = race(draft, pixels[some])
     document["latency"] = [one.to_json() for one in raced]
@@ -147,7 +147,7 @@ def calibrate(
         raced, expected[some], None if labels is None else labels[some], opened.tasks
     )
     for entry in document["refused"]:
-        say(f"warning: {entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
+        LOG.warning(f"{entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry.bytes for name, entry in written.manifest.files.items()}
     return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
@@ -178,9 +178,7 @@ def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str
     return files, graphs, {k: v for k, v in manifest.signatures.items() if k in graphs}
 
 
-def _ranges(
-    bundle: Bundle, found: Images | None, source: str, say: Callable[[str], None]
-) -> tuple[dict[str, TensorRange], dict[str, Any]]:
+def _ranges(bundle: Bundle, found: Images | None, source: str) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """The range of every tensor, and what it comes from. Raises: InputError when there is nothing to take it from."""
     name = bundle.manifest.ranges
     kept = Ranges.load(bundle.path / name) if name else None
@@ -200,7 +198,7 @@ def _ranges(
         )
     fresh = collect(float_graph(bundle, "student"), found.training) if use_images and found is not None else None
     if fresh is not None and kept_used is None and fresh.images < FEW:
-        say(f"warning: ranges of {fresh.images} images only; 500 are the usual advice")
+        LOG.warning(f"ranges of {fresh.images} images only; 500 are the usual advice")
     parts = [m for m in (kept_used.merged() if kept_used else None, fresh.tensors if fresh else None) if m is not None]
     merged = {n: merge_tensors([p[n] for p in parts if n in p]) for n in (fresh.tensors if fresh else parts[0])}
     situation = {
@@ -211,7 +209,7 @@ def _ranges(
     return merged, situation
 
 
-def _warn_unlike(bundle: Bundle, found: Measured, images: int, say: Callable[[str], None]) -> None:
+def _warn_unlike(bundle: Bundle, found: Measured, images: int) -> None:
     """fp32 is right less often than chance explains: other pictures than those that were learnt.
 
     Answers see what ranges do not: inverted or BGR photographs move no tensor's histogram by more than other
@@ -224,13 +222,13 @@ def _warn_unlike(bundle: Bundle, found: Measured, images: int, say: Callable[[st
     before, now = (float(np.mean(column)) for column in zip(*pairs, strict=True))
     share = min(max(before / 100, 1 / images), 1 - 1 / images)  # never quite sure
     if before - now > UNLIKE * 100 * np.sqrt(share * (1 - share) / images):
-        say(
-            f"warning: fp32 has {now:.1f} % on these images, the export had {before:.1f} % on the same tasks: "
+        LOG.warning(
+            f"fp32 has {now:.1f} % on these images, the export had {before:.1f} % on the same tasks: "
             "another camera, colour order, or preprocessing?"
         )
 
 
-def _warn_clipped(ranges: dict[str, TensorRange], method: str, flavour: Flavour, say: Callable[[str], None]) -> None:
+def _warn_clipped(ranges: dict[str, TensorRange], method: str, flavour: Flavour) -> None:
     """More than a few values beyond the end of a range: the method does not suit this tensor."""
     for name, kept in ranges.items():
         histogram = kept.histogram
@@ -238,4 +236,4 @@ def _warn_clipped(ranges: dict[str, TensorRange], method: str, flavour: Flavour,
         centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
         outside = float(histogram.counts[(centres < low) | (centres > high)].sum() / histogram.values)
         if outside > CLIPPED:
-            say(f"warning: {name}: {100 * outside:.1f} % of the values are clipped by {method!r}")
+            LOG.warning(f"{name}: {100 * outside:.1f} % of the values are clipped by {method!r}")

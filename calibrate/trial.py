@@ -13,6 +13,7 @@ import onnx
 
 from ..artefacts.bundle import Bundle
 from ..artefacts.layout import BACKBONE, PROMPTS
+from ..log import LOG
 from ..ranges import TensorRange
 from .flavours import Flavour
 from .floor import FEW, shortfall
@@ -112,7 +113,6 @@ def choose_smoothing(
     trials: Callable[[float | None], list[Trial]],
     strengths: Sequence[float | None],
     known: Known,
-    say: Callable[[str], None],
 ) -> tuple[float | None, list[tuple[Trial, np.ndarray]]]:
     """The first strength with which no flavour falls short, else the one with the highest agreement of the worst one.
 
@@ -126,7 +126,7 @@ def choose_smoothing(
     for strength in strengths:
         tried = []
         for trial in trials(strength):
-            say(f"{trial.flavour.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
+            LOG.info(f"{trial.flavour.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
             tried.append((trial, trial.session().logits(known.pixels)))
         reasons = [(t.flavour.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
         worst = min(known.agreement(answers) for _, answers in tried)
@@ -135,7 +135,7 @@ def choose_smoothing(
         if not reasons:
             break
         for name, reason in reasons:
-            say(f"{name}{_smoothed(strength)}: {reason}")
+            LOG.info(f"{name}{_smoothed(strength)}: {reason}")
     assert best is not None
     return best[1], best[2]
 
@@ -144,9 +144,7 @@ def _smoothed(strength: float | None) -> str:
     return "" if strength is None else f", smoothed by {strength:g}"
 
 
-def settle(
-    trial: Trial, answers: np.ndarray, known: Known, searching: bool, say: Callable[[str], None]
-) -> tuple[Quantised, dict[str, Any]]:
+def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> tuple[Quantised, dict[str, Any]]:
     """The final graphs of a flavour and its part of the manifest: layers go back to float while the gate fails.
 
     Args:
@@ -162,14 +160,14 @@ def settle(
         units = trial.quantised().units
         some = known.training if known.training is not None and len(known.training) else known.pixels
         some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
-        say(f"{trial.flavour.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
-        ranking = sensitivities(_counted(trial, some, len(units), say), units, trial.fp32.logits(some))
+        LOG.info(f"{trial.flavour.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
+        ranking = sensitivities(_counted(trial, some, len(units)), units, trial.fp32.logits(some))
         if not searching:
             raise refusal(trial.flavour.name, known.max_drop, verdict.failures, ranking)
         tried: dict[int, np.ndarray] = {}
 
         def failing(units: Collection[str]) -> list[str]:
-            say(f"{trial.flavour.name}: {len(units)} layers in float")
+            LOG.info(f"{trial.flavour.name}: {len(units)} layers in float")
             tried[len(units)] = trial.session(units).logits(known.pixels)
             found = known.verdict(tried[len(units)])
             return found.failures if found is not None else []
@@ -198,23 +196,21 @@ def settle(
         right = [x.argmax(1) == known.labels for x in (known.expected, answers)]
         document |= {"before": before.to_json(), "after": after.to_json(), **compare(before, after)}
         document["paired"] = Paired.of(*right).to_json()
-    _warn(trial.flavour.name, document, say)
+    _warn(trial.flavour.name, document)
     return quantised, document
 
 
-def _warn(name: str, document: dict[str, Any], say: Callable[[str], None]) -> None:
+def _warn(name: str, document: dict[str, Any]) -> None:
     """What a reader of the figures has to know beside them."""
     if document["shortfall"] is not None:
-        say(f"warning: {name}: {document['shortfall']}: it is written, and not recommended")
+        LOG.warning(f"{name}: {document['shortfall']}: it is written, and not recommended")
     elif document["images"] < FEW:
-        say(f"warning: {name}: the answers of {document['images']} images are compared; give more with --data")
+        LOG.warning(f"{name}: the answers of {document['images']} images are compared; give more with --data")
     for line in (document["gate"] or {}).get("unsure", ()):
-        say(f"warning: {name}: not decided: {line}")
+        LOG.warning(f"{name}: not decided: {line}")
 
 
-def _counted(
-    trial: Trial, pixels: np.ndarray, units: int, say: Callable[[str], None]
-) -> Callable[[Collection[str]], np.ndarray]:
+def _counted(trial: Trial, pixels: np.ndarray, units: int) -> Callable[[Collection[str]], np.ndarray]:
     """The answers of a trial to some images, said as they come."""
     count = 0
 
@@ -222,7 +218,7 @@ def _counted(
         nonlocal count
         count += 1
         if count == 1 or count % 10 == 0 or count == units:
-            say(f"{trial.flavour.name}: sensitivity of layer {count} of {units}")
+            LOG.info(f"{trial.flavour.name}: sensitivity of layer {count} of {units}")
         return trial.session(skip).logits(pixels)
 
     return answers

@@ -27,6 +27,7 @@ BASE = (
     "decoder.py",
     "decoders.py",
     "heads.py",
+    "log.py",
     "images.py",
     "jetson.py",
     "machine.py",

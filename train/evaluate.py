@@ -12,7 +12,7 @@ import torch
 
 from ..data import find_scored
 from .baseline import baseline_of
-from .batches import Images, Side
+from .batches import Pipeline, TaskImages
 from .engine import Engine, Share
 from .metrics import DEFINITIONS
 from .run import load_run
@@ -22,7 +22,7 @@ CHUNK = 128
 
 
 @torch.no_grad()
-def logits_of(images: Images, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+def logits_of(images: TaskImages, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
     """Combined logits of the images in `rows`, float32 (N, C), cut to the first `classes`."""
     model = images.sides[name].model
     head = model.statistics_head
@@ -40,7 +40,7 @@ def logits_of(images: Images, name: str, classes: int | None = None, rows: slice
 
 
 @torch.no_grad()
-def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[torch.Tensor]:
+def features_of(images: TaskImages, name: str, rows: slice = slice(None)) -> list[torch.Tensor]:
     """What the statistics head of a model reads of the images in `rows`, in chunks, float32 (n, D).
 
     They are kept with the images: whoever changes the model clears `images.features`.
@@ -61,7 +61,7 @@ def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[to
     return parts
 
 
-def predictions(images: Images, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
+def predictions(images: TaskImages, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
     """Predicted classes, int64 (N,), among the first `seen`; the processes of an engine share the images."""
     rows, weight = (engine.share if engine else Share()).of(len(images))
     own = logits_of(images, name, seen, rows).argmax(1)
@@ -74,7 +74,7 @@ def predictions(images: Images, name: str, seen: int, engine: Engine | None = No
     return engine.sum(whole).cpu().numpy().astype(np.int64)
 
 
-def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:
+def accuracy(images: TaskImages, name: str, seen: int, engine: Engine | None = None) -> float:
     """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
     return 100.0 * float((predictions(images, name, seen, engine) == images.labels).mean())
 
@@ -99,13 +99,13 @@ def evaluate_run(
     order = tuple(number.setdefault(name, len(number)) for name in names)
     scenario = Scenario(order, run.metrics.tasks)
     device = torch.device("cpu")
-    sides = {"student": Side(run.student, run.preprocessing, device)}
+    sides = {"student": Pipeline(run.student, run.preprocessing, device)}
     per_task: list[float | None] = []
     frozen, bare = baseline_of(run), []
     count, skipped = 0, []
     for task in range(len(scenario.tasks)):
         part = scenario.split(chosen, task)
-        images = Images(part, sides, device) if len(part) else None
+        images = TaskImages(part, sides, device) if len(part) else None
         per_task.append(accuracy(images, "student", len(names)) if images is not None else None)
         if images is not None and frozen is not None:
             bare.append((frozen.features(images), images.labels))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..heartbeat import at
-from .batches import KEPT_BYTES, Batch, Images, images_seen
+from .batches import KEPT_BYTES, Batch, TaskImages, images_seen
 from .config import TrainConfig
 from .distill import Distiller, Lesson
 from .engine import Engine
@@ -97,7 +97,7 @@ class Phase:
         """Epochs of the phase on so many images, retraining included."""
         return self.config.epochs_of(images) + (self.config.retrain_epochs if self.is_student else 0)
 
-    def epochs(self, images: Images, done: int, answers: Answers | None) -> Iterator[EpochDone]:
+    def epochs(self, images: TaskImages, done: int, answers: Answers | None) -> Iterator[EpochDone]:
         """Train from epoch `done` on. answers: the teacher's, of every image, where they are known already."""
         config = self.config
         taught = self.is_student and self.distiller.needs_teacher
@@ -128,7 +128,7 @@ class Phase:
 
     def _epochs(
         self,
-        images: Images,
+        images: TaskImages,
         done: int,
         answers: Answers | None,
         names: list[str],
@@ -219,7 +219,7 @@ class Phase:
             logits = teacher.combine(output)[:, slice(*self.span)].float()
         return Answers(logits, output.hidden)
 
-    def _all_answers(self, images: Images) -> Answers | None:
+    def _all_answers(self, images: TaskImages) -> Answers | None:
         """Of every image of the task, once: nothing is augmented and the teacher is frozen. None: too large to keep."""
         images.keep(["teacher"], self.engine.autocast, CHUNK)
         parts: list[Answers] = []

@@ -22,6 +22,7 @@ from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.search import Verdict
 from cdl_edge.errors import GateError, InputError
 from cdl_edge.files import sha256
+from cdl_edge.log import told
 from cdl_edge.ranges import Ranges, TaskRanges
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.runner import INT8
@@ -44,7 +45,9 @@ def raced(bundle, images, precision, compute_ms):
 @pytest.fixture
 def lines():
     """What was said."""
-    return []
+    found = []
+    with told(found.append):
+        yield found
 
 
 def warnings(lines):
@@ -158,7 +161,7 @@ def test_a_changed_byte_is_refused(kept_only, tmp_path):
 def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
     """They join the kept ranges, and give the accuracy of their task."""
     bundle = exported()
-    result = calibrate(bundle, tmp_path / "out", digits(last_classes(bundle)), flavours=["int8-x86"], say=lines.append)
+    result = calibrate(bundle, tmp_path / "out", digits(last_classes(bundle)), flavours=["int8-x86"])
     assert result["ranges"]["kept_tasks"] == 3 and result["ranges"]["tasks_with_images"] == [2]
     found = result["flavours"]["int8-x86"]
     assert found["before"]["per_task"][:2] == [None, None] and found["before"]["per_task"][2] is not None
@@ -168,7 +171,7 @@ def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
 
 @pytest.mark.vnni
 def test_all_images(exported, source, tmp_path, lines):
-    result = calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], say=lines.append)
+    result = calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"])
     # Enough by themselves: kept ranges, with their guess of the drift, are left out.
     assert result["ranges"] == {"kept_tasks": 0, "images": 3 * 64, "tasks_with_images": [0, 1, 2]}
     found = result["flavours"]["int8-x86"]
@@ -268,9 +271,7 @@ def loses(bundle, out, source):
 def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_path, lines):
     worst = loses(spoiled, tmp_path / "free", source)
     assert worst > 8
-    result = calibrate(
-        spoiled, tmp_path / "out", source, "kept", flavours=["int8-x86"], max_drop=worst / 2, say=lines.append
-    )
+    result = calibrate(spoiled, tmp_path / "out", source, "kept", flavours=["int8-x86"], max_drop=worst / 2)
     found = result["flavours"]["int8-x86"]
     assert found["layers_float"] == ["blocks.0.fc2"] and found["layers_int8"] == 21
     assert next(iter(found["sensitivity"])) == "blocks.0.fc2" and len(found["sensitivity"]) == 22
@@ -391,7 +392,7 @@ def fast_int8(monkeypatch):
 def test_what_answers_otherwise_is_not_recommended(wild, source, tmp_path, lines, monkeypatch):
     fast_int8(monkeypatch)
     monkeypatch.setattr(floor, "AGREEMENT", 97.0)
-    result = calibrate(wild, tmp_path / "out", source, "images", smooth="none", flavours=["int8-x86"], say=lines.append)
+    result = calibrate(wild, tmp_path / "out", source, "images", smooth="none", flavours=["int8-x86"])
     found = result["flavours"]["int8-x86"]
     assert found["agreement"] < 90 and "same answer as fp32 on" in found["shortfall"]
     assert result["recommended"] == {"backend": "onnxruntime", "precision": "fp32"}
@@ -426,7 +427,7 @@ def test_where_8_bits_answer_like_fp32_nothing_is_smoothed(exported, source, tmp
 
 @pytest.mark.vnni
 def test_four_pictures_are_said_to_be_few(exported, tmp_path, lines):
-    calibrate(exported(), tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    calibrate(exported(), tmp_path / "out", flavours=["int8-x86"])
     assert "warning: int8-x86: the answers of 4 images are compared; give more with --data" in lines
 
 
@@ -527,14 +528,14 @@ def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
 def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
     recorded = open_bundle(exported()).manifest.document["accuracy"]["average_accuracy"]
     assert recorded > 25  # a student that has learnt something
-    calibrate(exported(), tmp_path / "out", digits(change=change), flavours=["int8-x86"], say=lines.append)
+    calibrate(exported(), tmp_path / "out", digits(change=change), flavours=["int8-x86"])
     (line,) = [line for line in lines if "fp32 has" in line]
     assert "preprocessing?" in line and f"{recorded:.1f} %" in line
 
 
 @pytest.mark.vnni
 def test_few_images(exported, source, tmp_path, lines):
-    calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], images=5, say=lines.append)
+    calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], images=5)
     assert warnings(lines) == ["warning: ranges of 15 images only; 500 are the usual advice"]
 
 
@@ -561,10 +562,10 @@ def test_values_that_a_method_clips(exported, tmp_path, lines):
         patch.setattr(
             module, "choose_range", lambda histogram, method, symmetric: (histogram.low / 2, histogram.high / 2)
         )
-        calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+        calibrate(bundle, tmp_path / "out", flavours=["int8-x86"])
     assert any(line.startswith(f"warning: {name}: ") and "are clipped by 'max'" in line for line in lines)
     lines.clear()
-    calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    calibrate(bundle, tmp_path / "out", flavours=["int8-x86"])
     assert warnings(lines) == []  # `max` clips nothing
 
 

@@ -11,7 +11,7 @@ from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.layers import FloatGraph
 from cdl_edge.data import Split
 from cdl_edge.errors import InputError
-from cdl_edge.train.batches import Images, Side
+from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.ranges import collect as collect_in_training
 
 DEVICE = torch.device("cpu")
@@ -24,8 +24,8 @@ DEVICE = torch.device("cpu")
 )
 def test_as_torch_sees_them(tools, students, learner, options):
     graphs = tools.make(learner, **options)
-    side = Side(graphs.student, students.preprocessing, DEVICE)
-    images = Images(Split(graphs.pixels, np.zeros(len(graphs.pixels), np.int64)), {"student": side}, DEVICE)
+    side = Pipeline(graphs.student, students.preprocessing, DEVICE)
+    images = TaskImages(Split(graphs.pixels, np.zeros(len(graphs.pixels), np.int64)), {"student": side}, DEVICE)
     kept = collect_in_training(images, len(graphs.pixels))
     found = collect(graphs.graph(), graphs.pixels)
     assert found.images == len(graphs.pixels)

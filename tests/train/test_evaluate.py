@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cdl_edge.errors import InputError
-from cdl_edge.train.batches import Images, Side
+from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.engine import Engine, Share
 from cdl_edge.train.evaluate import accuracy, evaluate_run, logits_of
 from cdl_edge.train.loop import train
@@ -102,8 +102,8 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
 
     device = torch.device("cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
-    sides = {"student": Side(make_model("coda"), backbone.preprocessing, device)}
-    images = Images(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
+    sides = {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)}
+    images = TaskImages(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
     assert accuracy(images, "student", 6) == 100.0  # every label is what the model says
     engine = Engine("cpu", "fp32")
     parts = []
@@ -117,7 +117,7 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
 def logits_labels(pixels, sides, device):
     from cdl_edge.data import Split
 
-    return logits_of(Images(Split(pixels, np.zeros(len(pixels), np.int64)), sides, device), "student").argmax(1)
+    return logits_of(TaskImages(Split(pixels, np.zeros(len(pixels), np.int64)), sides, device), "student").argmax(1)
 
 
 def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
@@ -125,8 +125,10 @@ def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
 
     device = torch.device("cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (150, 16, 16, 3), dtype=np.uint8)  # more than one chunk
-    images = Images(
-        Split(pixels, np.arange(150) % 6), {"student": Side(make_model("coda"), backbone.preprocessing, device)}, device
+    images = TaskImages(
+        Split(pixels, np.arange(150) % 6),
+        {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)},
+        device,
     )
     logits = logits_of(images, "student")
     assert logits.shape == (150, 6) and logits.dtype == np.float32

@@ -369,7 +369,7 @@ def test_test_images_as_the_authors_see_them(backbone, data, resize):
 
 def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
     made = _Training(make_config(tmp_path / "run", compat=True), False, True)
-    assert all(side.preprocessing.mean == (0, 0, 0) for side in made.sides.values())
+    assert all(side.preprocessing.mean == (0, 0, 0) for side in made.pipelines.values())
 
 
 @pytest.mark.slow
@@ -449,10 +449,10 @@ def test_a_run_keeps_the_decoder_rule_that_it_was_started_with(tmp_path, make_co
     (made.out / "config.json").write_text(json.dumps(stored))  # as it was before there were rules
     made.close()
     again = _Training(make_config(tmp_path / "run"), True, True)
-    assert {side.preprocessing.decoder for side in again.sides.values()} == {1}
+    assert {side.preprocessing.decoder for side in again.pipelines.values()} == {1}
     assert json.loads((made.out / "config.json").read_text())["decoder"] == 1
     new = _Training(make_config(tmp_path / "new"), False, True)
-    assert {side.preprocessing.decoder for side in new.sides.values()} == {2}
+    assert {side.preprocessing.decoder for side in new.pipelines.values()} == {2}
 
 
 def test_the_resize_rule_reaches_both_sides_and_the_kept_teacher(tmp_path, make_config):
@@ -460,7 +460,7 @@ def test_the_resize_rule_reaches_both_sides_and_the_kept_teacher(tmp_path, make_
     for rule in ("cut", "pad"):
         options = {"resize_rule": rule, "teachers": str(tmp_path / "teachers")}
         made = _Training(make_config(tmp_path / rule, **options), False, True)
-        assert {side.preprocessing.resize_rule for side in made.sides.values()} == {rule}
+        assert {side.preprocessing.resize_rule for side in made.pipelines.values()} == {rule}
         keys.append(made.teachers.key.name)
     assert keys[0] != keys[1]
     refused(make_config(tmp_path / "pad", teachers=str(tmp_path / "teachers")), "resize_rule", resume=True)

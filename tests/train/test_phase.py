@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cdl_edge.train import phase as module
-from cdl_edge.train.batches import Batch, Images, images_seen
+from cdl_edge.train.batches import Batch, TaskImages, images_seen
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.loop import _Training
@@ -46,7 +46,7 @@ class Bench:
     def images(self, count=11):
         made = self.made
         split = made.scenario.split(made.dataset.train, 1).take(np.arange(count))
-        return Images(split, made.sides, made.engine.device)
+        return TaskImages(split, made.pipelines, made.engine.device)
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_only_the_side_whose_turn_it_is_learns(bench, distill, name):
     assert "head.weight" in moved["model"] and any(n.startswith("learner.") for n in moved["model"])
     expected = [n for n, _ in distiller.named_parameters()] if name == "student" else []
     assert moved["distiller"] == expected
-    for side in at.made.backbones.values():
-        assert all(p.grad is None for p in side.model.parameters())
+    for side in at.made.sides.values():
+        assert all(p.grad is None for p in side.backbone.model.parameters())
 
 
 @pytest.mark.parametrize("distill", ["blockwise", "reviewkd"])

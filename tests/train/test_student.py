@@ -9,7 +9,7 @@ from torch import nn
 
 from cdl_edge.train import student as student_module
 from cdl_edge.train.augment import Normalise, random_boxes
-from cdl_edge.train.batches import Images, Side
+from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.student import LinearHead, ModelSpec, NormalisedHead, PromptedViT, StudentOutput, run_block
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
@@ -384,14 +384,14 @@ def test_the_query_is_computed_once_for_teacher_and_student(tiny_vit, backbone, 
     teacher = PromptedViT(wide.model, ModelSpec("coda", 6, 3, 1, key_width=backbone.width))
     device = torch.device("cpu")
     sides = {
-        "student": Side(student, backbone.preprocessing, device),
-        "teacher": Side(teacher, wide.preprocessing, device),
+        "student": Pipeline(student, backbone.preprocessing, device),
+        "teacher": Pipeline(teacher, wide.preprocessing, device),
     }
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     counted = []
     real = PromptedViT.query
     monkeypatch.setattr(PromptedViT, "query", lambda self, t: counted.append((self, len(t))) or real(self, t))
-    batches = Images(Split(images, np.zeros(6, dtype=np.int64)), sides, device)
+    batches = TaskImages(Split(images, np.zeros(6, dtype=np.int64)), sides, device)
     for boxes in (random_boxes(4, torch.Generator().manual_seed(0), (0.5, 1.0)), None):
         if boxes is None:
             batches.keep(["student", "teacher"], nullcontext, 4)
