@@ -165,7 +165,7 @@ class ModelSpec:
     apt_momentum: float = 0.7
     "see LearnerSpec"
     head: str = "learned"
-    "learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads"
+    "learned, or one of closed_form.statistics_heads(), which then answers in place of the learnt heads"
     random_features: int = RANDOM_FEATURES
     "of `ranpac`"
 
