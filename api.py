@@ -165,12 +165,12 @@ def export(
     say: Callable[[str], None] = _silent,
     statistics: bool = False,
 ) -> dict[str, Any]:
-    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: GateError.
+    """RUN -> BUNDLE or Triton model repository, see export.export_bundle.export. Raises also: GateError.
 
     say: gets a line for each step.
     """
     from .errors import choose
-    from .export.bundle import export as fold
+    from .export.export_bundle import export as fold
 
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
@@ -195,7 +195,7 @@ def calibrate(
     ranges: str = "auto",
     method: str = "max",
     smooth: float | str | None = "auto",
-    flavours: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
     images: int = 64,
     max_drop: float | None = None,
     searching: bool = True,
@@ -203,13 +203,17 @@ def calibrate(
     limit_per_class: int | None = None,
     say: Callable[[str], None] = _silent,
     replace: bool = False,
+    flavours: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: GateError."""
-    from .calibrate.bundle import calibrate as run
+    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.calibrate_bundle.calibrate. Raises also: GateError.
+
+    flavours: the earlier name of `schemes`.
+    """
+    from .calibrate.calibrate_bundle import calibrate as run
 
     numbers = (images, max_drop, searching, opset, limit_per_class, replace)
     with told(say):
-        return run(bundle, out, data, ranges, method, smooth, flavours, *numbers)
+        return run(bundle, out, data, ranges, method, smooth, schemes or flavours, *numbers)
 
 
 def build(

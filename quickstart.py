@@ -36,8 +36,8 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
     """
     from .artefacts.run_record import Metrics
-    from .calibrate.bundle import calibrate
-    from .export.bundle import export
+    from .calibrate.calibrate_bundle import calibrate
+    from .export.export_bundle import export
     from .measurement.evaluate import evaluate
     from .report.page import write_report
     from .runtime import load

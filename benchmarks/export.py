@@ -43,10 +43,10 @@ import torch
 from rounds import ceiling, clock_of, machine, peak, race, ratio, show, version_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL, Rewrites
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.learners.l2p import L2P

@@ -25,7 +25,7 @@ import torch
 from cdl_edge.errors import InputError
 from cdl_edge.files import write_json
 from cdl_edge.train.config import TrainConfig
-from cdl_edge.train.engine import Engine
+from cdl_edge.train.devices import Engine
 from cdl_edge.train.loop import train
 from cdl_edge.train.phase import Phase
 
@@ -248,7 +248,7 @@ def speed(job: dict[str, Any], notes: Notes) -> None:
 
 def engines(job: dict[str, Any], notes: Notes) -> None:
     """A bundle in every engine that is here; TensorRT also takes new prompts into an engine that it has built."""
-    from cdl_edge.export.bundle import export
+    from cdl_edge.export.export_bundle import export
     from cdl_edge.runtime import load, open_bundle
 
     folder, images = Path(job["folder"]), 8 if job["tiny"] else 64

@@ -39,9 +39,9 @@ from PIL import Image
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.export.bundle import SELFTEST_IMAGES
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.export_bundle import SELFTEST_IMAGES
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.machine import cpu_model
 from cdl_edge.runtime import load
 from cdl_edge.train.augment import Normalise

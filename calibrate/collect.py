@@ -8,8 +8,8 @@ from onnx import TensorProto, helper
 
 from ..errors import InputError
 from ..ranges import Histogram, TaskRanges, TensorRange, merge_tensors
+from .cpu_session import CpuSession
 from .layers import FloatGraph
-from .session import Session
 
 BEHIND_NORM = ("qkv", "fc1")
 
@@ -24,7 +24,7 @@ def collect(graph: FloatGraph, pixels: np.ndarray) -> TaskRanges:
     outputs = list(dict.fromkeys(names.values()))
     for name in outputs:
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = Session(model.SerializeToString(), graph.path.parent)
+    session = CpuSession(model.SerializeToString(), graph.path.parent)
     found: dict[str, TensorRange] = {}
     for chunk in session.chunks(pixels, outputs):
         values = dict(zip(outputs, chunk, strict=True))

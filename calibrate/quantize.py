@@ -18,19 +18,19 @@ from onnx import helper
 from ..artefacts.layer_table import Layer
 from ..ranges import TensorRange
 from .constants import Packed, read
-from .flavours import Flavour
 from .layers import FloatGraph
 from .opset import EVERYWHERE, lower
 from .scales import choose_range
+from .schemes import Scheme
 from .smooth import Smoothing
 
 WEIGHTS = "backbone.int8.bin"
-"bytes and scales of the weights, shared by all flavours and by all updates"
+"bytes and scales of the weights, shared by all schemes and by all updates"
 
 
-def scales_file(flavour: Flavour) -> str:
+def scales_file(scheme: Scheme) -> str:
     """Name of the file with the scales of activations (and integer biases): they change with what is learnt."""
-    return f"scales.{flavour.name}.bin"
+    return f"scales.{scheme.name}.bin"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Quantised:
 def quantise(
     graphs: Mapping[str, FloatGraph],
     ranges: Mapping[str, TensorRange],
-    flavour: Flavour,
+    scheme: Scheme,
     method: str = "mse",
     smoothing: Smoothing | None = None,
     skip: Collection[str] = (),
@@ -61,17 +61,17 @@ def quantise(
         graphs: by name, as `export` writes them. ranges: of all inputs of Linears.
         method: key of scales.METHODS. smoothing: of channels behind LayerNorms; None: none.
         skip: units that stay as they are.
-        chosen: range -> ends, of earlier calls with the same ranges, flavour and method: a search makes many. Filled.
+        chosen: range -> ends, of earlier calls with the same ranges, scheme and method: a search makes many. Filled.
         opset: opset.EVERYWHERE: graphs that older runtimes load too; None: the opset that they have.
 
     Raises: KeyError when a range is missing, ValueError when graphs contradict each other.
     """
-    weights, scales = Packed(WEIGHTS), Packed(scales_file(flavour))
+    weights, scales = Packed(WEIGHTS), Packed(scales_file(scheme))
     chosen = {} if chosen is None else chosen
     done: dict[str, onnx.ModelProto] = {}
     units: dict[str, None] = {}
     for name, graph in graphs.items():
-        editor = _Editor(graph, flavour, ranges, method, smoothing, set(skip), weights, scales, chosen)
+        editor = _Editor(graph, scheme, ranges, method, smoothing, set(skip), weights, scales, chosen)
         done[name] = editor.run()
         units |= dict.fromkeys(editor.units)
     constants: dict[str, bytes] = {}
@@ -101,7 +101,7 @@ class _Editor:
     def __init__(
         self,
         source: FloatGraph,
-        flavour: Flavour,
+        scheme: Scheme,
         ranges: Mapping[str, TensorRange],
         method: str,
         smoothing: Smoothing | None,
@@ -112,7 +112,7 @@ class _Editor:
     ) -> None:
         self.model = onnx.load(str(source.path), load_external_data=False)
         self.graph, self.folder = self.model.graph, source.path.parent
-        self.flavour, self.ranges, self.method = flavour, ranges, method
+        self.scheme, self.ranges, self.method = scheme, ranges, method
         self.weights, self.scales, self.chosen = weights, scales, chosen
         self.initial = {t.name: t for t in self.graph.initializer}
         self.made = {name: node for node in self.graph.node for name in node.output}
@@ -122,14 +122,14 @@ class _Editor:
         self.layers = {name: layer for name, layer in every.items() if layer.unit not in skip}
         self.units = list(dict.fromkeys(layer.unit for layer in self.layers.values()))
         self.factors = self._smooth(smoothing, every) if smoothing is not None else {}
-        # Also of what is skipped: the file of weights is one for all flavours, which may skip different units.
+        # Also of what is skipped: the file of weights is one for all schemes, which may skip different units.
         self.steps = {name: self._weight(layer) for name, layer in every.items()}
         self._activations: dict[str, tuple[str, float]] = {}
         self.stem: tuple[Layer, onnx.NodeProto] | None = None
         "a patch embedding that goes into 8 bits, and the Cast of its bytes"
         if patches is not None:
             self.steps[patches.node] = self._weight(patches)
-            if not flavour.symmetric and patches.unit not in skip:
+            if not scheme.symmetric and patches.unit not in skip:
                 self.stem = patches, self.made[patches.input]
                 self.units.append(patches.unit)
 
@@ -188,9 +188,9 @@ class _Editor:
         if x in self._activations:
             return [], *self._activations[x]
         assert layer.range is not None
-        kept, flavour = self.ranges[layer.range], self.flavour
+        kept, scheme = self.ranges[layer.range], self.scheme
         if layer.range not in self.chosen:
-            self.chosen[layer.range] = choose_range(kept.histogram, self.method, flavour.symmetric)
+            self.chosen[layer.range] = choose_range(kept.histogram, self.method, scheme.symmetric)
         low, high = self.chosen[layer.range]
         if layer.activation in self.factors:
             assert kept.channels is not None
@@ -201,12 +201,12 @@ class _Editor:
             channels = kept.channels / self.factors[layer.activation]
             low, high = (min(float(channels[0].min()), 0.0), max(float(channels[1].max()), 0.0))
             low, high = low * min(share[0], 1.0), high * min(share[1], 1.0)
-            if flavour.symmetric:
+            if scheme.symmetric:
                 high = max(-low, high)
                 low = -high
-        scale = max(high - low, 1e-12) / flavour.levels
+        scale = max(high - low, 1e-12) / scheme.levels
         stored = positive(scale, kind)
-        zero = np.int8(0) if flavour.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+        zero = np.int8(0) if scheme.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
         tag = f"{layer.activation}.{np.dtype(kind).name}" if kind != np.float32 else layer.activation
         names = [self.scales.add(f"{tag}.scale", stored), self.scales.add(f"{tag}.zero", np.array(zero))]
         nodes = [
@@ -253,7 +253,7 @@ class _Editor:
         w = f"{node.name}.weight.d"
         nodes.append(helper.make_node("DequantizeLinear", stored, [w], name=w, axis=1))
         inputs = [x, w]
-        if len(node.input) > 2 and self.flavour.integer_bias:
+        if len(node.input) > 2 and self.scheme.integer_bias:
             step = (scale * steps).astype(np.float32)
             bias = np.rint(self._constant(node.input[2]).astype(np.float64) / step)
             names = [

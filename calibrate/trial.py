@@ -1,4 +1,4 @@
-"""One flavour of 8 bits on one bundle: tried, smoothed where it falls short, and given its layers in float."""
+"""One scheme of 8 bits on one bundle: tried, smoothed where it falls short, and given its layers in float."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..artefacts.bundle import Bundle
 from ..artefacts.layout import BACKBONE, PROMPTS
 from ..log import LOG
 from ..ranges import TensorRange
-from .flavours import Flavour
+from .cpu_session import CpuSession
 from .floor import FEW, shortfall
 from .layers import FloatGraph, float_graph
 from .measure import compare, measure
 from .opset import opset_of
 from .paired import Paired
 from .quantize import Quantised, quantise
+from .schemes import Scheme
 from .search import Gate, Verdict, refusal, search, sensitivities
-from .session import Session
 from .smooth import Smoothing
 
 SENSITIVITY_IMAGES = 64
@@ -66,11 +66,11 @@ class Known:
 
 @dataclass
 class Trial:
-    """One flavour of one bundle, to be tried with other layers in float."""
+    """One scheme of one bundle, to be tried with other layers in float."""
 
     bundle: Bundle
     ranges: dict[str, TensorRange]
-    flavour: Flavour
+    scheme: Scheme
     method: str
     smoothing: Smoothing | None
     folder: Path
@@ -83,10 +83,10 @@ class Trial:
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
         """All graphs of the bundle's base precision."""
         return quantise(
-            self.graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset
+            self.graphs, self.ranges, self.scheme, self.method, self.smoothing, skip, self.chosen, self.opset
         )
 
-    def session(self, skip: Collection[str] = ()) -> Session:
+    def session(self, skip: Collection[str] = ()) -> CpuSession:
         """The student in 8 bits but for some units."""
         made = self.quantised(skip)
         for name in (BACKBONE, PROMPTS):
@@ -94,19 +94,19 @@ class Trial:
                 (self.folder / name).write_bytes((self.bundle.path / name).read_bytes())
         for name, content in made.constants.items():
             (self.folder / name).write_bytes(content)
-        return Session(made.models["student"], self.folder, as_written=self.flavour.symmetric)
+        return CpuSession(made.models["student"], self.folder, as_written=self.scheme.symmetric)
 
     @cached_property
     def graphs(self) -> dict[str, FloatGraph]:
         """The graphs of the base precision, by part."""
-        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
+        base = ".fp16" if self.scheme.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
         names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
         return {name: float_graph(self.bundle, name + base) for name in names}
 
     @cached_property
-    def fp32(self) -> Session:
+    def fp32(self) -> CpuSession:
         """The bundle's own graph."""
-        return Session(self.bundle.graph().read_bytes(), self.bundle.path)
+        return CpuSession(self.bundle.graph().read_bytes(), self.bundle.path)
 
 
 def choose_smoothing(
@@ -114,10 +114,10 @@ def choose_smoothing(
     strengths: Sequence[float | None],
     known: Known,
 ) -> tuple[float | None, list[tuple[Trial, np.ndarray]]]:
-    """The first strength with which no flavour falls short, else the one with the highest agreement of the worst one.
+    """The first strength with which no scheme falls short, else the one with the highest agreement of the worst one.
 
     Args:
-        trials: strength -> one Trial a flavour. All flavours share it: they share the file of weights.
+        trials: strength -> one Trial a scheme. All schemes share it: they share the file of weights.
         strengths: in the order in which they are tried; None: no smoothing.
 
     Returns: the strength, and its trials with their logits (N, C) on the known images.
@@ -126,9 +126,9 @@ def choose_smoothing(
     for strength in strengths:
         tried = []
         for trial in trials(strength):
-            LOG.info(f"{trial.flavour.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
+            LOG.info(f"{trial.scheme.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
             tried.append((trial, trial.session().logits(known.pixels)))
-        reasons = [(t.flavour.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
+        reasons = [(t.scheme.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
         worst = min(known.agreement(answers) for _, answers in tried)
         if best is None or not reasons or worst > best[0]:
             best = worst, strength, tried
@@ -145,7 +145,7 @@ def _smoothed(strength: float | None) -> str:
 
 
 def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> tuple[Quantised, dict[str, Any]]:
-    """The final graphs of a flavour and its part of the manifest: layers go back to float while the gate fails.
+    """The final graphs of a scheme and its part of the manifest: layers go back to float while the gate fails.
 
     Args:
         answers: logits (N, C) with every layer in 8 bits. searching: False: refuse instead of a search.
@@ -160,14 +160,14 @@ def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> 
         units = trial.quantised().units
         some = known.training if known.training is not None and len(known.training) else known.pixels
         some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
-        LOG.info(f"{trial.flavour.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
+        LOG.info(f"{trial.scheme.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
         ranking = sensitivities(_counted(trial, some, len(units)), units, trial.fp32.logits(some))
         if not searching:
-            raise refusal(trial.flavour.name, known.max_drop, verdict.failures, ranking)
+            raise refusal(trial.scheme.name, known.max_drop, verdict.failures, ranking)
         tried: dict[int, np.ndarray] = {}
 
         def failing(units: Collection[str]) -> list[str]:
-            LOG.info(f"{trial.flavour.name}: {len(units)} layers in float")
+            LOG.info(f"{trial.scheme.name}: {len(units)} layers in float")
             tried[len(units)] = trial.session(units).logits(known.pixels)
             found = known.verdict(tried[len(units)])
             return found.failures if found is not None else []
@@ -178,7 +178,7 @@ def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> 
     quantised = trial.quantised(skip)
     reason = shortfall(known.expected, answers, known.labels, known.tasks)
     document: dict[str, Any] = {
-        "runtimes": trial.flavour.runtimes,
+        "runtimes": trial.scheme.runtimes,
         "opset": opset_of(onnx.load_model_from_string(quantised.models["student"])),
         "layers_int8": len(quantised.units),
         "layers_float": skip,
@@ -196,7 +196,7 @@ def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> 
         right = [x.argmax(1) == known.labels for x in (known.expected, answers)]
         document |= {"before": before.to_json(), "after": after.to_json(), **compare(before, after)}
         document["paired"] = Paired.of(*right).to_json()
-    _warn(trial.flavour.name, document)
+    _warn(trial.scheme.name, document)
     return quantised, document
 
 
@@ -218,7 +218,7 @@ def _counted(trial: Trial, pixels: np.ndarray, units: int) -> Callable[[Collecti
         nonlocal count
         count += 1
         if count == 1 or count % 10 == 0 or count == units:
-            LOG.info(f"{trial.flavour.name}: sensitivity of layer {count} of {units}")
+            LOG.info(f"{trial.scheme.name}: sensitivity of layer {count} of {units}")
         return trial.session(skip).logits(pixels)
 
     return answers

@@ -22,8 +22,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.images import Preprocessing
 from cdl_edge.train.attention import RotaryAttention
 from cdl_edge.train.augment import Normalise

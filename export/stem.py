@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..images import Preprocessing
 from ..train.tokens import patch_count, rows_in_front
-from ..train.trunk import Residual, same_padding
+from ..train.trunk import ResidualLayers, same_padding
 from .nodes import FROZEN, TYPES, Graph, Reads
 
 
@@ -96,7 +96,7 @@ class Stem:
         """
         g = self.g
         for i, layer in enumerate(layers):
-            if isinstance(layer, Residual):
+            if isinstance(layer, ResidualLayers):
                 inner, size = self.sequence(f"{name}.{i}", x, size, list(layer))
                 x = g.op("Add", x, inner)
             elif isinstance(layer, nn.ReLU6):

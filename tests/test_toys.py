@@ -10,7 +10,7 @@ import pytest
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.heads import CLOSED_FORM, LinearMap
 from cdl_edge.heads import register as register_head
 from cdl_edge.runtime import load

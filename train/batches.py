@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Split
 from ..images import Preprocessing
 from . import augment
-from .engine import Share
+from .devices import Share
 from .student import PromptedViT
 from .tokens import token_count
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .batches import TaskImages
-from .engine import Engine
+from .devices import Devices
 from .evaluate import predictions
 
 WHOLE = 30
@@ -41,14 +41,14 @@ def confusion(answers: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) ->
 class Answered:
     """Validation images that are handed on; what a model answers to each is remembered on the way."""
 
-    def __init__(self, images: Iterable[TaskImages], name: str, classes: int, engine: Engine) -> None:
-        """name: of the model. classes: that are learnt. The processes of an engine share the work."""
-        self.images, self.name, self.classes, self.engine = images, name, classes, engine
+    def __init__(self, images: Iterable[TaskImages], name: str, classes: int, devices: Devices) -> None:
+        """name: of the model. classes: that are learnt. The processes of a Devices share the work."""
+        self.images, self.name, self.classes, self.devices = images, name, classes, devices
         self.found: list[tuple[np.ndarray, np.ndarray]] = []
 
     def __iter__(self) -> Iterator[TaskImages]:
         for images in self.images:
-            self.found.append((images.labels, predictions(images, self.name, self.classes, self.engine)))
+            self.found.append((images.labels, predictions(images, self.name, self.classes, self.devices)))
             yield images
 
     def confusion(self) -> dict[str, Any]:

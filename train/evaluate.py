@@ -13,7 +13,7 @@ import torch
 from ..data import find_scored
 from .baseline import baseline_of
 from .batches import Pipeline, TaskImages
-from .engine import Engine, Share
+from .devices import Devices, Share
 from .metrics import DEFINITIONS
 from .run import load_run
 from .scenario import Scenario
@@ -61,22 +61,22 @@ def features_of(images: TaskImages, name: str, rows: slice = slice(None)) -> lis
     return parts
 
 
-def predictions(images: TaskImages, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
-    """Predicted classes, int64 (N,), among the first `seen`; the processes of an engine share the images."""
-    rows, weight = (engine.share if engine else Share()).of(len(images))
+def predictions(images: TaskImages, name: str, seen: int, devices: Devices | None = None) -> np.ndarray:
+    """Predicted classes, int64 (N,), among the first `seen`; the processes of a Devices share the images."""
+    rows, weight = (devices.share if devices else Share()).of(len(images))
     own = logits_of(images, name, seen, rows).argmax(1)
-    if engine is None:
+    if devices is None:
         return own
     # A process without images of its own gets one with weight 0: it adds nothing. Numbers of classes are exact in
     # float32.
     whole = torch.zeros(len(images))
     whole[rows] = torch.from_numpy(own).float() * (weight > 0)
-    return engine.sum(whole).cpu().numpy().astype(np.int64)
+    return devices.sum(whole).cpu().numpy().astype(np.int64)
 
 
-def accuracy(images: TaskImages, name: str, seen: int, engine: Engine | None = None) -> float:
-    """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
-    return 100.0 * float((predictions(images, name, seen, engine) == images.labels).mean())
+def accuracy(images: TaskImages, name: str, seen: int, devices: Devices | None = None) -> float:
+    """In %, predicting among the first `seen` classes; the processes of a Devices share the images."""
+    return 100.0 * float((predictions(images, name, seen, devices) == images.labels).mean())
 
 
 def evaluate_run(

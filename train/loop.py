@@ -33,15 +33,15 @@ from .checkpoint import keep_before, load_state, remove_kept, save_state
 from .closed_form import StatisticsKeeper, as_numpy, make
 from .config import TrainConfig
 from .confusion import Answered
+from .devices import Devices
 from .distill import DISTILLERS
-from .engine import Engine
 from .evaluate import accuracy, features_of
-from .extend import Origin
+from .extend import Parent
 from .folder import RunFolder
 from .joint import forgetting_of_joint
 from .metrics import DEFINITIONS, AccuracyMatrix
-from .phase import Answers, Phase
-from .ranges import RangeKeeper
+from .phase import Phase, TeacherOutputs
+from .range_keeper import RangeKeeper
 from .run import backbone_of, build_model, check_tail, distill_spec, preprocessing_of, save_learnt
 from .scenario import make_scenario
 from .sides import SIDES, TrainedSide, restore, state_of
@@ -85,13 +85,13 @@ class _Training:
             config = replace(config, decoder=begun.decoder)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
-        self.engine = Engine(config.devices, "fp32" if auto else config.precision)
-        self.origin = Origin(config) if config.extend is not None else None
-        early = held_out_early(self.origin.metrics.document if self.origin else None)
-        dataset = load_dataset(config.data, learning=self.origin is None, early=early)
-        if self.origin is not None:
-            dataset, tasks = self.origin.new_images(dataset), config.tasks or 1
-            self.scenario = self.origin.scenario(dataset, tasks, config.seed, shuffle=not config.compat)
+        self.devices = Devices(config.devices, "fp32" if auto else config.precision)
+        self.parent = Parent(config) if config.extend is not None else None
+        early = held_out_early(self.parent.metrics.document if self.parent else None)
+        dataset = load_dataset(config.data, learning=self.parent is None, early=early)
+        if self.parent is not None:
+            dataset, tasks = self.parent.new_images(dataset), config.tasks or 1
+            self.scenario = self.parent.scenario(dataset, tasks, config.seed, shuffle=not config.compat)
         else:
             tasks = config.tasks or 1
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
@@ -105,8 +105,8 @@ class _Training:
         if kind.needs_teacher:
             backbones["teacher"] = backbone_of(config, "teacher")
             check_tail(config, backbones["teacher"])
-        if self.origin is not None:
-            self.origin.check(config, {n: b.identity for n, b in backbones.items()})
+        if self.parent is not None:
+            self.parent.check(config, {n: b.identity for n, b in backbones.items()})
         for split in (dataset.train, dataset.val):
             split.check_readable(dataset.classes)
         by_default = dataset.source != "digits" and config.head == "learned"
@@ -119,11 +119,11 @@ class _Training:
             dataset = replace(dataset, train=dataset.train.limited(config.limit_per_class, config.seed))
         self.dataset = dataset
         self.teachers = self._teachers(backbones)
-        self.engine.on_main(lambda: self.folder.claim(config, resume, whole))  # nothing is written before this line
+        self.devices.on_main(lambda: self.folder.claim(config, resume, whole))  # nothing is written before this line
         self.sides: dict[str, TrainedSide] = {}
         student, teacher = backbones["student"], backbones.get("teacher")
         for name, backbone in backbones.items():
-            backbone.model.to(self.engine.device)
+            backbone.model.to(self.devices.device)
             model = build_model(
                 config,
                 backbone,
@@ -131,29 +131,29 @@ class _Training:
                 student.width,
                 name == "student",
                 (teacher.width, teacher.depth) if teacher else None,
-                self.origin.record if self.origin else None,
-            ).to(self.engine.device)
-            pipeline = Pipeline(model, preprocessing_of(backbone, config), self.engine.device)
+                self.parent.record if self.parent else None,
+            ).to(self.devices.device)
+            pipeline = Pipeline(model, preprocessing_of(backbone, config), self.devices.device)
             self.sides[name] = TrainedSide(name, backbone, pipeline, AccuracyMatrix(self.tasks))
         self.student, self.teacher = self.sides["student"], self.sides.get("teacher")
         self.models = {name: side.model for name, side in self.sides.items()}
         self.pipelines = {name: side.pipeline for name, side in self.sides.items()}
-        spans = tuple((t[0], t[-1] + 1) for t in self.scenario.tasks)
-        spec = distill_spec(config, student, teacher, len(dataset.classes), spans)
-        self.distiller = kind(spec).to(self.engine.device)
+        class_ranges = tuple((t[0], t[-1] + 1) for t in self.scenario.tasks)
+        spec = distill_spec(config, student, teacher, len(dataset.classes), class_ranges)
+        self.distiller = kind(spec).to(self.devices.device)
         self.reused: list[int] = []
         "tasks whose teacher came from --teachers"
         # Of the one process that writes: every process holds all images and the same student.
         self.ranges: RangeKeeper | None = None
-        if config.range_images and self.engine.is_main:
+        if config.range_images and self.devices.is_main:
             self.ranges = RangeKeeper(self.out / RANGES, config.range_images)
-        self.statistics = StatisticsKeeper(self.out, self.engine.is_main)
+        self.statistics = StatisticsKeeper(self.out, self.devices.is_main)
         self.baseline: FrozenBaseline | None = FrozenBaseline(student, config.random_features, self.statistics)
         self.skipped: list[str] = []
         self.position: tuple[int, str, int] = (0, "", 0)
         "task, side and epochs done of the phase the last checkpoint stands in"
         self.optimiser_state: dict[str, Any] | None = None
-        learnt = (self.origin.metrics.counts.train or 0) if self.origin else 0
+        learnt = (self.parent.metrics.counts.train or 0) if self.parent else 0
         self.image_counts = {"train": learnt + len(self.dataset.train), "val": len(self.dataset.val)}
         self.val = Validation(self._validation)
 
@@ -168,8 +168,8 @@ class _Training:
             self.data["fingerprint"]["sha256"],
             self.scenario.classes_of(self.dataset),
             augmented=self.augmented,
-            precision="bf16 autocast" if self.engine.bf16 else "fp32",
-            device=self.engine.device.type,
+            precision="bf16 autocast" if self.devices.bf16 else "fp32",
+            device=self.devices.device.type,
         )
         return Teachers(Path(config.teachers), key)
 
@@ -182,10 +182,10 @@ class _Training:
             self._say(f"{self.out}: already finished")
             return dict(read_metrics(self.out).document)
         started = time.perf_counter() - self._restore()
-        self.engine.wait()  # before the first process writes or removes what the others read
+        self.devices.wait()  # before the first process writes or removes what the others read
         first_task, side, _ = self.position
         for task in range(first_task, self.tasks):
-            images = TaskImages(self._images_of(task), self.pipelines, self.engine.device)
+            images = TaskImages(self._images_of(task), self.pipelines, self.devices.device)
             self._note_skipped(images)
             names = [n for n in SIDES if n in self.sides]
             if task == first_task and side:
@@ -194,15 +194,15 @@ class _Training:
             if not learns:
                 names = self._pass_over(names, images)
             taught = self.teachers.load(task) if self.teachers and learns else None
-            answers = Answers(taught.logits) if taught is not None and taught.logits is not None else None
+            outputs = TeacherOutputs(taught.logits) if taught is not None and taught.logits is not None else None
             for turn in (self.sides[name] for name in names):
                 if turn is self.teacher and taught is not None:
                     self._reuse(task, turn, taught)
                 else:
-                    answers = self._phase(task, turn, images, started, answers) or answers
+                    outputs = self._phase(task, turn, images, started, outputs) or outputs
                 self.val.models_changed()
             self._collect(task, images)
-            self._measure(task, taught, answers, len(images))
+            self._measure(task, taught, outputs, len(images))
             self.position = (task + 1, "", 0)
             self._checkpoint(started, None)
         return self._finish(time.perf_counter() - started)
@@ -249,8 +249,8 @@ class _Training:
         self._say(f"task {task + 1}/{self.tasks} teacher: kept, from {self.config.teachers}")
 
     def _phase(
-        self, task: int, side: TrainedSide, images: TaskImages, started: float, answers: Answers | None
-    ) -> Answers | None:
+        self, task: int, side: TrainedSide, images: TaskImages, started: float, outputs: TeacherOutputs | None
+    ) -> TeacherOutputs | None:
         """Train one side on one task; returns the teacher's answers to its images where they were all asked for."""
         config, name, model = self.config, side.name, side.model
         is_student = side is self.student
@@ -262,12 +262,12 @@ class _Training:
             if is_student:
                 self.distiller.begin_task(task, model, self.teacher.model if self.teacher else None)
             side.begin_task()
-        span = (self.scenario.tasks[task][0], self.scenario.seen(task))
-        title = None if self.quiet or not self.engine.is_main else f"task {task + 1}/{self.tasks} {name}"
-        phase = Phase(config, self.engine, self.models, name, task, span, self.augmented, self.distiller, title)
+        class_range = (self.scenario.tasks[task][0], self.scenario.seen(task))
+        title = None if self.quiet or not self.devices.is_main else f"task {task + 1}/{self.tasks} {name}"
+        phase = Phase(config, self.devices, self.models, name, task, class_range, self.augmented, self.distiller, title)
         if resumed and self.optimiser_state is not None:
             phase.optimiser.load_state_dict(self.optimiser_state)
-        for done in phase.epochs(images, resumed, answers if is_student else None):
+        for done in phase.epochs(images, resumed, outputs if is_student else None):
             side.epoch_done(done.loss, done.seconds, len(images))
             self.position = (task, name, done.epoch)
             if done.epoch < phase.length(len(images)):
@@ -286,7 +286,7 @@ class _Training:
         left = self._left(task, side)
         told = f"loss {side.losses[-1][-1]:.3f}, {side.images_per_second:.0f} images/s"
         self._say(f"task {task + 1}/{self.tasks} {name}: {told}" + (f", about {left} left" if left else ""))
-        return phase.answers
+        return phase.outputs
 
     def _left(self, task: int, now: TrainedSide) -> str | None:
         """How long the phases that are still to come take, if each is like the mean of its side so far."""
@@ -300,7 +300,7 @@ class _Training:
             return None
         return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:,.0f} min"
 
-    def _measure(self, task: int, taught: TaughtTask | None, answers: Answers | None, count: int) -> None:
+    def _measure(self, task: int, taught: TaughtTask | None, outputs: TeacherOutputs | None, count: int) -> None:
         """A row of each matrix; keeps a teacher that was trained here. count: training images of the task."""
         teacher = self.teacher
         state = {k: v.clone() for k, v in teacher.model.state_dict().items()} if teacher and self.teachers else {}
@@ -310,7 +310,7 @@ class _Training:
         for images in self.val.each(task + 1):
             for name, row in rows.items():
                 if name != "teacher" or taught is None:
-                    row.append(accuracy(images, name, self.scenario.seen(task), self.engine))
+                    row.append(accuracy(images, name, self.scenario.seen(task), self.devices))
         for name, side in self.sides.items():
             side.matrix.add(taught.row if side is teacher and taught is not None else rows[name])
             self._say(
@@ -318,26 +318,26 @@ class _Training:
                 f"forgetting {side.matrix.forgetting_after(task):.2f} points over {self.scenario.seen(task)} classes"
             )
         new = taught is None and self.config.learns_prompts(task)
-        if self.teachers is not None and teacher is not None and new and self.engine.is_main:
+        if self.teachers is not None and teacher is not None and new and self.devices.is_main:
             known = [a for a in teacher.matrix.rows[task] if a is not None]
-            logits = answers.logits if answers is not None else None
+            logits = outputs.logits if outputs is not None else None
             losses, seconds = teacher.losses[task], teacher.seconds[task]
             self.teachers.store(task, TaughtTask(state, known, losses, seconds, len(losses) * count, logits))
 
     # -- start, stop, end ---------------------------------------------------------------------------------------------
 
     def _validation(self, task: int) -> TaskImages:
-        images = TaskImages(self.scenario.split(self.dataset.val, task), self.pipelines, self.engine.device)
+        images = TaskImages(self.scenario.split(self.dataset.val, task), self.pipelines, self.devices.device)
         self._note_skipped(images)
         return images
 
     def close(self) -> None:
         """Let another training into the folder, leave the group of processes."""
         self.folder.release()
-        self.engine.close()
+        self.devices.close()
 
     def _checkpoint(self, started: float, optimiser: torch.optim.Optimizer | None) -> None:
-        if not self.engine.is_main:
+        if not self.devices.is_main:
             return
         keep_before(self.folder.checkpoint)
         save_state(
@@ -352,7 +352,7 @@ class _Training:
                 "threads": torch.get_num_threads(),
                 "tails_before": self.ranges.before if self.ranges is not None else {},
                 "position": list(self.position),
-                "extends": self.origin.record.to_json() if self.origin else None,
+                "extends": self.parent.record.to_json() if self.parent else None,
                 "elapsed": time.perf_counter() - started,
             },
         )
@@ -367,10 +367,10 @@ class _Training:
             if not self.keep_threads and "threads" in state:
                 torch.set_num_threads(state["threads"])
             self.distiller.load_state_dict(state["distiller"])
-        elif self.origin is not None:
-            state = self.origin.state(self.models, self.tasks)
+        elif self.parent is not None:
+            state = self.parent.state(self.models, self.tasks)
             if self.ranges is not None:
-                self.origin.copy_ranges(self.ranges.path)
+                self.parent.copy_ranges(self.ranges.path)
         else:
             return 0.0
         restore(self.sides, state, self.tasks)
@@ -388,7 +388,7 @@ class _Training:
 
     def _restore_statistics(self, task: int) -> None:
         """Those of the tasks in front of `task`; those of the run that is extended stay in its own folder."""
-        run = self.origin.path if self.origin and task == len(self.origin.tasks) else None
+        run = self.parent.path if self.parent and task == len(self.parent.tasks) else None
         self.statistics.restore([n for n, m in self.models.items() if m.statistics_head is not None], task, run)
         if self.baseline is not None and self.statistics.has(self.baseline.sides, task, run):
             self.statistics.restore(self.baseline.sides, task, run)
@@ -401,17 +401,17 @@ class _Training:
             if state["backbones"][name] != side.backbone.identity:
                 got = side.backbone.identity
                 raise InputError(f"{path}: started on other {name} weights", got=got, fix="choose another --out")
-        if self.origin is not None and state["extends"]["student_sha256"] != self.origin.student_sha256:
+        if self.parent is not None and state["extends"]["student_sha256"] != self.parent.student_sha256:
             raise InputError(
-                f"{path}: {self.origin.path} is another run than the one that it started from",
-                got=self.origin.student_sha256,
+                f"{path}: {self.parent.path} is another run than the one that it started from",
+                got=self.parent.student_sha256,
                 expected=state["extends"]["student_sha256"],
                 fix="bring that run back, or choose another --out",
             )
 
     def _finish(self, seconds: float) -> dict[str, Any]:
         classes = self.scenario.classes_of(self.dataset)
-        answered = Answered(self.val.each(self.tasks), "student", len(classes), self.engine)
+        answered = Answered(self.val.each(self.tasks), "student", len(classes), self.devices)
         baseline = self.baseline.measure(answered) if self.baseline is not None else None
         metrics: dict[str, Any] = {
             "config": self.config.to_json(),
@@ -423,13 +423,13 @@ class _Training:
         metrics["student"]["confusion"] = answered.confusion()
         head, own = self.student.model.statistics_head, metrics["student"]["forgetting"]
         if head is not None:
-            train = (TaskImages(self._images_of(t), self.pipelines, self.engine.device) for t in range(self.tasks))
-            images = (train, self.val.each(self.tasks)) if self.origin is None else None
+            train = (TaskImages(self._images_of(t), self.pipelines, self.devices.device) for t in range(self.tasks))
+            images = (train, self.val.each(self.tasks)) if self.parent is None else None
             metrics["student"] |= forgetting_of_joint(self.config, own, head, self.scenario, classes, images)
         if metrics["teacher"]:
             metrics["teacher"]["tasks_reused"] = self.reused
-        if self.origin is not None:
-            metrics["extends"] = self.origin.record.to_json()
+        if self.parent is not None:
+            metrics["extends"] = self.parent.record.to_json()
         metrics |= {
             "seconds": seconds,
             "images": self.image_counts,
@@ -442,9 +442,9 @@ class _Training:
                 for n, b in ((name, side.backbone) for name, side in self.sides.items())
             },
             "distiller": self.distiller.report(),
-            "device": str(self.engine.device),
-            "processes": self.engine.share.processes,
-            "precision": "bf16 autocast" if self.engine.bf16 else "fp32",
+            "device": str(self.devices.device),
+            "processes": self.devices.share.processes,
+            "precision": "bf16 autocast" if self.devices.bf16 else "fp32",
             "threads": torch.get_num_threads(),
             "versions": {
                 "cdl-edge": __version__,
@@ -452,7 +452,7 @@ class _Training:
                 "python": platform.python_version(),
             },
         }
-        self.engine.on_main(lambda: self._write(metrics))
+        self.devices.on_main(lambda: self._write(metrics))
         return {"schema": RUN_SCHEMA, **metrics}  # as it is written
 
     def _write(self, metrics: dict[str, Any]) -> None:
@@ -479,5 +479,5 @@ class _Training:
         self.skipped += new
 
     def _say(self, line: str) -> None:
-        if self.engine.is_main:
+        if self.devices.is_main:
             LOG.info(line)

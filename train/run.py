@@ -145,9 +145,13 @@ def load_run(path: Path) -> Run:
 
 
 def distill_spec(
-    config: TrainConfig, student: Backbone, teacher: Backbone | None, classes: int, spans: tuple[tuple[int, int], ...]
+    config: TrainConfig,
+    student: Backbone,
+    teacher: Backbone | None,
+    classes: int,
+    class_ranges: tuple[tuple[int, int], ...],
 ) -> DistillSpec:
-    """What a run's distiller is built for. spans: first and last + 1 learned class position of each task."""
+    """What a run's distiller is built for. class_ranges: first and last + 1 learned class position of each task."""
     return DistillSpec(
         alpha=config.alpha,
         tau=config.tau or 1.0,
@@ -158,7 +162,7 @@ def distill_spec(
         teacher_depth=teacher.depth if teacher else 0,
         teacher_grid=teacher.grid if teacher else 0,
         classes=classes,
-        spans=spans,
+        class_ranges=class_ranges,
         seed=config.seed,
         compat=config.as_authors,
         exemplars=config.exemplars > 0,

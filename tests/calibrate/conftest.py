@@ -19,10 +19,10 @@ from PIL import Image
 from cdl_edge.artefacts.layer_table import Layer, LayerTable
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
-from cdl_edge.calibrate.flavours import get_flavour
 from cdl_edge.calibrate.layers import FloatGraph
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.quantize import Quantised, quantise
+from cdl_edge.calibrate.schemes import get_scheme
 from cdl_edge.calibrate.smooth import smoothing
 from cdl_edge.data import load_dataset
 from cdl_edge.ranges import TensorRange
@@ -69,7 +69,7 @@ class Graphs:
 
     def quantise(
         self,
-        flavour: str = "int8-x86",
+        scheme: str = "int8-x86",
         method: str = "max",
         smooth: float | None = None,
         skip: Collection[str] = (),
@@ -79,7 +79,7 @@ class Graphs:
         """suffix: ".fp16" for graphs of half precision."""
         graphs = {n: self.graph(n + suffix) for n in names if n + suffix in self.names}
         smoothed = smoothing(self.graph(), self.ranges, smooth) if smooth is not None else None
-        return quantise(graphs, self.ranges, get_flavour(flavour), method, smoothed, skip, opset=here())
+        return quantise(graphs, self.ranges, get_scheme(scheme), method, smoothed, skip, opset=here())
 
     def write(self, quantised: Quantised, tag: str = "int8") -> Path:
         """Beside the constants of the float graphs: a folder."""
@@ -139,9 +139,9 @@ class Tools:
 @pytest.fixture(scope="session")
 def tools(students, tmp_path_factory) -> Tools:
     """Makes graphs of tiny students and runs them."""
-    from cdl_edge.export.graph import StudentGraph
-    from cdl_edge.export.model import assemble
+    from cdl_edge.export.assembly import assemble
     from cdl_edge.export.profiles import PROFILES
+    from cdl_edge.export.student_graph import StudentGraph
 
     made: dict[str, Graphs] = {}
 
@@ -239,7 +239,7 @@ def make_run(tmp_path_factory, tiny_vit, short_training, source) -> Callable[...
 @pytest.fixture(scope="session")
 def exported(make_run, tmp_path_factory) -> Callable[..., Path]:
     """make(learner, profile="ort", dynamic_batch=False, **options of the run) -> a bundle, made once: for reading."""
-    from cdl_edge.export.bundle import export
+    from cdl_edge.export.export_bundle import export
 
     made: dict[str, Path] = {}
 

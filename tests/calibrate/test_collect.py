@@ -12,7 +12,7 @@ from cdl_edge.calibrate.layers import FloatGraph
 from cdl_edge.data import Split
 from cdl_edge.errors import InputError
 from cdl_edge.train.batches import Pipeline, TaskImages
-from cdl_edge.train.ranges import collect as collect_in_training
+from cdl_edge.train.range_keeper import collect as collect_in_training
 
 DEVICE = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import onnx
 import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
-from cdl_edge.calibrate.flavours import FLAVOURS
 from cdl_edge.calibrate.layers import FloatGraph, float_graph, named_layers
 from cdl_edge.calibrate.quantize import quantise
+from cdl_edge.calibrate.schemes import SCHEMES
 
 CASES = [
     ("coda", "ort", {}),
@@ -33,14 +33,14 @@ def test_the_table_says_what_the_names_of_the_nodes_say(tools, learner, profile,
 
 
 @pytest.mark.quick("int8-x86")
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_8_bits_from_either(tools, flavour):
-    graphs = tools.make("coda", "ort" if flavour != "int8-trt" else "trt10")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_8_bits_from_either(tools, scheme):
+    graphs = tools.make("coda", "ort" if scheme != "int8-trt" else "trt10")
     named = {
         n: FloatGraph(graphs.path(n), named_layers(graphs.path(n), True)) for n in ("student", "query", "prompted")
     }
-    other = quantise(named, graphs.ranges, FLAVOURS[flavour], "max")
-    table = quantise({n: graphs.graph(n) for n in named}, graphs.ranges, FLAVOURS[flavour], "max")
+    other = quantise(named, graphs.ranges, SCHEMES[scheme], "max")
+    table = quantise({n: graphs.graph(n) for n in named}, graphs.ranges, SCHEMES[scheme], "max")
     assert table.units == other.units
     assert {**table.models, **table.constants} == {**other.models, **other.constants}
 

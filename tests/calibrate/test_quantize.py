@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from cdl_edge.calibrate.flavours import FLAVOURS
 from cdl_edge.calibrate.quantize import WEIGHTS
+from cdl_edge.calibrate.schemes import SCHEMES
 from cdl_edge.calibrate.smooth import smoothing
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
@@ -72,11 +72,11 @@ def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
 
 
 @pytest.mark.quick("l2p-int8-x86", "dualprompt-int8-arm", "coda-int8-trt", "apt-int8-x86")
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_in_every_flavour(tools, learner, flavour):
+def test_every_learner_in_every_flavour(tools, learner, scheme):
     graphs = tools.make(learner)
-    folder = graphs.write(graphs.quantise(flavour))
+    folder = graphs.write(graphs.quantise(scheme))
     for name in graphs.names:
         onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=True)
     assert_near(tools, graphs, folder)
@@ -109,17 +109,17 @@ def test_weights_are_bytes_within_half_a_step(tools):
 
 
 @pytest.mark.quick("int8-x86", "int8-trt")
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_linear_computes_the_quantised_product(tools, flavour):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_linear_computes_the_quantised_product(tools, scheme):
     """y = (q - z) s_x (W s_w) + b with q = round(x / s_x) + z, worked out by numpy."""
     graphs = tools.make("coda")
-    folder = graphs.write(graphs.quantise(flavour, skip=["stem"]))
+    folder = graphs.write(graphs.quantise(scheme, skip=["stem"]))
     nodes, constants = tools.nodes(folder / "student.onnx"), tools.constants(folder / "student.onnx")
     before, floats = tools.nodes(graphs.path()), tools.constants(graphs.path())
     layers = graphs.whole()
     values = sorted({n for name in layers for n in (before[name].input[0], before[name].output[0])})
     got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, values)
-    low, high = (-128, 127) if FLAVOURS[flavour].symmetric else (0, 255)
+    low, high = (-128, 127) if SCHEMES[scheme].symmetric else (0, 255)
     for name in layers:
         x, y = got[before[name].input[0]], got[before[name].output[0]]
         activation = nodes[f"{before[name].input[0]}.quantize"]
@@ -129,7 +129,7 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
         weight = constants[f"{source}.int8"].astype(np.float64) * constants[f"{source}.scale"]
         bias = floats[before[name].input[2]].astype(np.float64)
         step = scale * constants[f"{source}.scale"]
-        if FLAVOURS[flavour].integer_bias:
+        if SCHEMES[scheme].integer_bias:
             bias = np.rint(bias / step) * step
         expected = (q - zero) * np.float64(scale) @ weight + bias
         assert np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max(), name
@@ -138,10 +138,10 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
 
 
 @pytest.mark.vnni
-@pytest.mark.parametrize("flavour", ["int8-x86"])
-def test_the_runtimes_own_kernels_agree(tools, flavour):
+@pytest.mark.parametrize("scheme", ["int8-x86"])
+def test_the_runtimes_own_kernels_agree(tools, scheme):
     graphs = tools.make("coda")
-    folder = graphs.write(graphs.quantise(flavour))
+    folder = graphs.write(graphs.quantise(scheme))
     slow, fast = (
         tools.run(folder / "student.onnx", {"images": graphs.pixels}, as_written=w)["logits"] for w in (True, False)
     )
@@ -150,20 +150,20 @@ def test_the_runtimes_own_kernels_agree(tools, flavour):
 
 def test_zero_points_and_biases_of_each_flavour(tools):
     graphs = tools.make("coda")
-    for flavour in FLAVOURS.values():
-        path = graphs.write(graphs.quantise(flavour.name)) / "student.onnx"
+    for scheme in SCHEMES.values():
+        path = graphs.write(graphs.quantise(scheme.name)) / "student.onnx"
         nodes, constants = tools.nodes(path), tools.constants(path)
         zeros = [constants[n.input[2]] for n in nodes.values() if n.op_type == "QuantizeLinear"]
         assert len(zeros) == 41  # Q, K, V share one: 4 a block, the shared first one and two of the last block
-        assert {z.dtype for z in zeros} == {np.dtype(np.int8 if flavour.symmetric else np.uint8)}
-        if flavour.symmetric:
+        assert {z.dtype for z in zeros} == {np.dtype(np.int8 if scheme.symmetric else np.uint8)}
+        if scheme.symmetric:
             assert all(z == 0 for z in zeros)
         else:  # signed values behind a LayerNorm, GELU's just below zero
             assert any(100 < z < 156 for z in zeros) and any(0 < z < 60 for z in zeros)
         for name in graphs.whole():
             reader = nodes[name]
             bias = nodes.get(reader.input[2])
-            if flavour.integer_bias:
+            if scheme.integer_bias:
                 assert bias is not None and bias.op_type == "DequantizeLinear"
                 assert constants[bias.input[0]].dtype == np.int32
                 x_scale = constants[nodes[f"{reader.input[0].removesuffix('.d')}.quantize"].input[1]]
@@ -173,7 +173,7 @@ def test_zero_points_and_biases_of_each_flavour(tools):
                 assert bias is None and constants[reader.input[2]].dtype == np.float32
         for node in nodes.values():
             if node.op_type == "DequantizeLinear":
-                assert not flavour.symmetric or not np.any(constants[node.input[2]])
+                assert not scheme.symmetric or not np.any(constants[node.input[2]])
 
 
 def test_weights_are_read_once_each_for_the_runtimes_fusion(tools):
@@ -255,12 +255,12 @@ def test_each_pass_has_its_own_ranges(tools):
 
 
 @pytest.mark.quick("0.5-int8-x86", "1.0-int8-trt")
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):
+def test_a_smoothed_graph_is_the_same_function(tools, strength, scheme):
     """Without the rounding: the LayerNorms of the 8-bit graph with the float weights times their factors."""
     graphs = tools.make("dualprompt", layer_scale=True)
-    folder = graphs.write(graphs.quantise(flavour, smooth=strength, skip=["stem"]))
+    folder = graphs.write(graphs.quantise(scheme, smooth=strength, skip=["stem"]))
     factors = smoothing(graphs.graph(), graphs.ranges, strength).factors
     floats, before = tools.constants(graphs.path()), tools.nodes(graphs.path())
     model = onnx.load(str(folder / "student.onnx"), load_external_data=False)
@@ -345,7 +345,7 @@ def test_ranges_are_chosen_once_for_many_trials(tools, monkeypatch):
     real = module.choose_range
     monkeypatch.setattr(module, "choose_range", lambda *a: calls.append(a) or real(*a))
     paths = {"student": graphs.graph()}
-    made = [module.quantise(paths, graphs.ranges, FLAVOURS["int8-x86"], "percentile", chosen=known) for _ in range(3)]
+    made = [module.quantise(paths, graphs.ranges, SCHEMES["int8-x86"], "percentile", chosen=known) for _ in range(3)]
     assert len(calls) == len(known) == 41
     assert made[0].constants == made[1].constants == made[2].constants
 
@@ -383,12 +383,12 @@ def test_a_patch_embedding_takes_the_bytes_as_they_come(tools):
 
 
 @pytest.mark.parametrize(
-    ("flavour", "profile", "skip"),
+    ("scheme", "profile", "skip"),
     [("int8-arm", "ort", []), ("int8-x86", "openvino", []), ("int8-x86", "ort", ["stem"])],
 )
-def test_other_patch_embeddings_stay_as_they_are(tools, flavour, profile, skip):
+def test_other_patch_embeddings_stay_as_they_are(tools, scheme, profile, skip):
     graphs = tools.make("apt", profile)
-    quantised = graphs.quantise(flavour, skip=skip)
+    quantised = graphs.quantise(scheme, skip=skip)
     assert "stem" not in quantised.units
-    folder = graphs.write(quantised, f"nostem-{flavour}-{len(skip)}")
+    folder = graphs.write(quantised, f"nostem-{scheme}-{len(skip)}")
     assert "Cast" in {n.op_type for n in tools.nodes(folder / "student.onnx").values()}

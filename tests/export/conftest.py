@@ -16,8 +16,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import Artefact, assemble
+from cdl_edge.export.assembly import Artefact, assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.images import Preprocessing
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Architecture, fold_batch_norm

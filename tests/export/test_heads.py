@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate.bundle import calibrate
+from cdl_edge.calibrate.calibrate_bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import InputError
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cdl_edge.data import load_dataset
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.export.parity import TOLERANCE
 from cdl_edge.runtime import load
 from cdl_edge.train.config import TrainConfig

@@ -11,7 +11,7 @@ from cdl_edge.train import batches
 from cdl_edge.train.augment import random_boxes
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.batches import CROP_AREA, Pipeline, TaskImages
-from cdl_edge.train.engine import Share
+from cdl_edge.train.devices import Share
 from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 
 from cdl_edge.errors import InputError
 from cdl_edge.train.batches import Pipeline, TaskImages
-from cdl_edge.train.engine import Engine, Share
+from cdl_edge.train.devices import Devices, Share
 from cdl_edge.train.evaluate import accuracy, evaluate_run, logits_of
 from cdl_edge.train.loop import train
 
@@ -105,12 +105,12 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
     sides = {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)}
     images = TaskImages(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
     assert accuracy(images, "student", 6) == 100.0  # every label is what the model says
-    engine = Engine("cpu", "fp32")
+    devices = Devices("cpu", "fp32")
     parts = []
-    engine.sum = lambda value: parts.append(value.numpy().copy()) or value
+    devices.sum = lambda value: parts.append(value.numpy().copy()) or value
     for rank in range(processes):
-        engine.share = Share(rank, processes)
-        accuracy(images, "student", 6, engine)
+        devices.share = Share(rank, processes)
+        accuracy(images, "student", 6, devices)
     assert len(parts) == processes and (sum(parts) == images.labels).all()  # nothing twice, nothing left out
 
 

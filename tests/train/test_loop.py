@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
 from cdl_edge.train import batches, loop, phase
-from cdl_edge.train import engine as engine_module
+from cdl_edge.train import devices as devices_module
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
@@ -349,7 +349,7 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 
 
 def test_compat_is_the_authors_behaviour(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr(engine_module, "native_bf16", lambda device: True)  # what auto would take
+    monkeypatch.setattr(devices_module, "native_bf16", lambda device: True)  # what auto would take
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
     assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
     assert metrics["precision"] == "fp32"
@@ -412,7 +412,7 @@ def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
     assert (got.alpha, got.tau, got.seed, got.classes) == (0.3, 2.0, 0, 10)
     assert (got.student_width, got.student_depth, got.student_grid) == (16, 6, 2)
     assert (got.teacher_width, got.teacher_depth, got.teacher_grid) == (24, 7, 2)
-    assert got.spans == ((0, 5), (5, 10))
+    assert got.class_ranges == ((0, 5), (5, 10))
     alone = _Training(make_config(tmp_path / "none", distill="none"), False, True).distiller.spec
     assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
 

@@ -45,9 +45,9 @@ def write(lab, folder: Path, student, profile: str, precision: str, batch: int |
         (folder / name).write_bytes(content)
     if precision == "int8":
         from cdl_edge.calibrate.collect import collect
-        from cdl_edge.calibrate.flavours import get_flavour
         from cdl_edge.calibrate.layers import FloatGraph
         from cdl_edge.calibrate.quantize import quantise
+        from cdl_edge.calibrate.schemes import get_scheme
 
         other, _ = lab.artefact(student, profile=PROFILES[profile])  # the whole student has the ranges of both passes
         (folder / "whole").mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def write(lab, folder: Path, student, profile: str, precision: str, batch: int |
         whole = FloatGraph(folder / "whole" / path.name, other.layers.graphs["student"])
         ranges = collect(whole, lab.pixels(6)).tensors
         graph = FloatGraph(path, artefact.layers.graphs["student"])
-        quantised = quantise({"student": graph}, ranges, get_flavour("int8-trt"))
+        quantised = quantise({"student": graph}, ranges, get_scheme("int8-trt"))
         for name, content in {path.name: quantised.models["student"], **quantised.constants}.items():
             (folder / name).write_bytes(content)
     return path

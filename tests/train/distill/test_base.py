@@ -78,8 +78,8 @@ def wide(tiny_vit):
 
 
 @pytest.fixture
-def scene(lesson, tokens, wide):
-    """scene(batch, span, seed): a lesson with everything that any distiller asks for."""
+def scene(distill_batch, tokens, wide):
+    """scene(batch, span, seed): a distill_batch with everything that any distiller asks for."""
 
     def make(batch=8, span=(0, 4), seed=0, rows=slice(None)):
         generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def scene(lesson, tokens, wide):
         labels = torch.arange(batch) % (span[1] - span[0])
         given = (t[rows] for t in tokens(batch, 6, 16, seed=seed))
         wanted = (t[rows] for t in tokens(batch, 6, 24, seed=seed + 1))
-        return lesson(
+        return distill_batch(
             cls[rows].requires_grad_(), labels[rows], kd[rows], said[rows, slice(*span)], span, given, wanted, wide
         )
 
@@ -134,7 +134,7 @@ def test_a_task_of_one_class_and_of_two_is_defined(name, classes, spec, scene):
 
 # Not those that make logits of their own, which cannot be masked from outside: stepping stones, an auxiliary head.
 @pytest.mark.parametrize("name", [n for n, d in DISTILLERS.items() if not d.needs_tail and n != "m2kd"])
-def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec, lesson, tokens):
+def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec, distill_batch, tokens):
     # The papers set the logits of other classes to -inf; here the columns are cut out.
     generator = torch.Generator().manual_seed(1)
     cls, kd, said = torch.randn(3, 6, 9, generator=generator)
@@ -147,8 +147,8 @@ def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec
 
     hidden, wanted = tokens(6, 6, 16), tokens(6, 6, 24, seed=1)
     distiller = DISTILLERS[name](spec())
-    cut = distiller.loss(lesson(cls, labels - 3, kd, said[:, 3:6], (3, 6), hidden, wanted)).item()
-    whole = lesson(masked(cls), labels, masked(kd), masked(said), (0, 9), hidden, wanted)
+    cut = distiller.loss(distill_batch(cls, labels - 3, kd, said[:, 3:6], (3, 6), hidden, wanted)).item()
+    whole = distill_batch(masked(cls), labels, masked(kd), masked(said), (0, 9), hidden, wanted)
     assert distiller.loss(whole).item() == pytest.approx(cut, rel=1e-5)
 
 

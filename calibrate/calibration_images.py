@@ -18,7 +18,7 @@ LARGEST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Images:
+class CalibrationImages:
     """Of the classes that a source and a bundle share."""
 
     training: np.ndarray
@@ -40,7 +40,7 @@ def images_of(
     source: str,
     per_task: int,
     limit_per_class: int | None,
-) -> Images:
+) -> CalibrationImages:
     """Read them. per_task: training images of each task. limit_per_class: validation images, None: all.
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
@@ -76,7 +76,7 @@ def images_of(
     labels = mapped[validation.labels]
     tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
     whole = set(range(len(bundle.classes))) <= set(given.tolist())
-    return Images(
+    return CalibrationImages(
         training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, dataset.summary, whole
     )
 

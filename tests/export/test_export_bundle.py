@@ -12,8 +12,8 @@ import pytest
 
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import GateError, InputError
-from cdl_edge.export import bundle as module
-from cdl_edge.export.bundle import export
+from cdl_edge.export import export_bundle as module
+from cdl_edge.export.export_bundle import export
 from cdl_edge.files import sha256
 from cdl_edge.log import told
 from cdl_edge.measurement.evaluate import evaluate

@@ -13,17 +13,17 @@ from ..errors import InputError, choose
 from ..files import workspace
 from ..log import LOG
 from ..ranges import Ranges, TensorRange, merge_tensors
+from .calibration_images import FEW, CalibrationImages, images_of
 from .collect import collect
-from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
+from .cpu_session import CpuSession
 from .floor import recommend, some_of
-from .images import FEW, Images, images_of
-from .latency import race
+from .latency import time_candidates
 from .layers import float_graph
 from .measure import DEFINITIONS, Measured, measure
 from .opset import here
 from .quantize import WEIGHTS, scales_file
 from .scales import METHODS, choose_range
-from .session import Session
+from .schemes import OF_PROFILE, SCHEMES, Scheme, get_scheme
 from .smooth import STRENGTHS, smoothing
 from .trial import Known, Trial, choose_smoothing, settle
 
@@ -45,7 +45,7 @@ def calibrate(
     ranges: str = "auto",
     method: str = "max",
     smooth: float | str | None = "auto",
-    flavours: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
     images: int = 64,
     max_drop: float | None = None,
     searching: bool = True,
@@ -61,7 +61,7 @@ def calibrate(
         data: image source, see data.load_dataset: all classes, or those whose images are still there. Its training
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
-        flavours: keys of FLAVOURS; None: those of the bundle's export profile.
+        schemes: keys of SCHEMES; None: those of the bundle's export profile.
         images: training images of each task to take ranges from.
         max_drop: points of accuracy that any task with images, and their average, may lose; None: no gate. A loss that
             chance explains fails nothing, see search.Gate.
@@ -97,7 +97,7 @@ def calibrate(
     pixels = found.validation if found is not None else opened.selftest()[0]
     labels = found.labels if found is not None else None
     LOG.info(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
-    expected = Session(opened.graph().read_bytes(), opened.path).logits(pixels)
+    expected = CpuSession(opened.graph().read_bytes(), opened.path).logits(pixels)
     if not np.isfinite(expected).all():
         raise InputError(
             f"{opened.path}: the answers of fp32 are not finite", fix="export the run again, or look at the images"
@@ -105,9 +105,9 @@ def calibrate(
     if found is not None:
         _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels))
     kept, situation = _ranges(opened, found, ranges)
-    chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
-    for flavour in chosen:
-        _warn_clipped(kept, method, flavour)
+    chosen = [get_scheme(f) for f in schemes or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
+    for scheme in chosen:
+        _warn_clipped(kept, method, scheme)
     known = Known(pixels, expected, labels, found.training if found is not None else None, opened.tasks, max_drop)
 
     files, graphs, signatures = _float_parts(opened)
@@ -120,7 +120,7 @@ def calibrate(
 
         strength, tried = choose_smoothing(trials, strengths, known)
         for trial, answers in tried:
-            name = trial.flavour.name
+            name = trial.scheme.name
             quantised, report[name] = settle(trial, answers, known, searching)
             files |= quantised.constants
             for graph, model in quantised.models.items():
@@ -141,10 +141,10 @@ def calibrate(
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
         LOG.info("latency: every precision that runs here, in turns")
         some = some_of(len(pixels))
-        raced = race(draft, pixels[some])
-    document["latency"] = [one.to_json() for one in raced]
+        timed = time_candidates(draft, pixels[some])
+    document["latency"] = [one.to_json() for one in timed]
     document["recommended"], document["refused"] = recommend(
-        raced, expected[some], None if labels is None else labels[some], opened.tasks
+        timed, expected[some], None if labels is None else labels[some], opened.tasks
     )
     for entry in document["refused"]:
         LOG.warning(f"{entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
@@ -171,14 +171,16 @@ def _strengths(smooth: float | str | None) -> list[float | None]:
 def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str], dict[str, Any]]:
     """Files, graphs and signatures without an earlier calibration's: its constants may not fit the new graphs."""
     manifest = bundle.manifest
-    graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in FLAVOURS}
+    graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in SCHEMES}
     old = {*manifest.graphs.values()} - {*graphs.values()}
-    old |= {WEIGHTS, *(scales_file(flavour) for flavour in FLAVOURS.values())}
+    old |= {WEIGHTS, *(scales_file(scheme) for scheme in SCHEMES.values())}
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest.files if name not in old}
     return files, graphs, {k: v for k, v in manifest.signatures.items() if k in graphs}
 
 
-def _ranges(bundle: Bundle, found: Images | None, source: str) -> tuple[dict[str, TensorRange], dict[str, Any]]:
+def _ranges(
+    bundle: Bundle, found: CalibrationImages | None, source: str
+) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """The range of every tensor, and what it comes from. Raises: InputError when there is nothing to take it from."""
     name = bundle.manifest.ranges
     kept = Ranges.load(bundle.path / name) if name else None
@@ -228,11 +230,11 @@ def _warn_unlike(bundle: Bundle, found: Measured, images: int) -> None:
         )
 
 
-def _warn_clipped(ranges: dict[str, TensorRange], method: str, flavour: Flavour) -> None:
+def _warn_clipped(ranges: dict[str, TensorRange], method: str, scheme: Scheme) -> None:
     """More than a few values beyond the end of a range: the method does not suit this tensor."""
     for name, kept in ranges.items():
         histogram = kept.histogram
-        low, high = choose_range(histogram, method, flavour.symmetric)
+        low, high = choose_range(histogram, method, scheme.symmetric)
         centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
         outside = float(histogram.counts[(centres < low) | (centres > high)].sum() / histogram.values)
         if outside > CLIPPED:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from cdl_edge.data import Split
 from cdl_edge.ranges import Histogram, Ranges, merge_tensors
-from cdl_edge.train import ranges as ranges_module
+from cdl_edge.train import range_keeper as ranges_module
 from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.loop import _Training, train
-from cdl_edge.train.ranges import RangeKeeper, collect, range_of
+from cdl_edge.train.range_keeper import RangeKeeper, collect, range_of
 
 DEVICE = torch.device("cpu")
 ENDS = ("qkv", "proj", "fc1", "fc2")

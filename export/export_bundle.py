@@ -26,11 +26,11 @@ from ..runtime.confidence import fit, pack_selections
 from ..runtime.runner import Runner
 from ..train.closed_form import load_statistics, statistics_file
 from ..train.run import Run, load_run
-from .graph import StudentGraph
-from .model import assemble
+from .assembly import assemble
 from .nodes import Graph
 from .parity import CHUNK, compare, logits_of, logits_of_passes, sample, student_logits
 from .profiles import Profile, get_profile
+from .student_graph import StudentGraph
 
 SELFTEST_IMAGES = 4
 KNOWN_IMAGES = 100
