@@ -45,7 +45,7 @@ from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 from cdl_edge.calibrate.calibration_images import images_of
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.cpu_session import CpuSession
-from cdl_edge.calibrate.layers import FloatGraph, float_graph, named_layers
+from cdl_edge.calibrate.float_graph import FloatGraph, float_graph, named_layers
 from cdl_edge.calibrate.measure import Measured, compare, measure
 from cdl_edge.calibrate.quantize import quantise
 from cdl_edge.calibrate.schemes import SCHEMES

@@ -16,9 +16,9 @@ from ..ranges import Ranges, TensorRange, merge_tensors
 from .calibration_images import FEW, CalibrationImages, images_of
 from .collect import collect
 from .cpu_session import CpuSession
+from .float_graph import float_graph
 from .floor import recommend, some_of
 from .latency import time_candidates
-from .layers import float_graph
 from .measure import DEFINITIONS, Measured, measure
 from .opset import here
 from .quantize import WEIGHTS, scales_file

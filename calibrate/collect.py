@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 from ..errors import InputError
 from ..ranges import Histogram, TaskRanges, TensorRange, merge_tensors
 from .cpu_session import CpuSession
-from .layers import FloatGraph
+from .float_graph import FloatGraph
 
 BEHIND_NORM = ("qkv", "fc1")
 

@@ -18,7 +18,7 @@ from onnx import helper
 from ..artefacts.layer_table import Layer
 from ..ranges import TensorRange
 from .constants import Packed, read
-from .layers import FloatGraph
+from .float_graph import FloatGraph
 from .opset import EVERYWHERE, lower
 from .scales import choose_range
 from .schemes import Scheme

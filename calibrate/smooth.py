@@ -16,7 +16,7 @@ import onnx
 
 from ..ranges import TensorRange
 from .constants import read
-from .layers import FloatGraph
+from .float_graph import FloatGraph
 
 STRENGTHS = (0.5, 0.8)
 "what `calibrate` tries by itself where 8 bits fall short without: SmoothQuant's advice, and more"

@@ -16,8 +16,8 @@ from ..artefacts.layout import BACKBONE, PROMPTS
 from ..log import LOG
 from ..ranges import TensorRange
 from .cpu_session import CpuSession
+from .float_graph import FloatGraph, float_graph
 from .floor import FEW, shortfall
-from .layers import FloatGraph, float_graph
 from .measure import compare, measure
 from .opset import opset_of
 from .paired import Paired

@@ -19,7 +19,7 @@ from PIL import Image
 from cdl_edge.artefacts.layer_table import Layer, LayerTable
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
-from cdl_edge.calibrate.layers import FloatGraph
+from cdl_edge.calibrate.float_graph import FloatGraph
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.quantize import Quantised, quantise
 from cdl_edge.calibrate.schemes import get_scheme

@@ -17,7 +17,7 @@ from cdl_edge.calibrate import opset as opset_module
 from cdl_edge.calibrate.calibrate_bundle import calibrate
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
-from cdl_edge.calibrate.layers import float_graph
+from cdl_edge.calibrate.float_graph import float_graph
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.search import Verdict
 from cdl_edge.errors import GateError, InputError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdl_edge.calibrate.collect import collect
-from cdl_edge.calibrate.layers import FloatGraph
+from cdl_edge.calibrate.float_graph import FloatGraph
 from cdl_edge.data import Split
 from cdl_edge.errors import InputError
 from cdl_edge.train.batches import Pipeline, TaskImages

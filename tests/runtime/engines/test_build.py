@@ -45,7 +45,7 @@ def write(lab, folder: Path, student, profile: str, precision: str, batch: int |
         (folder / name).write_bytes(content)
     if precision == "int8":
         from cdl_edge.calibrate.collect import collect
-        from cdl_edge.calibrate.layers import FloatGraph
+        from cdl_edge.calibrate.float_graph import FloatGraph
         from cdl_edge.calibrate.quantize import quantise
         from cdl_edge.calibrate.schemes import get_scheme
 

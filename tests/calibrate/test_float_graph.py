@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
-from cdl_edge.calibrate.layers import FloatGraph, float_graph, named_layers
+from cdl_edge.calibrate.float_graph import FloatGraph, float_graph, named_layers
 from cdl_edge.calibrate.quantize import quantise
 from cdl_edge.calibrate.schemes import SCHEMES
 
