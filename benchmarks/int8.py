@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--data", help="image source of the runs")
     parser.add_argument("--images", type=int, default=64, help="training images of each task")
-    parser.add_argument("--flavour", default="int8-x86", help=", ".join(SCHEMES))
+    parser.add_argument("--scheme", "--flavour", default="int8-x86", help=", ".join(SCHEMES))
     parser.add_argument("--peers", default="ort,modelopt", help="whose accuracy is measured too: minutes a run")
     parser.add_argument("--no-speed", action="store_true", help="accuracy only")
     parser.add_argument("--rounds", type=int, default=60, help="calls of each graph")

@@ -119,3 +119,17 @@ def test_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         cdl_edge.trian  # noqa: B018
+
+
+def test_the_earlier_name_of_quantisation_schemes(monkeypatch):
+    from cdl_edge import api
+    from cdl_edge.calibrate import calibrate_bundle
+    from cdl_edge.cli import cli
+
+    seen = []
+    monkeypatch.setattr(calibrate_bundle, "calibrate", lambda *given: seen.append(given) or {})
+    api.calibrate("bundle", "out", flavours=["int8-arm"])
+    api.calibrate("bundle", "out", schemes=["int8-arm"])
+    assert seen[0] == seen[1] and ["int8-arm"] in seen[0]
+    option = next(p for p in cli.commands["calibrate"].params if p.name == "schemes")
+    assert option.opts == ["--scheme", "--flavour"]

@@ -176,7 +176,7 @@ class _Training:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        if any(len(task) == 1 for task in self.scenario.tasks):
+        if self.devices.is_main and any(len(task) == 1 for task in self.scenario.tasks):
             LOG.warning("a task of one class teaches prompts nothing: the loss compares the classes of one task")
         if (self.out / METRICS).exists():
             self._say(f"{self.out}: already finished")

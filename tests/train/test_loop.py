@@ -377,13 +377,13 @@ def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
 def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat, monkeypatch):
     # Trap 2: in the authors' code the teacher distils from the previous merged prompt, zeros in task 1.
     seen = []
-    real = Phase._answer
+    real = Phase._teacher_outputs
 
     def watch(self, batch):
         seen.append(self.models["teacher"].learner.merged.abs().sum().item())
         return real(self, batch)
 
-    monkeypatch.setattr(Phase, "_answer", watch)
+    monkeypatch.setattr(Phase, "_teacher_outputs", watch)
     train(make_config(tmp_path / "run", learner="apt", compat=compat), quiet=True)
     assert len(seen) == 2 and (seen[0] == 0) == compat and seen[1] > 0
 

@@ -159,10 +159,10 @@ def test_all_answers_are_those_of_each_step(bench, distill, monkeypatch):
     at = bench(distill=distill, learner="coda")
     images = at.images()
     monkeypatch.setattr(module, "CHUNK", 4)
-    whole = at.phase._all_answers(images)
+    whole = at.phase._all_outputs(images)
     assert whole.logits.shape == (11, 5) and len(whole.hidden) == (6 if distill == "fitnets" else 0)
     index = np.array([7, 2, 10])
-    step = at.phase._answer(images.batch(index, ["teacher"], at.made.devices.autocast))
+    step = at.phase._teacher_outputs(images.batch(index, ["teacher"], at.made.devices.autocast))
     assert torch.allclose(whole.at(torch.from_numpy(index)).logits, step.logits, atol=1e-4)
     for kept, fresh in zip(whole.hidden, step.hidden, strict=True):
         assert torch.allclose(kept[index], fresh, atol=1e-4)
@@ -175,15 +175,15 @@ def test_answers_that_do_not_fit_into_memory_are_asked_again_at_each_step(bench,
         at = bench(distill="reviewkd", epochs=2, batch_size=4)
         monkeypatch.setattr(module, "KEPT_BYTES", kept)
         losses.append([done.loss for done in at.phase.epochs(at.images(), 0, None)])
-        assert (at.phase.answers is None) == (kept == 10)
+        assert (at.phase.outputs is None) == (kept == 10)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_given_logits_are_not_asked_for_again(bench, monkeypatch):
     at = bench(distill="kdp", epochs=1, batch_size=4)
     images = at.images()
-    said = at.phase._all_answers(images)
-    monkeypatch.setattr(Phase, "_answer", lambda *_: pytest.fail("the teacher was asked"))
+    said = at.phase._all_outputs(images)
+    monkeypatch.setattr(Phase, "_teacher_outputs", lambda *_: pytest.fail("the teacher was asked"))
     assert len(list(at.phase.epochs(images, 0, TeacherOutputs(said.logits)))) == 1
 
 
