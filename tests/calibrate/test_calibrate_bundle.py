@@ -484,7 +484,7 @@ def test_wrong_options(exported, image_folder, tmp_path):
     for options, words in (
         ({"ranges": "keept"}, "did you mean 'kept'"),
         ({"method": "msse"}, "did you mean 'mse'"),
-        ({"flavours": ["int8-x68"]}, "did you mean 'int8-x86'"),
+        ({"schemes": ["int8-x68"]}, "did you mean 'int8-x86'"),
         ({"smooth": 1.5}, "0 to 1"),
         ({"smooth": "much"}, "0 to 1"),
         ({"max_drop": -1.0}, "0 or more points"),
@@ -628,16 +628,16 @@ def test_ranges_of_the_graph_and_of_training_name_the_same_tensors(exported):
 @pytest.mark.vnni
 def test_the_command(cli, exported, source, tmp_path, request):
     bundle, out = exported(), tmp_path / "out"
-    done = cli("calibrate", bundle, "--out", out, "--data", source, "--flavour", "int8-x86", "--max-drop", 90, "--json")
+    done = cli("calibrate", bundle, "--out", out, "--data", source, "--scheme", "int8-x86", "--max-drop", 90, "--json")
     assert done.code == 0, done.err
     document = json.loads(json.dumps(done.json))
     assert document["bundle"] == str(out) and document["max_drop"] == 90.0
     assert document["flavours"] == open_bundle(out).manifest.document["quantisation"]["flavours"]
-    plain = cli("calibrate", bundle, "--out", out, "--flavour", "int8-x86")
+    plain = cli("calibrate", bundle, "--out", out, "--scheme", "int8-x86")
     assert plain.code == 0 and "layers in 8 bits" in plain.out and "next: cdl-edge profile" in plain.out
     missed = request.getfixturevalue("missed")
     before = sha256(out / "manifest.json")
-    options = ("--flavour", "int8-x86", "--max-drop", missed["max_drop"], "--smooth", "none", "--no-search")
+    options = ("--scheme", "int8-x86", "--max-drop", missed["max_drop"], "--smooth", "none", "--no-search")
     refused = cli("calibrate", bundle, "--out", out, "--data", source, *options)
     assert refused.code == 1 and refused.out == ""
     assert "failed: int8-x86" in refused.err and "task 1 loses" in refused.err and "Traceback" not in refused.err

@@ -43,7 +43,7 @@ def assert_near(tools, graphs, folder, tolerance=0.15):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_linear_in_every_flavour(tools, graphs, name, scheme):
+def test_every_linear_in_every_scheme(tools, graphs, name, scheme):
     made = graphs(name)
     parts = set(made.whole())
     assert {f"prompted.blocks.2.{p}" for p in ("q", "k", "v", "proj", "fc1", "fc2")} <= parts

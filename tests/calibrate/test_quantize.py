@@ -74,7 +74,7 @@ def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
 @pytest.mark.quick("l2p-int8-x86", "dualprompt-int8-arm", "coda-int8-trt", "apt-int8-x86")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_in_every_flavour(tools, learner, scheme):
+def test_every_learner_in_every_scheme(tools, learner, scheme):
     graphs = tools.make(learner)
     folder = graphs.write(graphs.quantise(scheme))
     for name in graphs.names:
@@ -148,7 +148,7 @@ def test_the_runtimes_own_kernels_agree(tools, scheme):
     assert np.abs(slow - fast).max() <= 0.05 * np.ptp(slow)
 
 
-def test_zero_points_and_biases_of_each_flavour(tools):
+def test_zero_points_and_biases_of_each_scheme(tools):
     graphs = tools.make("coda")
     for scheme in SCHEMES.values():
         path = graphs.write(graphs.quantise(scheme.name)) / "student.onnx"
@@ -209,7 +209,7 @@ def test_the_three_graphs_share_their_weights(tools):
 
 
 @pytest.mark.slow
-def test_the_file_of_weights_is_the_same_for_all_flavours_and_whatever_stays_in_float(tools):
+def test_the_file_of_weights_is_the_same_for_all_schemes_and_whatever_stays_in_float(tools):
     """Flavours of one bundle share it, though the gate may leave other layers of each in float."""
     graphs = tools.make("coda", profile="trt10")
     made = [

@@ -63,14 +63,14 @@ def spec() -> Callable[..., DistillSpec]:
 
 @pytest.fixture(scope="session")
 def distill_batch() -> Callable[..., DistillationBatch]:
-    """distill_batch(cls=rows, labels=[..], kd=rows, said=rows, span=(low, high), ...) from lists or tensors."""
+    """distill_batch(cls=rows, labels=[..], kd=rows, said=rows, class_range=(low, high), ...) from lists or tensors."""
 
     def make(
         cls: Any,
         labels: Sequence[int],
         kd: Any = None,
         said: Any = None,
-        span: tuple[int, int] | None = None,
+        class_range: tuple[int, int] | None = None,
         hidden: Sequence[Tensor] = (),
         teacher_hidden: Sequence[Tensor] = (),
         teacher: PromptedViT | None = None,
@@ -79,13 +79,13 @@ def distill_batch() -> Callable[..., DistillationBatch]:
         rows = [None if v is None else torch.as_tensor(v) for v in (cls, kd, said)]
         assert rows[0] is not None
         output = StudentOutput(rows[0], rows[1], None, None, tuple(hidden))
-        span = span or (0, rows[0].shape[1])
+        class_range = class_range or (0, rows[0].shape[1])
         # No model: what a distiller asks of it is its own matter.
         return DistillationBatch(
             output,
             torch.as_tensor(labels),
             task=0,
-            span=span,
+            class_range=class_range,
             inputs=rows[0],
             query=query,
             student_model=None,  # type: ignore[arg-type]

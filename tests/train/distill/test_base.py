@@ -79,16 +79,23 @@ def wide(tiny_vit):
 
 @pytest.fixture
 def scene(distill_batch, tokens, wide):
-    """scene(batch, span, seed): a distill_batch with everything that any distiller asks for."""
+    """scene(batch, class_range, seed): a distill_batch with everything that any distiller asks for."""
 
-    def make(batch=8, span=(0, 4), seed=0, rows=slice(None)):
+    def make(batch=8, class_range=(0, 4), seed=0, rows=slice(None)):
         generator = torch.Generator().manual_seed(seed)
         cls, kd, said = torch.randn(3, batch, 9, generator=generator)
-        labels = torch.arange(batch) % (span[1] - span[0])
+        labels = torch.arange(batch) % (class_range[1] - class_range[0])
         given = (t[rows] for t in tokens(batch, 6, 16, seed=seed))
         wanted = (t[rows] for t in tokens(batch, 6, 24, seed=seed + 1))
         return distill_batch(
-            cls[rows].requires_grad_(), labels[rows], kd[rows], said[rows, slice(*span)], span, given, wanted, wide
+            cls[rows].requires_grad_(),
+            labels[rows],
+            kd[rows],
+            said[rows, slice(*class_range)],
+            class_range,
+            given,
+            wanted,
+            wide,
         )
 
     return make
@@ -126,7 +133,7 @@ def test_the_loss_is_a_mean_over_the_batch(name, spec, scene):
 @pytest.mark.parametrize("name", DISTILLERS)
 @pytest.mark.parametrize("classes", [1, 2])
 def test_a_task_of_one_class_and_of_two_is_defined(name, classes, spec, scene):
-    made = scene(span=(0, classes))
+    made = scene(class_range=(0, classes))
     value = DISTILLERS[name](spec()).loss(made)
     value.backward()
     assert math.isfinite(value.item()) and torch.isfinite(made.student.cls_logits.grad).all()
@@ -154,7 +161,7 @@ def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_no_gradient_reaches_the_head_of_another_task(name, spec, scene):
-    made = scene(span=(3, 6))
+    made = scene(class_range=(3, 6))
     DISTILLERS[name](spec()).loss(made).backward()
     gradient = made.student.cls_logits.grad.abs().sum(dim=0)
     assert (gradient[3:6] > 0).all() and gradient[:3].max() == 0 and gradient[6:].max() == 0

@@ -77,7 +77,9 @@ def test_blockwise(plain, spec, distill_batch, tokens, wide, alpha, tau, teacher
             term += alpha * plain.kl(answer, said.tolist(), tau)
             term += 0.5 * alpha * plain.kl(answer, mean, tau)
             expected += share * term
-        got = distiller.loss(distill_batch(cls, LABELS, said=said, span=SPAN, hidden=hidden, teacher=teacher)).item()
+        got = distiller.loss(
+            distill_batch(cls, LABELS, said=said, class_range=SPAN, hidden=hidden, teacher=teacher)
+        ).item()
     assert got == pytest.approx(expected, rel=1e-4)
 
 
@@ -95,7 +97,7 @@ def test_a_stone_is_the_rest_of_the_teacher(spec, distill_batch, wide, learner):
         whole = teacher(inputs, query, hidden=True)
         cls = teacher.combine(whole)
         made = distill_batch(
-            cls, LABELS, said=cls[:, 3:6], span=SPAN, hidden=whole.hidden, teacher=teacher, query=query
+            cls, LABELS, said=cls[:, 3:6], class_range=SPAN, hidden=whole.hidden, teacher=teacher, query=query
         )
         once = nn.functional.cross_entropy(cls[:, 3:6], torch.tensor(LABELS)).item()
         assert distiller.loss(made).item() == pytest.approx(once * (1 + 1 / 2 + 1 / 4 + 1 / 8), rel=1e-4)

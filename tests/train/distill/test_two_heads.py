@@ -22,7 +22,7 @@ def test_both_heads_learn_from_the_labels(plain, spec, distill_batch, alpha):
 
 def test_only_the_current_classes_are_compared(spec, distill_batch):
     cls, kd = (torch.tensor(rows, requires_grad=True) for rows in (CLS, KD))
-    DISTILLERS["two-heads"](spec()).loss(distill_batch(cls, [0, 1], kd, span=(1, 3))).backward()
+    DISTILLERS["two-heads"](spec()).loss(distill_batch(cls, [0, 1], kd, class_range=(1, 3))).backward()
     for logits in (cls, kd):
         assert (logits.grad[:, 0] == 0).all() and (logits.grad[:, 1:] != 0).all()
 
