@@ -11,6 +11,8 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .log import told
+
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Unpack
@@ -45,7 +47,8 @@ def quickstart(
     from .quickstart import quickstart as run
 
     limit_threads(threads)
-    document, text = run(data, Path(out), say)
+    with told(say):
+        document, text = run(data, Path(out))
     show(text)
     return document
 
@@ -102,7 +105,8 @@ def pretrain(
     if missing := [k for k, f in known.items() if k not in options and f.default is MISSING]:
         raise InputError(f"pretrain --arch {arch}: an option is missing", got="nothing", expected=missing[0])
     limit_threads(threads)
-    return dict((pretrain_hybrid if config is HybridConfig else run)(config(**options), resume, say))
+    with told(say):
+        return dict((pretrain_hybrid if config is HybridConfig else run)(config(**options), resume))
 
 
 def train(
@@ -165,25 +169,25 @@ def export(
     say: Callable[[str], None] = _silent,
     statistics: bool = False,
 ) -> dict[str, Any]:
-    """RUN -> BUNDLE or Triton model repository, see export.bundle.export. Raises also: GateError.
+    """RUN -> BUNDLE or Triton model repository, see export.export_bundle.export. Raises also: GateError.
 
     say: gets a line for each step.
     """
     from .errors import choose
-    from .export.bundle import export as fold
+    from .export.export_bundle import export as fold
 
     limit_threads(None)
     if choose("target", target, ("bundle", "triton")) == "bundle":
-        return fold(run, out, profile, dynamic_batch, images, data, say, replace, statistics)
+        with told(say):
+            return fold(run, out, profile, dynamic_batch, images, data, replace, statistics)
     from .artefacts.bundle import open_bundle
     from .export.triton import check_repository, write_repository
     from .files import workspace
 
     check_repository(Path(out))
-    with workspace(Path(out).parent) as folder:
-        result = fold(
-            run, folder / Path(run).resolve().name, profile, dynamic_batch, images, data, say, statistics=statistics
-        )
+    with told(say), workspace(Path(out).parent) as folder:
+        name = Path(run).resolve().name
+        result = fold(run, folder / name, profile, dynamic_batch, images, data, statistics=statistics)
         write_repository(open_bundle(result["bundle"]), Path(out), replace=replace)
     return {**result, "bundle": None, "repository": str(out)}
 
@@ -195,7 +199,7 @@ def calibrate(
     ranges: str = "auto",
     method: str = "max",
     smooth: float | str | None = "auto",
-    flavours: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
     images: int = 64,
     max_drop: float | None = None,
     searching: bool = True,
@@ -203,26 +207,17 @@ def calibrate(
     limit_per_class: int | None = None,
     say: Callable[[str], None] = _silent,
     replace: bool = False,
+    flavours: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.bundle.calibrate. Raises also: GateError."""
-    from .calibrate.bundle import calibrate as run
+    """BUNDLE -> BUNDLE with INT8 graphs, see calibrate.calibrate_bundle.calibrate. Raises also: GateError.
 
-    return run(
-        bundle,
-        out,
-        data,
-        ranges,
-        method,
-        smooth,
-        flavours,
-        images,
-        max_drop,
-        searching,
-        opset,
-        limit_per_class,
-        say,
-        replace,
-    )
+    flavours: the earlier name of `schemes`.
+    """
+    from .calibrate.calibrate_bundle import calibrate as run
+
+    numbers = (images, max_drop, searching, opset, limit_per_class, replace)
+    with told(say):
+        return run(bundle, out, data, ranges, method, smooth, schemes or flavours, *numbers)
 
 
 def build(

@@ -335,7 +335,9 @@ def export(
     show_default=True,
     help="auto | none | 0 to 1: even out channels behind LayerNorms; auto: where 8 bits fall short without it",
 )
-@click.option("--flavour", "flavours", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]")
+@click.option(
+    "--scheme", "--flavour", "schemes", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]"
+)
 @click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="training images of each task")
 @click.option(
     "--max-drop", type=click.FloatRange(0), help="points that a task, and the average, may lose; needs --data"

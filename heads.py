@@ -29,6 +29,8 @@ GAP = 16.0
 apart by float32 to 1e-4 only, and the temperature that `export` fits undoes a factor"""
 RIDGES = 10.0 ** np.arange(-7, 2.1, 0.5)
 "candidates, in units of the mean eigenvalue of the second moment"
+RESERVED = ("auto", "learned", "aligned")
+"heads that are not made in closed form"
 RANDOM_FEATURES = 2000
 "of ranpac, unless another number is given: more are a little better and cost memory and time (square and cube)"
 
@@ -45,6 +47,27 @@ class LinearMap:
     "the shrinkage or ridge that was chosen; 0 where there is none"
 
 
+Maker = Callable[[ClassStatistics], LinearMap]
+CLOSED_FORM: dict[str, tuple[str, Maker]] = {}
+"name, as `--head` takes it -> kind of its feature map, and how it is made; filled by `register`"
+
+
+def register(name: str, features: str = "plain") -> Callable[[Maker], Maker]:
+    """Make a function known as the head of that name: that is all a new head needs.
+
+    features: kind of the feature map that it reads, see FeatureMap. Raises: ValueError for a name that is taken.
+    """
+
+    def add(make: Maker) -> Maker:
+        if name in CLOSED_FORM or name in RESERVED:
+            raise ValueError(f"two heads of the name {name!r}")
+        CLOSED_FORM[name] = features, make
+        return make
+
+    return add
+
+
+@register("ncm", "unit")
 def ncm(statistics: ClassStatistics) -> LinearMap:
     """Cosine to the class means, of unit features."""
     means = statistics.means
@@ -52,6 +75,7 @@ def ncm(statistics: ClassStatistics) -> LinearMap:
     return LinearMap(weight, np.zeros(len(weight)), 0.0)
 
 
+@register("slda")
 def slda(statistics: ClassStatistics) -> LinearMap:
     """Log posterior of Gaussians with one covariance S and equal priors: W = S^-1 m, b = -m^T S^-1 m / 2.
 
@@ -80,6 +104,7 @@ def moderate(weight: np.ndarray, bias: np.ndarray, means: np.ndarray) -> tuple[n
     return factor * weight, factor * bias
 
 
+@register("ranpac", "random")
 def ranpac(statistics: ClassStatistics) -> LinearMap:
     """Ridge regression onto one-hot labels: W = (G + ridge I)^-1 Q with G the second moment, Q the class sums."""
     ridge = best_ridge(statistics)
@@ -112,14 +137,6 @@ def best_ridge(statistics: ClassStatistics) -> float:
         degrees = float((inverse * values).sum())
         errors.append(images * max(rss, 0.0) / (images - degrees) ** 2 if degrees < 0.999 * images else np.inf)
     return float(ridges[int(np.argmin(errors))]) if np.isfinite(errors).any() else float(ridges[-1])
-
-
-CLOSED_FORM: dict[str, tuple[str, Callable[[ClassStatistics], LinearMap]]] = {
-    "ncm": ("unit", ncm),
-    "slda": ("plain", slda),
-    "ranpac": ("random", ranpac),
-}
-"name -> kind of its feature map, and how it is made"
 
 
 def feature_map(head: str, parts: tuple[str, ...], width: int, random_features: int = RANDOM_FEATURES) -> FeatureMap:

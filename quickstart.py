@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .display import (
     quantisation_table,
 )
 from .errors import InputError
+from .log import LOG
 
 
 def _profile(bundle: Path) -> dict[str, Any]:
@@ -30,14 +30,14 @@ def _profile(bundle: Path) -> dict[str, Any]:
     return document
 
 
-def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     """Train teacher and student, export, put it into 8 bits, evaluate and profile the bundle, write the report.
 
     Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
     """
     from .artefacts.run_record import Metrics
-    from .calibrate.bundle import calibrate
-    from .export.bundle import export
+    from .calibrate.calibrate_bundle import calibrate
+    from .export.export_bundle import export
     from .measurement.evaluate import evaluate
     from .report.model_page import write_report
     from .runtime import load
@@ -47,22 +47,22 @@ def quickstart(data: str, out: Path, say: Callable[[str], None]) -> tuple[dict[s
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not empty", expected="a new folder", fix="remove it, or give another --out")
     started = time.perf_counter()
-    say("1/5 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
+    LOG.info("1/5 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
     # Scans of digits are few (1,420) and look like nothing the backbones have seen: slda is ahead of ranpac on them.
     config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, head="slda")
     metrics = Metrics.of(train(config), "what train returned")
     average, baseline = metrics.student.average_accuracy, metrics.document["baseline"]
     if warning := baseline_warning(average, baseline, metrics.config):
-        say(warning)
-    say("2/5 export: static ONNX graphs, compared with the trained student")
-    exported = export(out / "run", out / "bundle", say=say)
-    say("3/5 calibrate: 8 bits from the ranges kept while learning; images only measure what it costs")
-    quantised = calibrate(out / "bundle", out / "bundle8", data, ranges="kept", say=say)
-    say("4/5 evaluate and profile the bundle, without torch's help")
+        LOG.info(warning)
+    LOG.info("2/5 export: static ONNX graphs, compared with the trained student")
+    exported = export(out / "run", out / "bundle")
+    LOG.info("3/5 calibrate: 8 bits from the ranges kept while learning; images only measure what it costs")
+    quantised = calibrate(out / "bundle", out / "bundle8", data, ranges="kept")
+    LOG.info("4/5 evaluate and profile the bundle, without torch's help")
     with load(out / "bundle8", precision="fp32") as runner:
         accuracy = evaluate(runner, data)
     latency = _profile(out / "bundle8")
-    say("5/5 report")
+    LOG.info("5/5 report")
     report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle8", profile=latency)
     document = {
         **{

@@ -2,7 +2,7 @@
 
 RUN     config.json  metrics.json  student.safetensors  teacher.safetensors  ranges.npz  report.html
 BUNDLE  manifest.json  student.onnx ...  backbone.bin  prompts.bin  selftest.npz  ranges.npz  statistics.npz
-        enrolments.npz
+        enrolments.npz  layers.json
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ RUN_SCHEMA = 1
 "version of a run's metrics.json and weights that this code writes; newer ones are refused"
 BUNDLE_SCHEMA = 2
 "version of a bundle's manifest.json that this code writes; older ones are read, newer ones refused"
+
+LAYERS_SCHEMA = 1
+"version of a bundle's layers.json; newer ones are refused"
 
 CONFIG = "config.json"
 METRICS = "metrics.json"
@@ -26,6 +29,8 @@ PROMPTS = "prompts.bin"
 SELFTEST = "selftest.npz"
 RANGES = "ranges.npz"
 "of the tensors of each task, in a RUN and in a BUNDLE"
+LAYERS = "layers.json"
+"the linear layers of each float graph, for calibrate; see layer_table.py"
 STATISTICS = "statistics.npz"
 "class statistics that the head is made from"
 ENROLMENTS = "enrolments.npz"

@@ -127,6 +127,7 @@ class Manifest:
     selftest: str | None = None
     "a file, or None"
     ranges: str | None = None
+    layers: str | None = None
     selections: str | None = None
     statistics: str | None = None
     enrolments: tuple[Enrolment, ...] = ()
@@ -364,7 +365,7 @@ def check_manifest(at: Path, manifest: Mapping[str, Any]) -> None:
     width = (manifest.get("backbone") or {}).get("width", 0)
     if not is_count(width):
         raise _contradiction(at, "field 'backbone'", f"width {width!r}", "a whole number")
-    for key in ("selftest", "ranges", "selections", "statistics"):
+    for key in ("selftest", "ranges", "layers", "selections", "statistics"):
         if manifest.get(key) is not None and manifest[key] not in (*manifest["files"],):
             raise _contradiction(at, f"field {key!r}", repr(manifest[key]), "one of the listed files, or null")
     _check_signatures(at, manifest)

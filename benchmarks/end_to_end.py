@@ -37,8 +37,8 @@ from PIL import Image
 from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 
 from cdl_edge.calibrate.collect import collect
-from cdl_edge.calibrate.flavours import FLAVOURS
 from cdl_edge.calibrate.quantize import quantise
+from cdl_edge.calibrate.schemes import FLAVOURS
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.images import Preprocessing
 from cdl_edge.measurement.profile import synthetic_jpeg

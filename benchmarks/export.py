@@ -43,14 +43,14 @@ import torch
 from rounds import ceiling, clock_of, machine, peak, race, ratio, show, version_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL, Rewrites
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.learners.l2p import L2P
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLASSES = 100
 MANY_TASKS = 100
@@ -112,7 +112,7 @@ def backbone_of(name: str) -> Backbone:
 def trained(backbone: Any, learner: str, kd: bool, own_query: str, tasks: int) -> PromptedViT:
     """A student with all tasks behind it, its learnt values random. own_query: of one pass; empty: two passes."""
     ways = {"one_pass": bool(own_query), "query_of": own_query or "class"}
-    student = PromptedViT(backbone.model, learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, **ways)
+    student = PromptedViT(backbone.model, ModelSpec(learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, **ways))
     generator = torch.Generator().manual_seed(0)
     for task in range(tasks):
         student.learner.begin_task(task)

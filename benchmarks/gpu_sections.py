@@ -25,7 +25,7 @@ import torch
 from cdl_edge.errors import InputError
 from cdl_edge.files import write_json
 from cdl_edge.train.config import TrainConfig
-from cdl_edge.train.engine import Engine
+from cdl_edge.train.devices import Engine
 from cdl_edge.train.loop import train
 from cdl_edge.train.phase import Phase
 
@@ -248,7 +248,7 @@ def speed(job: dict[str, Any], notes: Notes) -> None:
 
 def engines(job: dict[str, Any], notes: Notes) -> None:
     """A bundle in every engine that is here; TensorRT also takes new prompts into an engine that it has built."""
-    from cdl_edge.export.bundle import export
+    from cdl_edge.export.export_bundle import export
     from cdl_edge.runtime import load, open_bundle
 
     folder, images = Path(job["folder"]), 8 if job["tiny"] else 64
@@ -293,7 +293,7 @@ def in_engine(bundle: Path, backend: str, precision: str, runs: int) -> dict[str
     with load(opened, backend, precision=precision) as runner:
         parity, described = prove(runner, feeds, expected), runner.describe()
         logits = runner.compute(feeds)["logits"]
-        document = getattr(runner, "sidecar", None) or {}
+        document = getattr(runner.engine, "sidecar", None) or {}
     measured = profile(bundle, backend, runs=runs, precision=precision)
     keep = ("n", "mean", "p50", "p90", "p99")
     stages = {k: v for k, v in measured.items() if k.endswith("_ms") and isinstance(v, dict)}
@@ -315,7 +315,7 @@ def refit(old: Path, new: Path, load: Callable[..., Any]) -> dict[str, Any]:
     shutil.copytree(old / "engines", new / "engines")
     begun = time.perf_counter()
     with load(new, "tensorrt", precision="fp32") as runner:
-        document = runner.sidecar
+        document = runner.engine.sidecar
     seconds = time.perf_counter() - begun
     return {"refitted": document["refits"] == 1, "seconds": seconds, "gate": document["gate"]}
 

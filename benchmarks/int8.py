@@ -42,13 +42,14 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 
+from cdl_edge.calibrate.calibration_images import images_of
 from cdl_edge.calibrate.collect import collect
-from cdl_edge.calibrate.flavours import FLAVOURS
-from cdl_edge.calibrate.images import images_of
+from cdl_edge.calibrate.cpu_session import CpuSession
+from cdl_edge.calibrate.float_graph import FloatGraph, float_graph, named_layers
 from cdl_edge.calibrate.measure import Measured, compare, measure
 from cdl_edge.calibrate.quantize import quantise
-from cdl_edge.calibrate.session import Session
-from cdl_edge.export.bundle import export
+from cdl_edge.calibrate.schemes import SCHEMES
+from cdl_edge.export.export_bundle import export
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.ranges import Ranges, TensorRange, merge_tensors
@@ -126,7 +127,7 @@ def add_peer(calls: dict[str, Callable[[], Any]], label: str, path: Path | None,
     calls[label] = call
 
 
-def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) -> dict[str, Any]:
+def accuracy(run: Path, data: str, images: int, scheme: str, peers: list[str]) -> dict[str, Any]:
     """Of one run: variant -> {"accuracy", "drop", "worst_task", "quantisation_forgetting", "agreement"}."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,9 +137,10 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
         per_task = len(found.training) // len(bundle.tasks)
         last = found.training[-per_task:]
         kept = Ranges.load(bundle.path / "ranges.npz").merged()
-        every, ending = collect(bundle.graph(), found.training).tensors, collect(bundle.graph(), last).tensors
+        graph = float_graph(bundle, "student")
+        every, ending = collect(graph, found.training).tensors, collect(graph, last).tensors
         both = {n: merge_tensors([kept[n], ending[n]]) for n in ending}
-        expected = Session(bundle.graph().read_bytes(), bundle.path).logits(found.validation)
+        expected = CpuSession(bundle.graph().read_bytes(), bundle.path).logits(found.validation)
         before = measure(expected, found.labels, bundle.tasks)
         rows = {"fp32": row(before, before, expected, expected)}
         sources: dict[str, dict[str, TensorRange]] = {
@@ -148,10 +150,10 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
             "oracle": every,
         }
         for label, ranges in sources.items():
-            made = quantise({"student": bundle.graph()}, ranges, FLAVOURS[flavour], METHOD)
+            made = quantise({"student": graph}, ranges, SCHEMES[scheme], METHOD)
             for file, content in made.constants.items():
                 (bundle.path / file).write_bytes(content)
-            session = Session(made.models["student"], bundle.path, as_written=FLAVOURS[flavour].symmetric)
+            session = CpuSession(made.models["student"], bundle.path, as_written=SCHEMES[scheme].symmetric)
             logits = session.logits(found.validation)
             rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
         if peers:
@@ -159,7 +161,7 @@ def accuracy(run: Path, data: str, images: int, flavour: str, peers: list[str]) 
         for label in peers:
             path = peer(label, folder / "peers" / "student.onnx", found.training, folder)
             if path is not None:
-                logits = Session(path.read_bytes(), folder, as_written=True).logits(found.validation)
+                logits = CpuSession(path.read_bytes(), folder, as_written=True).logits(found.validation)
                 rows[label] = row(before, measure(logits, found.labels, bundle.tasks), logits, expected)
         return {"learner": bundle.manifest.learner, "variants": rows}
 
@@ -220,7 +222,8 @@ def speed(rounds: int, seed: int, learners: Sequence[str]) -> dict[str, dict[str
             for profile, engine in (("ort", "ort"), ("openvino", "openvino")):
                 place = folder / f"{learner}-{profile}"
                 path = ours(student, backbone, 1, place, profile, ALL)
-                made = quantise({"student": path}, collect(path, pixels).tensors, FLAVOURS["int8-x86"], METHOD)
+                graph = FloatGraph(path, named_layers(path, student.two_pass))
+                made = quantise({"student": graph}, collect(graph, pixels).tensors, SCHEMES["int8-x86"], METHOD)
                 for file, content in made.constants.items():
                     (place / file).write_bytes(content)
                 (place / "int8.onnx").write_bytes(made.models["student"])
@@ -264,7 +267,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--data", help="image source of the runs")
     parser.add_argument("--images", type=int, default=64, help="training images of each task")
-    parser.add_argument("--flavour", default="int8-x86", help=", ".join(FLAVOURS))
+    parser.add_argument("--scheme", "--flavour", default="int8-x86", help=", ".join(SCHEMES))
     parser.add_argument("--peers", default="ort,modelopt", help="whose accuracy is measured too: minutes a run")
     parser.add_argument("--no-speed", action="store_true", help="accuracy only")
     parser.add_argument("--rounds", type=int, default=60, help="calls of each graph")
@@ -279,12 +282,12 @@ def main() -> None:
     found = []
     for run in arguments.runs:
         peers = [p for p in arguments.peers.split(",") if p]
-        rows = accuracy(run, arguments.data, arguments.images, arguments.flavour, peers)
+        rows = accuracy(run, arguments.data, arguments.images, arguments.scheme, peers)
         found.append({"run": str(run), **rows})
         print(f"{run}: done", file=sys.stderr)
     table = summary(found)
     for learner, variants in table.items():
-        print(f"{learner}, {arguments.flavour}:")
+        print(f"{learner}, {arguments.scheme}:")
         for variant, figures in variants.items():
             shown = "  ".join(
                 f"{key} {mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
@@ -310,7 +313,7 @@ def main() -> None:
             {
                 "benchmark": "int8",
                 "method": METHOD,
-                "flavour": arguments.flavour,
+                "scheme": arguments.scheme,
                 "images_per_task": arguments.images,
                 "runs": found,
                 "summary": table,

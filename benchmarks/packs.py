@@ -39,14 +39,14 @@ from PIL import Image
 
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.export.bundle import SELFTEST_IMAGES
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.export_bundle import SELFTEST_IMAGES
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.machine import cpu_model
 from cdl_edge.runtime import load
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Backbone, load_backbone
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 from cdl_edge.updates.packs import create, install, listed, rollback
 
 LIMITS = {"apt": 1.0, "coda": 10.0}
@@ -137,7 +137,7 @@ def learnt(
 ) -> list[Path]:
     """Bundles of one student after each of its last `keep` tasks."""
     backbone = load_backbone(name)
-    student = PromptedViT(backbone.model, learner, classes, tasks, 0, kd=(12, 6))
+    student = PromptedViT(backbone.model, ModelSpec(learner, classes, tasks, 0, kd=(12, 6)))
     normalise = Normalise(backbone.preprocessing, torch.device("cpu"))
     per_task = classes // tasks
     made = []

@@ -30,11 +30,11 @@ from PIL import Image
 from cdl_edge.artefacts.bundle import Bundle, open_bundle, write_bundle
 from cdl_edge.artefacts.layout import SELECTIONS
 from cdl_edge.data import Split, load_dataset
-from cdl_edge.export.bundle import KNOWN_IMAGES
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.export_bundle import KNOWN_IMAGES
 from cdl_edge.export.parity import sample
 from cdl_edge.export.profiles import PROFILES
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.images import Preprocessing
 from cdl_edge.machine import cpu_model, version_of
 from cdl_edge.runtime import load

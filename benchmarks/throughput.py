@@ -11,7 +11,7 @@ its own, one after the other, `--repeats` times round:
 - ours-fp32-kept: the same without augmentation: what frozen parts compute is kept, the teacher is asked once an image
 - ours, ours-kept: the same two in our default precision (bf16 where the device computes it)
 A process trains teacher and student on one task. The first epoch warms up (and counts the FLOPs), the second is
-measured: from the first batch asked for to the last step done. Images are synthetic, 224 pixels, 10 classes.
+measured: from the first batch asked for to the last step done. TaskImages are synthetic, 224 pixels, 10 classes.
 
 images/s of ours has in it what is done once a task (decoding, kept tokens, kept answers), spread over the 20 epochs
 of the papers. A ratio is taken between two processes of the same round; the table has the median of the rounds.
@@ -182,13 +182,13 @@ def run_ours(job: dict[str, Any], recorder: Recorder) -> str:
     """One short run of the toolkit, with clocks in it; returns the precision it ran in."""
     import torch
 
-    from cdl_edge.train.batches import Images
+    from cdl_edge.train.batches import TaskImages
     from cdl_edge.train.config import TrainConfig
     from cdl_edge.train.loop import train
     from cdl_edge.train.phase import Phase
     from cdl_edge.train.student import PromptedViT
 
-    epochs, epoch, decode = Phase.epochs, Images.epoch, Images.__init__
+    epochs, epoch, decode = Phase.epochs, TaskImages.epoch, TaskImages.__init__
     running: dict[str, Any] = {}
 
     def add_once(side: str, begun: dict[str, float]) -> None:
@@ -214,8 +214,8 @@ def run_ours(job: dict[str, Any], recorder: Recorder) -> str:
         recorder.begin(running["side"])
         return epoch(*args, **kwargs)
 
-    Images.__init__, Images.epoch, Phase.epochs = timed_decode, timed_epoch, timed_epochs
-    Images.batch = recorder.wrap(Images.batch, "data")
+    TaskImages.__init__, TaskImages.epoch, Phase.epochs = timed_decode, timed_epoch, timed_epochs
+    TaskImages.batch = recorder.wrap(TaskImages.batch, "data")
     PromptedViT.query = recorder.wrap(PromptedViT.query, "query")
     PromptedViT.forward = recorder.wrap(
         PromptedViT.forward, lambda: "forward" if torch.is_grad_enabled() else "teacher"

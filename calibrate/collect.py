@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from ..errors import InputError
 from ..ranges import Histogram, TaskRanges, TensorRange, merge_tensors
-from .quantize import linears
-from .session import Session
+from .cpu_session import CpuSession
+from .float_graph import FloatGraph
 
 BEHIND_NORM = ("qkv", "fc1")
 
 
-def collect(path: Path, pixels: np.ndarray) -> TaskRanges:
-    """Of the inputs of all Linears of a graph over uint8 (N, S, S, 3).
+def collect(graph: FloatGraph, pixels: np.ndarray) -> TaskRanges:
+    """Of the inputs of all linear layers of a graph over uint8 (N, S, S, 3), by the layers' ranges.
 
     Raises: InputError when a value is not finite.
     """
-    model = onnx.load(str(path), load_external_data=False)
-    nodes = {node.name: node for node in model.graph.node}
-    names: dict[str, str] = {}  # tensor of the ranges -> value of the graph
-    for node, layer in linears(path).items():
-        names.setdefault(layer.tensor, nodes[node].input[0])
+    model = onnx.load(str(graph.path), load_external_data=False)
+    names = {layer.range: layer.input for layer in graph.whole if layer.range is not None}
     outputs = list(dict.fromkeys(names.values()))
     for name in outputs:
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = Session(model.SerializeToString(), path.parent)
+    session = CpuSession(model.SerializeToString(), graph.path.parent)
     found: dict[str, TensorRange] = {}
     for chunk in session.chunks(pixels, outputs):
         values = dict(zip(outputs, chunk, strict=True))

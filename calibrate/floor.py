@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .latency import Raced
+from .latency import TimedCandidate
 from .measure import average_drop
 from .paired import Paired
 
@@ -48,15 +48,15 @@ def some_of(images: int) -> np.ndarray:
 
 
 def recommend(
-    raced: Sequence[Raced], expected: np.ndarray, labels: np.ndarray | None, tasks: Sequence[Sequence[int]]
+    timed: Sequence[TimedCandidate], expected: np.ndarray, labels: np.ndarray | None, tasks: Sequence[Sequence[int]]
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The fastest backend and precision that answer like fp32, and those that were faster and do not, with the reason.
 
     Args:
-        raced: of `latency.race`. expected: logits (N, C) of fp32 about the same images. labels: (N,), or None.
+        timed: of `latency.time_candidates`. expected: logits (N, C) of fp32 about the same images. labels: (N,).
     """
     refused: list[dict[str, str]] = []
-    for one in sorted(raced, key=lambda r: r.compute_ms):
+    for one in sorted(timed, key=lambda r: r.compute_ms):
         chosen = {"backend": one.backend, "precision": one.precision}
         reason = shortfall(expected, one.answers, labels, tasks)
         if reason is None:

@@ -27,7 +27,7 @@ CALLS = 40
 
 
 @dataclass(frozen=True)
-class Raced:
+class TimedCandidate:
     """One backend in one precision."""
 
     backend: str
@@ -44,7 +44,7 @@ class Raced:
         return {k: v for k, v in vars(self).items() if k != "answers"}
 
 
-def race(bundle: Bundle, images: np.ndarray, threads: int | None = 1) -> list[Raced]:
+def time_candidates(bundle: Bundle, images: np.ndarray, threads: int | None = 1) -> list[TimedCandidate]:
     """Every candidate on one image, one call of each in turn, and its answers to images, uint8 (N, S, S, 3).
 
     What cannot run here is left out: another processor, no OpenVINO, no graph of that precision. Answers come from the
@@ -67,7 +67,7 @@ def race(bundle: Bundle, images: np.ndarray, threads: int | None = 1) -> list[Ra
         answers = {key: runner.infer(images) for key, runner in runners.items()}
     first = next(iter(times.values()))
     return [
-        Raced(
+        TimedCandidate(
             *key,
             statistics.median(values),
             statistics.median(a / b for a, b in zip(values, first, strict=True)),

@@ -12,7 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..runtime.backends.onnxruntime import is_old
-from .session import VERSION
+from .cpu_session import VERSION
 
 EVERYWHERE = 21
 "opset; of QuantizeLinear and DequantizeLinear the last one that ONNX Runtime 1.23 has"

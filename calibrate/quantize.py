@@ -7,62 +7,30 @@ prompted pass have ranges of their own and share the weights.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from ..artefacts.layer_table import Layer
 from ..ranges import TensorRange
 from .constants import Packed, read
-from .flavours import Flavour
+from .float_graph import FloatGraph
 from .opset import EVERYWHERE, lower
 from .scales import choose_range
+from .schemes import Scheme
 from .smooth import Smoothing
 
-STEM = re.compile(r"(query|prompted)\.stem\.0")
-LINEAR = re.compile(r"(query|prompted)\.blocks\.(\d+)\.(q|k|v|proj|fc1|fc2)")
 WEIGHTS = "backbone.int8.bin"
-"bytes and scales of the weights, shared by all flavours and by all updates"
+"bytes and scales of the weights, shared by all schemes and by all updates"
 
 
-def scales_file(flavour: Flavour) -> str:
+def scales_file(scheme: Scheme) -> str:
     """Name of the file with the scales of activations (and integer biases): they change with what is learnt."""
-    return f"scales.{flavour.name}.bin"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A Linear of one pass."""
-
-    scope: str
-    "query | prompted"
-    block: int
-    part: str
-    "q | k | v | proj | fc1 | fc2; stem: a patch embedding, whose input is bytes as they come"
-
-    @property
-    def tensor(self) -> str:
-        """Name of its input among the ranges."""
-        return f"{self.scope}.blocks.{self.block}.{'qkv' if self.part in 'qkv' else self.part}"
-
-    @property
-    def unit(self) -> str:
-        """What is quantised or not as one: `blocks.3.fc1`, in both passes, or `stem`."""
-        return "stem" if self.part == "stem" else self.tensor.partition(".")[2]
-
-
-PATCHES = Layer("", 0, "stem")
-
-
-def layer_of(node: onnx.NodeProto) -> Layer | None:
-    """Which Linear a node is, by its name; None for every other node."""
-    match = LINEAR.fullmatch(node.name) if node.op_type == "Gemm" else None
-    return Layer(match[1], int(match[2]), match[3]) if match else None
+    return f"scales.{scheme.name}.bin"
 
 
 @dataclass(frozen=True)
@@ -78,9 +46,9 @@ class Quantised:
 
 
 def quantise(
-    graphs: Mapping[str, Path],
+    graphs: Mapping[str, FloatGraph],
     ranges: Mapping[str, TensorRange],
-    flavour: Flavour,
+    scheme: Scheme,
     method: str = "mse",
     smoothing: Smoothing | None = None,
     skip: Collection[str] = (),
@@ -90,23 +58,20 @@ def quantise(
     """Put the Linears of some graphs of one bundle into 8 bits.
 
     Args:
-        graphs: name -> file of a graph as `export` writes it. ranges: of all inputs of Linears.
+        graphs: by name, as `export` writes them. ranges: of all inputs of Linears.
         method: key of scales.METHODS. smoothing: of channels behind LayerNorms; None: none.
         skip: units that stay as they are.
-        chosen: tensor -> ends, of earlier calls with the same ranges, flavour and method: a search makes many. Filled.
+        chosen: range -> ends, of earlier calls with the same ranges, scheme and method: a search makes many. Filled.
         opset: opset.EVERYWHERE: graphs that older runtimes load too; None: the opset that they have.
 
     Raises: KeyError when a range is missing, ValueError when graphs contradict each other.
     """
-    weights, scales = Packed(WEIGHTS), Packed(scales_file(flavour))
-    if "query.blocks.0.qkv" in ranges:
-        # Both passes read the same tokens there; the KD token's Q, K and V are constants.
-        ranges = {**ranges, "prompted.blocks.0.qkv": ranges["query.blocks.0.qkv"]}
+    weights, scales = Packed(WEIGHTS), Packed(scales_file(scheme))
     chosen = {} if chosen is None else chosen
     done: dict[str, onnx.ModelProto] = {}
     units: dict[str, None] = {}
-    for name, path in graphs.items():
-        editor = _Editor(path, flavour, ranges, method, smoothing, set(skip), weights, scales, chosen)
+    for name, graph in graphs.items():
+        editor = _Editor(graph, scheme, ranges, method, smoothing, set(skip), weights, scales, chosen)
         done[name] = editor.run()
         units |= dict.fromkeys(editor.units)
     constants: dict[str, bytes] = {}
@@ -130,47 +95,13 @@ def positive(scale: float | np.ndarray, kind: type | np.dtype) -> np.ndarray:
     return np.asarray(np.maximum(scale, np.finfo(kind).tiny), kind)
 
 
-def linears(path: Path) -> dict[str, Layer]:
-    """Node name -> each Linear of a graph that sees all tokens (others would gain nothing)."""
-    model = onnx.load(str(path), load_external_data=False)
-    return {n.name: layer for n, layer in _candidates(model.graph.node)}
-
-
-def _candidates(nodes: Collection[onnx.NodeProto]) -> list[tuple[onnx.NodeProto, Layer]]:
-    """Those whose input is not a choice of rows: the last block asks for one or two rows only."""
-    made = {name: node for node in nodes for name in node.output}
-    few = ("Slice", "Concat")
-
-    def from_few(name: str) -> bool:
-        node = made.get(name)
-        return node is not None and (node.op_type in few or (node.op_type == "Reshape" and from_few(node.input[0])))
-
-    found = [(node, layer) for node in nodes if (layer := layer_of(node)) is not None]
-    last: dict[str, int] = defaultdict(int)
-    for _, layer in found:
-        last[layer.scope] = max(last[layer.scope], layer.block)
-    chosen = {(la.scope, la.block) for n, la in found if la.part == "q" and from_few(n.input[0])}
-    # Behind a choice of rows (Q of the last block) the projection and the MLP see these rows only.
-    return [(n, la) for n, la in found if (la.scope, la.block) not in chosen or la.part in "kv"]
-
-
-def _patch_embedding(nodes: Collection[onnx.NodeProto]) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
-    """A Gemm over patches and the Cast in front of it, where the patches are made of bytes (profile `ort`)."""
-    made = {name: node for node in nodes for name in node.output}
-    for node in nodes:
-        before = made.get(node.input[0]) if STEM.fullmatch(node.name) else None
-        if before is not None and before.op_type == "Cast":
-            return node, before
-    return None
-
-
 class _Editor:
     """One graph."""
 
     def __init__(
         self,
-        path: Path,
-        flavour: Flavour,
+        source: FloatGraph,
+        scheme: Scheme,
         ranges: Mapping[str, TensorRange],
         method: str,
         smoothing: Smoothing | None,
@@ -179,27 +110,28 @@ class _Editor:
         scales: Packed,
         chosen: dict[str, tuple[float, float]],
     ) -> None:
-        self.model = onnx.load(str(path), load_external_data=False)
-        self.graph, self.folder = self.model.graph, path.parent
-        self.flavour, self.ranges, self.method = flavour, ranges, method
+        self.model = onnx.load(str(source.path), load_external_data=False)
+        self.graph, self.folder = self.model.graph, source.path.parent
+        self.scheme, self.ranges, self.method = scheme, ranges, method
         self.weights, self.scales, self.chosen = weights, scales, chosen
         self.initial = {t.name: t for t in self.graph.initializer}
         self.made = {name: node for node in self.graph.node for name in node.output}
-        candidates = _candidates(self.graph.node)
-        self.layers = {n.name: la for n, la in candidates if la.unit not in skip}
-        self.units = list(dict.fromkeys(la.unit for la in self.layers.values()))
-        every = {n.name: la for n, la in candidates}
+        every = {layer.node: layer for layer in source.whole}
+        patches = next((layer for layer in every.values() if layer.range is None), None)
+        every = {name: layer for name, layer in every.items() if layer.range is not None}
+        self.layers = {name: layer for name, layer in every.items() if layer.unit not in skip}
+        self.units = list(dict.fromkeys(layer.unit for layer in self.layers.values()))
         self.factors = self._smooth(smoothing, every) if smoothing is not None else {}
-        # Also of what is skipped: the file of weights is one for all flavours, which may skip different units.
-        self.steps = {n.name: self._weight(n, la) for n, la in candidates}
+        # Also of what is skipped: the file of weights is one for all schemes, which may skip different units.
+        self.steps = {name: self._weight(layer) for name, layer in every.items()}
         self._activations: dict[str, tuple[str, float]] = {}
-        self.stem = _patch_embedding(self.graph.node)
-        if self.stem is not None:
-            self.steps[self.stem[0].name] = self._weight(self.stem[0], PATCHES)
-            if flavour.symmetric or PATCHES.unit in skip:
-                self.stem = None
-            else:
-                self.units.append(PATCHES.unit)
+        self.stem: tuple[Layer, onnx.NodeProto] | None = None
+        "a patch embedding that goes into 8 bits, and the Cast of its bytes"
+        if patches is not None:
+            self.steps[patches.node] = self._weight(patches)
+            if not scheme.symmetric and patches.unit not in skip:
+                self.stem = patches, self.made[patches.input]
+                self.units.append(patches.unit)
 
     def run(self) -> onnx.ModelProto:
         """The graph in 8 bits."""
@@ -207,8 +139,8 @@ class _Editor:
         for node in self.graph.node:
             if node.name in self.layers:
                 nodes += self._linear(node, self.layers[node.name])
-            elif self.stem is not None and node.name == self.stem[0].name:
-                nodes += self._patches(node, self.stem[1])
+            elif self.stem is not None and node.name == self.stem[0].node:
+                nodes += self._patches(node, *self.stem)
             elif self.stem is None or node.name != self.stem[1].name:
                 nodes.append(node)
         del self.graph.node[:]
@@ -221,13 +153,8 @@ class _Editor:
             name = self.made[name].input[0]
         return read(self.initial[name], self.folder)
 
-    def _source(self, name: str) -> str:
-        while name in self.made and self.made[name].op_type == "Cast":
-            name = self.made[name].input[0]
-        return name
-
     def _smooth(self, smoothing: Smoothing, every: Mapping[str, Layer]) -> dict[str, np.ndarray]:
-        """Tensor -> what its channels are divided by; changes the LayerNorms in front of what goes into 8 bits."""
+        """Activation -> what its channels are divided by; changes the LayerNorms in front of what goes into 8 bits."""
         readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.graph.node:
             for name in node.input:
@@ -253,33 +180,34 @@ class _Editor:
                 name = self.weights.add(f"{unit}.norm.{what}", values.astype(np.float32))
                 if unit in self.units:
                     node.input[position] = name
-            found |= {la.tensor: factor for la in layers if la is not None}
+            found |= {la.activation: factor for la in layers if la is not None}
         return found
 
     def _activation(self, x: str, layer: Layer, kind: np.dtype) -> tuple[list[onnx.NodeProto], str, float]:
         """Q and DQ of a tensor, once: nodes, name behind them, scale."""
         if x in self._activations:
             return [], *self._activations[x]
-        kept, flavour = self.ranges[layer.tensor], self.flavour
-        if layer.tensor not in self.chosen:
-            self.chosen[layer.tensor] = choose_range(kept.histogram, self.method, flavour.symmetric)
-        low, high = self.chosen[layer.tensor]
-        if layer.tensor in self.factors:
+        assert layer.range is not None
+        kept, scheme = self.ranges[layer.range], self.scheme
+        if layer.range not in self.chosen:
+            self.chosen[layer.range] = choose_range(kept.histogram, self.method, scheme.symmetric)
+        low, high = self.chosen[layer.range]
+        if layer.activation in self.factors:
             assert kept.channels is not None
             # How far the method clips is known of the tensor as it was; its channels' ends are known exactly.
             share = [
                 chosen / end if end else 1.0 for chosen, end in ((low, kept.histogram.low), (high, kept.histogram.high))
             ]
-            channels = kept.channels / self.factors[layer.tensor]
+            channels = kept.channels / self.factors[layer.activation]
             low, high = (min(float(channels[0].min()), 0.0), max(float(channels[1].max()), 0.0))
             low, high = low * min(share[0], 1.0), high * min(share[1], 1.0)
-            if flavour.symmetric:
+            if scheme.symmetric:
                 high = max(-low, high)
                 low = -high
-        scale = max(high - low, 1e-12) / flavour.levels
+        scale = max(high - low, 1e-12) / scheme.levels
         stored = positive(scale, kind)
-        zero = np.int8(0) if flavour.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
-        tag = f"{layer.tensor}.{np.dtype(kind).name}" if kind != np.float32 else layer.tensor
+        zero = np.int8(0) if scheme.symmetric else np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+        tag = f"{layer.activation}.{np.dtype(kind).name}" if kind != np.float32 else layer.activation
         names = [self.scales.add(f"{tag}.scale", stored), self.scales.add(f"{tag}.zero", np.array(zero))]
         nodes = [
             helper.make_node("QuantizeLinear", [x, *names], [f"{x}.q"], name=f"{x}.quantize"),
@@ -288,11 +216,11 @@ class _Editor:
         self._activations[x] = f"{x}.d", float(stored)
         return nodes, *self._activations[x]
 
-    def _weight(self, node: onnx.NodeProto, layer: Layer) -> np.ndarray:
+    def _weight(self, layer: Layer) -> np.ndarray:
         """Keep a Linear's weights as bytes; returns their steps (out,), in float32."""
-        source, weight = self._source(node.input[1]), self._constant(node.input[1])  # (in, out)
-        if layer.tensor in self.factors:
-            weight = weight * self.factors[layer.tensor][:, None]
+        source, weight = layer.weight, self._constant(layer.weight)  # (in, out)
+        if layer.activation in self.factors:
+            weight = weight * self.factors[layer.activation][:, None]
         steps = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127
         self.weights.add(f"{source}.int8", np.clip(np.rint(weight / steps), -127, 127).astype(np.int8))
         self.weights.add(f"{source}.scale", positive(steps, np.float32))
@@ -303,9 +231,9 @@ class _Editor:
     def _linear(self, node: onnx.NodeProto, layer: Layer) -> list[onnx.NodeProto]:
         kind = np.dtype(np.float16 if self.made.get(node.input[1]) is not None else np.float32)
         nodes, x, scale = self._activation(node.input[0], layer, kind)
-        return [*nodes, *self._gemm(node, x, scale, kind)]
+        return [*nodes, *self._gemm(node, layer, x, scale, kind)]
 
-    def _patches(self, node: onnx.NodeProto, cast: onnx.NodeProto) -> list[onnx.NodeProto]:
+    def _patches(self, node: onnx.NodeProto, layer: Layer, cast: onnx.NodeProto) -> list[onnx.NodeProto]:
         """Pixels are U8 with scale 1 already: only the weights are rounded, and the Cast goes."""
         names = [
             self.scales.add("stem.scale", np.array(1, np.float32)),
@@ -313,19 +241,19 @@ class _Editor:
         ]
         x = f"{cast.input[0]}.d"
         pixels = helper.make_node("DequantizeLinear", [cast.input[0], *names], [x], name=f"{x}.dequantize")
-        return [pixels, *self._gemm(node, x, 1.0, np.dtype(np.float32))]
+        return [pixels, *self._gemm(node, layer, x, 1.0, np.dtype(np.float32))]
 
-    def _gemm(self, node: onnx.NodeProto, x: str, scale: float, kind: np.dtype) -> list[onnx.NodeProto]:
+    def _gemm(self, node: onnx.NodeProto, layer: Layer, x: str, scale: float, kind: np.dtype) -> list[onnx.NodeProto]:
         """A Linear on a dequantised input of some scale, with its weights from bytes."""
         nodes: list[onnx.NodeProto] = []
-        source, steps = self._source(node.input[1]), self.steps[node.name]
+        source, steps = layer.weight, self.steps[node.name]
         ending = "" if kind == np.float32 else ".fp16"
         stored = [f"{source}.int8", f"{source}.scale{ending}", f"{source}.zero"]
         # A DequantizeLinear for each reader: ONNX Runtime fuses those only that are read once.
         w = f"{node.name}.weight.d"
         nodes.append(helper.make_node("DequantizeLinear", stored, [w], name=w, axis=1))
         inputs = [x, w]
-        if len(node.input) > 2 and self.flavour.integer_bias:
+        if len(node.input) > 2 and self.scheme.integer_bias:
             step = (scale * steps).astype(np.float32)
             bias = np.rint(self._constant(node.input[2]).astype(np.float64) / step)
             names = [

@@ -93,11 +93,11 @@ def search(failing: Callable[[Collection[str]], list[str]], order: Sequence[str]
     return list(order[:high])
 
 
-def refusal(flavour: str, max_drop: float, failures: Sequence[str], ranking: dict[str, float]) -> GateError:
+def refusal(scheme: str, max_drop: float, failures: Sequence[str], ranking: dict[str, float]) -> GateError:
     """The gate's answer when nothing may be searched."""
     worst: list[Any] = list(ranking.items())[:5]
     layers = ", ".join(f"{unit} ({error:.1e})" for unit, error in worst)
     return GateError(
-        f"{flavour}: more than {max_drop} points are lost: {'; '.join(failures)}; most sensitive layers (mean squared "
+        f"{scheme}: more than {max_drop} points are lost: {'; '.join(failures)}; most sensitive layers (mean squared "
         f"change of the logits): {layers}; nothing was written. Allow --search, or a larger --max-drop"
     )

@@ -7,15 +7,16 @@ RepQ-ViT, arXiv 2212.08254, does, up to its zero points).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 
 from ..ranges import TensorRange
 from .constants import read
+from .float_graph import FloatGraph
 
 STRENGTHS = (0.5, 0.8)
 "what `calibrate` tries by itself where 8 bits fall short without: SmoothQuant's advice, and more"
@@ -31,23 +32,28 @@ class Smoothing:
     "unit (`blocks.3.qkv`, `blocks.3.fc1`) -> float64 (D,)"
 
 
-def smoothing(path: Path, ranges: Mapping[str, TensorRange], strength: float) -> Smoothing:
-    """One factor for query pass and prompted pass: they share the weights. path: any graph of the bundle."""
-    model = onnx.load(str(path), load_external_data=False)
+def smoothing(graph: FloatGraph, ranges: Mapping[str, TensorRange], strength: float) -> Smoothing:
+    """One factor for query pass and prompted pass: they share the weights. graph: any of the bundle."""
+    model = onnx.load(str(graph.path), load_external_data=False)
+    weights: dict[str, set[str]] = defaultdict(set)
+    for layer in graph.whole:
+        weights[layer.unit].add(layer.weight)
+    for layer in graph.layers:
+        if layer.tokens == "few":
+            weights.pop(layer.unit, None)  # something that stays in float reads the LayerNorm too
     initial = {t.name: t for t in model.graph.initializer}
     seen: dict[str, np.ndarray] = {}
     for name, kept in ranges.items():
         if kept.channels is not None:
-            unit = name.partition(".")[2]
+            unit = name.partition(".")[2]  # behind the pass
             largest = np.abs(kept.channels.astype(np.float64)).max(axis=0)
             seen[unit] = np.maximum(seen.get(unit, 0.0), largest)
     factors = {}
     for unit, activation in seen.items():
-        block, _, part = unit.rpartition(".")
-        names = [f"{block}.{p}.weight" for p in ("qkv" if part == "qkv" else ("fc1",))]
-        if not all(name in initial for name in names):
+        if unit not in weights:
             continue
-        rows = np.abs(np.concatenate([read(initial[name], path.parent) for name in names], axis=1)).max(axis=1)
+        values = [read(initial[name], graph.path.parent) for name in sorted(weights[unit])]
+        rows = np.abs(np.concatenate(values, axis=1)).max(axis=1)
         activation, rows = np.maximum(activation, 1e-5), np.maximum(rows.astype(np.float64), 1e-5)
         factor = activation**strength / rows ** (1 - strength)
         # A common factor changes nothing: the geometric mean is 1, so that numbers keep their size.

@@ -1,4 +1,4 @@
-"""One flavour of 8 bits on one bundle: tried, smoothed where it falls short, and given its layers in float."""
+"""One scheme of 8 bits on one bundle: tried, smoothed where it falls short, and given its layers in float."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import onnx
 
 from ..artefacts.bundle import Bundle
 from ..artefacts.layout import BACKBONE, PROMPTS
+from ..log import LOG
 from ..ranges import TensorRange
-from .flavours import Flavour
+from .cpu_session import CpuSession
+from .float_graph import FloatGraph, float_graph
 from .floor import FEW, shortfall
 from .measure import compare, measure
 from .opset import opset_of
 from .paired import Paired
 from .quantize import Quantised, quantise
+from .schemes import Scheme
 from .search import Gate, Verdict, refusal, search, sensitivities
-from .session import Session
 from .smooth import Smoothing
 
 SENSITIVITY_IMAGES = 64
@@ -64,11 +66,11 @@ class Known:
 
 @dataclass
 class Trial:
-    """One flavour of one bundle, to be tried with other layers in float."""
+    """One scheme of one bundle, to be tried with other layers in float."""
 
     bundle: Bundle
     ranges: dict[str, TensorRange]
-    flavour: Flavour
+    scheme: Scheme
     method: str
     smoothing: Smoothing | None
     folder: Path
@@ -80,12 +82,11 @@ class Trial:
 
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
         """All graphs of the bundle's base precision."""
-        base = ".fp16" if self.flavour.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
-        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
-        graphs = {name: self.bundle.graph(name + base) for name in names}
-        return quantise(graphs, self.ranges, self.flavour, self.method, self.smoothing, skip, self.chosen, self.opset)
+        return quantise(
+            self.graphs, self.ranges, self.scheme, self.method, self.smoothing, skip, self.chosen, self.opset
+        )
 
-    def session(self, skip: Collection[str] = ()) -> Session:
+    def session(self, skip: Collection[str] = ()) -> CpuSession:
         """The student in 8 bits but for some units."""
         made = self.quantised(skip)
         for name in (BACKBONE, PROMPTS):
@@ -93,24 +94,30 @@ class Trial:
                 (self.folder / name).write_bytes((self.bundle.path / name).read_bytes())
         for name, content in made.constants.items():
             (self.folder / name).write_bytes(content)
-        return Session(made.models["student"], self.folder, as_written=self.flavour.symmetric)
+        return CpuSession(made.models["student"], self.folder, as_written=self.scheme.symmetric)
 
     @cached_property
-    def fp32(self) -> Session:
+    def graphs(self) -> dict[str, FloatGraph]:
+        """The graphs of the base precision, by part."""
+        base = ".fp16" if self.scheme.name == "int8-trt" and "student.fp16" in self.bundle.manifest.graphs else ""
+        names = [n for n in ("student", "query", "prompted") if n + base in self.bundle.manifest.graphs]
+        return {name: float_graph(self.bundle, name + base) for name in names}
+
+    @cached_property
+    def fp32(self) -> CpuSession:
         """The bundle's own graph."""
-        return Session(self.bundle.graph().read_bytes(), self.bundle.path)
+        return CpuSession(self.bundle.graph().read_bytes(), self.bundle.path)
 
 
 def choose_smoothing(
     trials: Callable[[float | None], list[Trial]],
     strengths: Sequence[float | None],
     known: Known,
-    say: Callable[[str], None],
 ) -> tuple[float | None, list[tuple[Trial, np.ndarray]]]:
-    """The first strength with which no flavour falls short, else the one with the highest agreement of the worst one.
+    """The first strength with which no scheme falls short, else the one with the highest agreement of the worst one.
 
     Args:
-        trials: strength -> one Trial a flavour. All flavours share it: they share the file of weights.
+        trials: strength -> one Trial a scheme. All schemes share it: they share the file of weights.
         strengths: in the order in which they are tried; None: no smoothing.
 
     Returns: the strength, and its trials with their logits (N, C) on the known images.
@@ -119,16 +126,16 @@ def choose_smoothing(
     for strength in strengths:
         tried = []
         for trial in trials(strength):
-            say(f"{trial.flavour.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
+            LOG.info(f"{trial.scheme.name}: answers to {len(known.pixels)} images{_smoothed(strength)}")
             tried.append((trial, trial.session().logits(known.pixels)))
-        reasons = [(t.flavour.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
+        reasons = [(t.scheme.name, reason) for t, a in tried if (reason := known.wanting(a)) is not None]
         worst = min(known.agreement(answers) for _, answers in tried)
         if best is None or not reasons or worst > best[0]:
             best = worst, strength, tried
         if not reasons:
             break
         for name, reason in reasons:
-            say(f"{name}{_smoothed(strength)}: {reason}")
+            LOG.info(f"{name}{_smoothed(strength)}: {reason}")
     assert best is not None
     return best[1], best[2]
 
@@ -137,10 +144,8 @@ def _smoothed(strength: float | None) -> str:
     return "" if strength is None else f", smoothed by {strength:g}"
 
 
-def settle(
-    trial: Trial, answers: np.ndarray, known: Known, searching: bool, say: Callable[[str], None]
-) -> tuple[Quantised, dict[str, Any]]:
-    """The final graphs of a flavour and its part of the manifest: layers go back to float while the gate fails.
+def settle(trial: Trial, answers: np.ndarray, known: Known, searching: bool) -> tuple[Quantised, dict[str, Any]]:
+    """The final graphs of a scheme and its part of the manifest: layers go back to float while the gate fails.
 
     Args:
         answers: logits (N, C) with every layer in 8 bits. searching: False: refuse instead of a search.
@@ -155,14 +160,14 @@ def settle(
         units = trial.quantised().units
         some = known.training if known.training is not None and len(known.training) else known.pixels
         some = some[:: max(1, len(some) // SENSITIVITY_IMAGES)][:SENSITIVITY_IMAGES]
-        say(f"{trial.flavour.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
-        ranking = sensitivities(_counted(trial, some, len(units), say), units, trial.fp32.logits(some))
+        LOG.info(f"{trial.scheme.name}: {'; '.join(verdict.failures)}: looking for layers to leave in float")
+        ranking = sensitivities(_counted(trial, some, len(units)), units, trial.fp32.logits(some))
         if not searching:
-            raise refusal(trial.flavour.name, known.max_drop, verdict.failures, ranking)
+            raise refusal(trial.scheme.name, known.max_drop, verdict.failures, ranking)
         tried: dict[int, np.ndarray] = {}
 
         def failing(units: Collection[str]) -> list[str]:
-            say(f"{trial.flavour.name}: {len(units)} layers in float")
+            LOG.info(f"{trial.scheme.name}: {len(units)} layers in float")
             tried[len(units)] = trial.session(units).logits(known.pixels)
             found = known.verdict(tried[len(units)])
             return found.failures if found is not None else []
@@ -173,7 +178,7 @@ def settle(
     quantised = trial.quantised(skip)
     reason = shortfall(known.expected, answers, known.labels, known.tasks)
     document: dict[str, Any] = {
-        "runtimes": trial.flavour.runtimes,
+        "runtimes": trial.scheme.runtimes,
         "opset": opset_of(onnx.load_model_from_string(quantised.models["student"])),
         "layers_int8": len(quantised.units),
         "layers_float": skip,
@@ -191,23 +196,21 @@ def settle(
         right = [x.argmax(1) == known.labels for x in (known.expected, answers)]
         document |= {"before": before.to_json(), "after": after.to_json(), **compare(before, after)}
         document["paired"] = Paired.of(*right).to_json()
-    _warn(trial.flavour.name, document, say)
+    _warn(trial.scheme.name, document)
     return quantised, document
 
 
-def _warn(name: str, document: dict[str, Any], say: Callable[[str], None]) -> None:
+def _warn(name: str, document: dict[str, Any]) -> None:
     """What a reader of the figures has to know beside them."""
     if document["shortfall"] is not None:
-        say(f"warning: {name}: {document['shortfall']}: it is written, and not recommended")
+        LOG.warning(f"{name}: {document['shortfall']}: it is written, and not recommended")
     elif document["images"] < FEW:
-        say(f"warning: {name}: the answers of {document['images']} images are compared; give more with --data")
+        LOG.warning(f"{name}: the answers of {document['images']} images are compared; give more with --data")
     for line in (document["gate"] or {}).get("unsure", ()):
-        say(f"warning: {name}: not decided: {line}")
+        LOG.warning(f"{name}: not decided: {line}")
 
 
-def _counted(
-    trial: Trial, pixels: np.ndarray, units: int, say: Callable[[str], None]
-) -> Callable[[Collection[str]], np.ndarray]:
+def _counted(trial: Trial, pixels: np.ndarray, units: int) -> Callable[[Collection[str]], np.ndarray]:
     """The answers of a trial to some images, said as they come."""
     count = 0
 
@@ -215,7 +218,7 @@ def _counted(
         nonlocal count
         count += 1
         if count == 1 or count % 10 == 0 or count == units:
-            say(f"{trial.flavour.name}: sensitivity of layer {count} of {units}")
+            LOG.info(f"{trial.scheme.name}: sensitivity of layer {count} of {units}")
         return trial.session(skip).logits(pixels)
 
     return answers

@@ -22,14 +22,14 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.images import Preprocessing
 from cdl_edge.train.attention import RotaryAttention
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.families import plain_vit, refusal
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 from cdl_edge.train.tokens import registers
 
 PAGE = Path(__file__).parent / "backbones.md"
@@ -76,7 +76,7 @@ def parity(vit: VisionTransformer, preprocessing: Preprocessing, count: int = 3)
     pixels = np.random.default_rng(0).integers(0, 256, (count, *[preprocessing.size] * 2, 3), dtype=np.uint8)
     worst = 0.0
     for learner, kd in LEARNERS.values():
-        student = PromptedViT(vit, learner, 5, 2, 0, kd=kd).eval()
+        student = PromptedViT(vit, ModelSpec(learner, 5, 2, 0, kd=kd)).eval()
         generator = torch.Generator().manual_seed(0)
         for task in range(2):
             student.learner.begin_task(task)

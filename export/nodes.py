@@ -10,11 +10,25 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from ..artefacts.layer_table import Layer
 from ..artefacts.layout import BACKBONE, PROMPTS
 from .profiles import PROFILES, Profile
 
 FROZEN, LEARNT = BACKBONE, PROMPTS
 TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a linear layer reads, for the table of layers; see artefacts.layer_table.Layer."""
+
+    unit: str
+    few: bool = False
+    "the rows that the last block answers for, not all tokens"
+    computed_in: str | None = None
+    "the pass whose range the values have; None: the one that is built"
+    pixels: bool = False
+    "whole numbers from 0 to 255"
 
 
 @dataclass
@@ -38,6 +52,8 @@ class Graph:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     "constant -> FROZEN, LEARNT, or empty for what is structure and stays in the graph"
+    layers: list[Layer] = field(default_factory=list)
+    "the linear layers that calibrate may put into 8 bits"
     scope: str = ""
     "the pass that is built, in front of the names of its linear layers: `prompted.blocks.3.fc1`"
     count: int = 0
@@ -135,12 +151,18 @@ class Graph:
             "Expand", self.weight(name, value, place), self.op("Concat", size, self.shape(*value.shape[1:]), axis=0)
         )
 
-    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None, place: str = FROZEN) -> str:
-        """(M, in) -> (M, out); weight as torch has it, (out, in)."""
-        inputs = [x, self.weight(f"{name}.weight", weight.detach().t(), place)]
+    def linear(self, name: str, x: str, weight: Tensor, bias: Tensor | None, layer: Reads | None = None) -> str:
+        """(M, in) -> (M, out); weight as torch has it, (out, in). layer: for the table of layers; None: not in it."""
+        inputs = [x, self.weight(f"{name}.weight", weight.detach().t(), FROZEN)]
         if bias is not None:
-            inputs.append(self.weight(f"{name}.bias", bias, place))
-        return self.op("Gemm", *inputs, name=".".join(filter(None, (self.scope, name))))
+            inputs.append(self.weight(f"{name}.bias", bias, FROZEN))
+        node = f"{self.scope}.{name}"
+        if layer is not None:
+            activation = f"{self.scope}.{layer.unit}"
+            ranged = None if layer.pixels else f"{layer.computed_in or self.scope}.{layer.unit}"
+            tokens = "few" if layer.few else "all"
+            self.layers.append(Layer(node, layer.unit, activation, ranged, x, f"{name}.weight", tokens))
+        return self.op("Gemm", *inputs, name=node)
 
     def norm(self, name: str, x: str, layer: nn.LayerNorm, place: str = FROZEN) -> str:
         """LayerNorm over the last axis, computed and given in fp32: `compute` what goes into a linear layer."""

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..train.learners.apt import APT
 from ..train.learners.base import halves
-from ..train.learners.coda import CODAPrompt
-from ..train.learners.dualprompt import GENERAL_BLOCKS, DualPrompt
-from ..train.learners.l2p import L2P
 from ..train.student import PromptedViT
 from .nodes import LEARNT, Graph
-from .selection import Pool, Selection
+from .selection import PromptPool, Selection
 
 Pair = tuple[str, str, int]
 "key rows and value rows, (B, n, D) each, and n"
@@ -39,13 +35,13 @@ class PromptRows:
     def __init__(self, g: Graph, student: PromptedViT, selection: Selection) -> None:
         self.g, self.student, self.selection = g, student, selection
         self.width = int(student.backbone.embed_dim)
-        self.pools: dict[str, Pool] = {}
+        self.pools: dict[str, PromptPool] = {}
         if student.learner.blocks():
-            self.pools["prompt"] = Pool("prompt", student.learner, student.learner.blocks())
+            self.pools["prompt"] = PromptPool("prompt", student.learner, student.learner.blocks())
         if student.mapped is not None:
             teacher = student.mapped.teacher
             blocks = tuple(b for b in teacher.blocks() if b in student.mapped.blocks())
-            self.pools["mapped"] = Pool("mapped", teacher, blocks)
+            self.pools["mapped"] = PromptPool("mapped", teacher, blocks)
 
     def at_block(self, index: int, query: str | None, like: str) -> Rows | None:
         """The rows of a block. query: (B, Q) in fp32; like: any value whose first axis is the batch."""
@@ -61,12 +57,13 @@ class PromptRows:
                 general = student.mapped.at_block(index, None)
                 assert general is not None
                 fixed.append(general)
-        if isinstance(learner, APT):
-            cls_key, cls_value = learner.merged[index].detach().cpu().chunk(2)
-        elif isinstance(learner, DualPrompt) and index in GENERAL_BLOCKS:
-            fixed.append(halves(learner.general[str(index)][None]))
-        elif index in learner.blocks():
+        if index in learner.blocks():
             pairs.append(self.own(index, query))
+        elif (prompt := learner.at_block(index, None, training=False)) is not None:  # the same for all images
+            if prompt.keys is not None and prompt.values is not None:
+                fixed.append((prompt.keys, prompt.values))
+            if prompt.cls_key is not None and prompt.cls_value is not None:
+                cls_key, cls_value = (t.detach().cpu()[None] for t in (prompt.cls_key, prompt.cls_value))
         kd = student.kd.at_block(index) if student.kd is not None else None
         if kd is not None and kd[0].shape[1]:
             fixed.append(kd)
@@ -88,11 +85,10 @@ class PromptRows:
 
     def own(self, index: int, query: str | None) -> Pair:
         """The rows that depend on the query."""
-        g, learner, pool = self.g, self.student.learner, self.pools["prompt"]
-        used = self.selection.used(pool)
-        if isinstance(learner, CODAPrompt):
+        g, pool = self.g, self.pools["prompt"]
+        prompt = pool.rows(index)[self.selection.used(pool)]
+        if pool.top is None:
             weights = self.selection.raw(pool, index, query)
-            prompt = learner.prompt[str(index)].detach().cpu()[used]
             length = prompt.shape[1]
             if self.selection.rewrites.tables:
                 tables = [half.flatten(1) for half in halves(prompt)]
@@ -105,13 +101,14 @@ class PromptRows:
                 return k, v, length // 2
             both = g.op("MatMul", weights, g.constant(f"coda.{index}.prompt", prompt.flatten(1), LEARNT))
             return self.cut(g.compute(g.reshape(both, -1, length, self.width)), length // 2)
-        rows = learner.prompt if isinstance(learner, L2P) else learner.expert[str(index)]  # type: ignore[index]
-        table = rows.detach().cpu()[used]
-        return self.gathered(f"entries.{index}", pool, index, query, halves(table))
+        return self.gathered(f"entries.{index}", pool, index, query, halves(prompt))
 
-    def gathered(self, name: str, pool: Pool, index: int, query: str | None, tables: tuple[Tensor, Tensor]) -> Pair:
+    def gathered(
+        self, name: str, pool: PromptPool, index: int, query: str | None, tables: tuple[Tensor, Tensor]
+    ) -> Pair:
         """Of key rows and value rows of all entries, (K, n, D) each, those of the selected ones."""
         g, length = self.g, tables[0].shape[1]
+        assert pool.top is not None
         count = pool.top * length
         chosen = self.selection.chosen(pool, index, query)
         if self.selection.rewrites.tables:
@@ -134,7 +131,7 @@ class PromptRows:
         """The teacher's rows at the student's width: a mapped entry is a constant; CODA's mixture is mapped here."""
         mapped, pool = self.student.mapped, self.pools["mapped"]
         assert mapped is not None
-        if isinstance(mapped.teacher, CODAPrompt):
+        if pool.top is None:
             return self.mapped_mixture(index, query)
         tables = mapped.table(index)
         assert tables is not None
@@ -151,11 +148,12 @@ class PromptRows:
         16 t that Q and K of its eight rows would take: fewer from t = 2 K on, whatever the width of the teacher.
         """
         g, mapped = self.g, self.student.mapped
-        assert mapped is not None and isinstance(mapped.teacher, CODAPrompt)
-        entries = self.selection.used(self.pools["mapped"])
-        weights = self.selection.raw(self.pools["mapped"], index, query)
+        assert mapped is not None
+        pool = self.pools["mapped"]
+        entries = self.selection.used(pool)
+        weights = self.selection.raw(pool, index, query)
         attention, used = mapped.mapping(index), len(entries)
-        rows = mapped.teacher.prompt[str(index)].detach().cpu()[entries].double()
+        rows = pool.rows(index)[entries].double()
         rows = torch.stack(halves(rows), dim=1)  # (K, 2, n, t)
         n, scale = rows.shape[2], rows.shape[3] ** -0.5
         w_query, b_query = (p.detach().double() * scale for p in (attention.query.weight, attention.query.bias))

@@ -2,55 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from onnx import TensorProto
 from torch import Tensor
 
 from ..errors import InputError
-from ..train.learners.base import Learner
-from ..train.learners.coda import CODAPrompt
-from ..train.learners.dualprompt import DualPrompt
-from ..train.learners.l2p import L2P, TOP
+from ..train.learners.base import Entries, Learner
 from .nodes import LEARNT, Graph
 from .rewrites import Rewrites
 
 
-@dataclass(frozen=True)
-class Pool:
+class PromptPool:
     """The entries of one learner, the student's own or the teacher's that were mapped."""
 
-    name: str
-    "`prompt` or `mapped`: in front of the name of its weights"
-    learner: Learner
-    blocks: tuple[int, ...]
-    "with weights, in order"
+    def __init__(self, name: str, learner: Learner, blocks: tuple[int, ...]) -> None:
+        """name: `prompt` or `mapped`, in front of the name of its weights. blocks: with weights, in order.
+
+        Raises: InputError for a learner that does not say what its prompts are made of.
+        """
+        self.name, self.blocks = name, blocks
+        self.entries: dict[int, Entries] = {}
+        for block in blocks:
+            found = learner.entries(block)
+            kind = learner.selection["kind"]
+            if found is None or kind not in ("top-k", "weighted"):
+                raise InputError(
+                    f"the learner {type(learner).__name__} cannot be exported",
+                    got=f"no entries of block {block}" if found is None else f"selection {kind!r}",
+                    expected="entries of every block that depends on the query; see train.learners.base.Learner",
+                )
+            self.entries[block] = found
+        self.top: int | None = int(str(learner.selection["k"])) if kind == "top-k" else None
+        "entries that are selected; None: all are mixed"
 
     @property
     def learnt(self) -> list[int]:
         """Entries that inference may select."""
-        if isinstance(self.learner, (L2P, DualPrompt)):
-            return [int(i) for i in self.learner.learnt_entries()]
-        if isinstance(self.learner, CODAPrompt):
-            return list(range(self.learner.components()))
-        raise InputError("the learner cannot be exported", got=type(self.learner).__name__, expected="a known learner")
+        return list(self.entries[self.blocks[0]].learnt)
 
     def size(self) -> int:
         """Entries a block, learnt or not."""
-        return len(self.keys(self.blocks[0]))
+        return len(self.entries[self.blocks[0]].keys)
 
     def keys(self, block: int) -> Tensor:
         """(K, Q) of all entries."""
-        key = self.learner.key
-        found = key if isinstance(self.learner, L2P) else key[str(block)]  # type: ignore[index]
-        return found.detach().cpu()  # type: ignore[operator]
+        return self.entries[block].keys.detach().cpu()
 
-    @property
-    def top(self) -> int:
-        """Entries that are selected; CODA mixes all."""
-        return TOP if isinstance(self.learner, L2P) else 1
+    def rows(self, block: int) -> Tensor:
+        """(K, n, D) of all entries, half key rows, half value rows."""
+        return self.entries[block].rows.detach().cpu()
 
 
 class Selection:
@@ -63,18 +64,18 @@ class Selection:
         self._length: dict[str, str] = {}
         "query -> its length (B, 1)"
 
-    def used(self, pool: Pool) -> list[int]:
+    def used(self, pool: PromptPool) -> list[int]:
         """Entries whose rows and keys the graph holds."""
         return pool.learnt if self.rewrites.learnt or self.given else list(range(pool.size()))
 
-    def weights(self, pool: Pool, block: int, query: str | None) -> str:
+    def weights(self, pool: PromptPool, block: int, query: str | None) -> str:
         """(B, K), K learnt entries in order. query: (B, Q), not needed where the weights are given."""
         weights = self.raw(pool, block, query)
         if self.used(pool) == pool.learnt:
             return weights
         return self.g.op("Gather", weights, self.g.indices(*pool.learnt), axis=1)
 
-    def raw(self, pool: Pool, block: int, query: str | None) -> str:
+    def raw(self, pool: PromptPool, block: int, query: str | None) -> str:
         """(B, K) over the entries that the graph holds."""
         if (pool.name, block) not in self._known:
             if self.given:
@@ -84,18 +85,18 @@ class Selection:
                 self._compute(pool, block, query)
         return self._known[pool.name, block]
 
-    def chosen(self, pool: Pool, block: int, query: str | None) -> str:
+    def chosen(self, pool: PromptPool, block: int, query: str | None) -> str:
         """int64 (B, k): positions of the selected entries of a top-k pool, nearest first."""
         g, weights = self.g, self.raw(pool, block, query)
         if self.used(pool) != pool.learnt:
             mask = np.full(pool.size(), -10.0)  # a cosine is never below -1
             mask[pool.learnt] = 0
             weights = g.op("Add", weights, g.constant(f"{pool.name}.{block}.unlearnt", mask, LEARNT))
-        if pool.top > 1:
+        if pool.top is not None and pool.top > 1:
             return g.ops("TopK", 2, weights, g.shape(pool.top), axis=1)[1]
         return g.op("ArgMax", weights, axis=1, keepdims=1)
 
-    def stacked(self, pool: Pool, query: str | None) -> str:
+    def stacked(self, pool: PromptPool, query: str | None) -> str:
         """(B, L, K) of all blocks, learnt entries only."""
         return self.joined([self.weights(pool, block, query) for block in pool.blocks])
 
@@ -103,16 +104,16 @@ class Selection:
         """L times (B, K) -> (B, L, K)."""
         return self.g.concat([self.g.op("Unsqueeze", w, self.g.shape(1)) for w in weights], axis=1)
 
-    def _take(self, pool: Pool) -> None:
+    def _take(self, pool: PromptPool) -> None:
         g = self.g
         stacked = g.input(f"{pool.name}_weights", TensorProto.FLOAT, len(pool.blocks), len(pool.learnt))
         parts = g.split(stacked, [1] * len(pool.blocks), axis=1)
         for block, part in zip(pool.blocks, parts, strict=True):
             self._known[pool.name, block] = g.reshape(part, 0, len(pool.learnt))
 
-    def _compute(self, pool: Pool, block: int, query: str) -> None:
-        if isinstance(pool.learner, CODAPrompt):
-            self._coda(pool, block, query)
+    def _compute(self, pool: PromptPool, block: int, query: str) -> None:
+        if pool.entries[block].attention is not None:
+            self._attended(pool, block, query)
             return
         g = self.g
         if query not in self._length:
@@ -120,17 +121,22 @@ class Selection:
             self._length[query] = g.op("Max", g.op("Sqrt", square), g.constant("tiny", np.array(1e-12), LEARNT))
         unit = torch.nn.functional.normalize(pool.keys(block)[self.used(pool)].double(), dim=1)
         products = g.op("MatMul", query, g.constant(f"{pool.name}.{block}.key", unit.t(), LEARNT))
-        self._known[pool.name, block] = g.op("Div", products, self._length[query])
+        weights = g.op("Div", products, self._length[query])
+        if pool.top is None and self.used(pool) != pool.learnt:
+            mask = np.zeros(pool.size())
+            mask[pool.learnt] = 1
+            weights = g.op("Mul", weights, g.constant(f"{pool.name}.{block}.learnt", mask, LEARNT))
+        self._known[pool.name, block] = weights
 
-    def _coda(self, pool: Pool, block: int, query: str) -> None:
+    def _attended(self, pool: PromptPool, block: int, query: str) -> None:
         """cos(q * A_k, K_k) = (q . (A_k * n(K_k))) / sqrt(q^2 . A_k^2): (B, K).
 
         With one query for all blocks (two-pass) both products are done once for all of them.
         """
-        g, learner, used = self.g, pool.learner, self.used(pool)
-        assert isinstance(learner, CODAPrompt)
+        g, used = self.g, self.used(pool)
         together = pool.blocks if self.one_query and self.rewrites.coda_products else (block,)
-        attention = torch.cat([learner.attention[str(b)].detach().cpu()[used] for b in together]).double()
+        found = [pool.entries[b].attention for b in together]
+        attention = torch.cat([a.detach().cpu()[used] for a in found if a is not None]).double()
         key = torch.cat([pool.keys(b)[used] for b in together]).double()
         title = pool.name if len(together) > 1 else f"{pool.name}.{block}"
         if self.rewrites.coda_products:

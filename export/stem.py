@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..images import Preprocessing
 from ..train.tokens import patch_count, rows_in_front
-from ..train.trunk import Residual, same_padding
-from .nodes import FROZEN, TYPES, Graph
+from ..train.trunk import ResidualLayers, same_padding
+from .nodes import FROZEN, TYPES, Graph, Reads
 
 
 class Stem:
@@ -76,7 +76,8 @@ class Stem:
         if pixels == "images":
             x = g.op("Cast", x, to=TYPES[g.precision])
         weight, bias = normalised(layer, scale, shift)
-        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias)
+        reads = Reads("stem", pixels=True) if pixels == "images" else None
+        x = g.linear(f"{self.name}.0", x, weight.permute(0, 2, 3, 1).flatten(1), bias, reads)
         return g.reshape(x, -1, rows * columns, self.width)
 
     def convolutions(self, pixels: str, layers: list[Any], scale: Tensor, shift: Tensor) -> str:
@@ -95,7 +96,7 @@ class Stem:
         """
         g = self.g
         for i, layer in enumerate(layers):
-            if isinstance(layer, Residual):
+            if isinstance(layer, ResidualLayers):
                 inner, size = self.sequence(f"{name}.{i}", x, size, list(layer))
                 x = g.op("Add", x, inner)
             elif isinstance(layer, nn.ReLU6):

@@ -252,7 +252,7 @@ def _calls(runner: Runner, encoded: Sequence[bytes], runs: int | None) -> list[d
 def _timed(runner: Runner, encoded: bytes) -> dict[str, float]:
     """One picture: milliseconds of those of STAGES that the backend knows."""
     bundle, inside = runner.bundle, {}
-    timed = getattr(runner, "timed", None) if bundle.batch in (1, None) else None
+    timed = getattr(runner.engine, "timed", None) if bundle.batch in (1, None) else None
     start = time.perf_counter()
     pixels = bundle.preprocessing.read(encoded)[None]
     ready = time.perf_counter()

@@ -1,23 +1,23 @@
-"""What every backend shares: its outputs, its face, and the check of its input."""
+"""What every backend shares: its outputs, the check of its input, and batches; a `Runner` over an `Engine`."""
 
 from __future__ import annotations
 
 import platform
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, Protocol
 
 import numpy as np
 
-from ..artefacts.bundle import Bundle, Shape
+from ..artefacts.bundle import Bundle, Shape, Signature
 from ..cores import default_threads
 from ..errors import InputError, choose
 from .confidence import Confidence
-from .model import read_model
+from .model import Model, read_model
 
 PRECISIONS = {
     "fp32": "as trained",
@@ -49,104 +49,31 @@ class Value:
         return f"{self.dtype} {self.shape}"
 
 
-class Runner(ABC):
-    """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block.
+INT8 = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-arm"
+"the 8-bit quantisation scheme that a CPU runs well: U8 activations on x86, symmetric S8 on ARM"
+INT8_TENSORRT = "int8-trt"
+"the 8-bit quantisation scheme that TensorRT takes"
 
-    A backend opens the graph, computes one call, describes itself and frees what it holds; all else is shared. Any
-    thread may call it at any time. It answers from the bytes that were hashed when it was made, see `runtime.model`.
-    """
 
-    int8: ClassVar[str] = "int8-x86" if platform.machine() in ("x86_64", "AMD64") else "int8-arm"
-    "the flavour of 8-bit graph that this backend runs well: U8 activations on x86, symmetric S8 on ARM"
-    hints: ClassVar[tuple[str, ...]] = ()
-    "precisions that the engine computes the fp32 graph in by itself"
+@dataclass(frozen=True)
+class ChosenGraph:
+    """One graph of a bundle in one precision, as an engine is asked to load it; made by `choose_graph`."""
 
-    def __init__(self, bundle: Bundle, graph: str = "student", precision: str | None = None) -> None:
-        """graph: "student", "query" or "prompted". precision: a key of PRECISIONS; None: the bundle's choice, or fp32.
+    bundle: Bundle
+    precision: str
+    "key of PRECISIONS"
+    key: str
+    "key of the manifest's graphs: `student`, `query.fp16`, `prompted.int8-x86`"
 
-        Raises: InputError when the bundle has no such graph, or the graph reads a file that no hash covers.
-        """
-        if precision is not None:
-            choose("precision", precision, PRECISIONS)
-        self.bundle, self.precision = bundle, precision or self._recommended(bundle, graph)
-        own = self.int8 if self.precision == "int8" else self.precision
-        self.key = graph if own in ("fp32", *self.hints) else f"{graph}.{own}"
-        self.path = bundle.graph(self.key)
-        self.signature = bundle.signature(self.key)
-        self.model = read_model(bundle, self.key)
-        begin = time.perf_counter()
-        self._open()
-        self.load_ms = (time.perf_counter() - begin) * 1e3
-        "time to create the session; reading the bundle and checking its hashes are left out"
+    @property
+    def path(self) -> Path:
+        """The ONNX file."""
+        return self.bundle.graph(self.key)
 
-    def _recommended(self, bundle: Bundle, graph: str) -> str:
-        """What `calibrate` recommends, where this backend has a graph for it that answers like fp32; fp32 otherwise."""
-        found = bundle.manifest.quantisation
-        if found is None or found.recommended.get("precision") != "int8":
-            return "fp32"
-        scheme = found.flavours.get(self.int8)
-        good = scheme is None or scheme.shortfall is None
-        return "int8" if good and f"{graph}.{self.int8}" in bundle.manifest.graphs else "fp32"
-
-    @cached_property
-    def certainty(self) -> Confidence:
-        """What the bundle knows about its own confidence. Raises: InputError, see Confidence.of."""
-        return Confidence.of(self.bundle)
-
-    @abstractmethod
-    def _open(self) -> None:
-        """Load `model` and compare it with `signature`. Raises: InputError."""
-
-    @abstractmethod
-    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One call of the graph: contiguous inputs of a batch that it takes -> outputs by name.
-
-        Called by several threads at a time. Raises: InputError for a graph that the engine cannot compute.
-        """
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """{"backend", "providers" (as resolved), "threads", "version", "precision"}."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the session; a second call does nothing."""
-
-    def compute(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Any number B of images through the graph: its inputs by name, (B, ...) each -> its outputs by name.
-
-        Raises: InputError for inputs of other names, shapes or types, RuntimeError once closed.
-        """
-        wanted = self.signature.inputs
-        if set(feeds) != set(wanted):
-            raise InputError(f"{self.path.name}: inputs of other names", got=sorted(feeds), expected=sorted(wanted))
-        images = feeds[self.signature.images]
-        check_images(images, wanted[self.signature.images][1])
-        for name, value in feeds.items():
-            if name != self.signature.images:
-                expected = (len(images), *wanted[name][1:])
-                if value.dtype != np.float32 or value.shape != expected:
-                    got = f"{value.dtype} {value.shape}"
-                    raise InputError(f"{self.path.name}: input {name!r}", got=got, expected=f"float32 {expected}")
-        if len(images) == 0:
-            return {name: np.zeros((0, *shape[1:]), np.float32) for name, shape in self.signature.outputs.items()}
-        if self.bundle.batch is None:
-            return self._call({name: np.ascontiguousarray(value) for name, value in feeds.items()})
-        return in_batches(self._call, feeds, self.bundle.batch)
-
-    def run(self, images: np.ndarray, **selection: np.ndarray) -> Outputs:
-        """Compute uint8 (B, S, S, 3); selection: the other inputs of a "prompted" graph, "prompt_weights" (B, L, K).
-
-        Raises: InputError for another shape or type, or for a graph without logits.
-        """
-        if "logits" not in self.signature.outputs:
-            raise InputError(f"graph {self.key!r} gives no logits", got=list(self.signature.outputs), fix="use compute")
-        outputs = self.compute({self.signature.images: images, **selection})
-        return Outputs(outputs["logits"], outputs.get("prompt_weights"))
-
-    def infer(self, images: np.ndarray) -> np.ndarray:
-        """`run`, the logits only: float32 (B, C)."""
-        return self.run(images).logits
+    @property
+    def signature(self) -> Signature:
+        """Its inputs and outputs, as the manifest says."""
+        return self.bundle.signature(self.key)
 
     def check_signature(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
         """Compare what the engine found in the file with what the manifest says. Raises: InputError."""
@@ -175,6 +102,137 @@ class Runner(ABC):
             expected=expected,
             fix="export the bundle again",
         )
+
+
+def choose_graph(
+    bundle: Bundle,
+    graph: str = "student",
+    precision: str | None = None,
+    int8: str = INT8,
+    hints: Collection[str] = (),
+    newest_opset: int | None = None,
+) -> ChosenGraph:
+    """The graph that an engine computes for this precision.
+
+    Args:
+        graph: "student", "query" or "prompted". precision: a key of PRECISIONS; None: what `calibrate` recommends,
+            where the bundle has a graph for it that this engine loads and that answers like fp32; fp32 otherwise.
+        int8: the quantisation scheme of the 8-bit graphs that the engine runs well.
+        hints: precisions that the engine computes the fp32 graph in by itself.
+        newest_opset: of the 8-bit graphs that the engine loads; None: any.
+
+    Raises: InputError for an unknown precision, or when the bundle has no such graph.
+    """
+    if precision is not None:
+        choose("precision", precision, PRECISIONS)
+    precision = precision or _recommended(bundle, graph, int8, newest_opset)
+    own = int8 if precision == "int8" else precision
+    chosen = ChosenGraph(bundle, precision, graph if own in ("fp32", *hints) else f"{graph}.{own}")
+    bundle.graph(chosen.key)  # raises where there is none
+    return chosen
+
+
+def _recommended(bundle: Bundle, graph: str, int8: str, newest_opset: int | None) -> str:
+    found = bundle.manifest.quantisation
+    if found is None or found.recommended.get("precision") != "int8":
+        return "fp32"
+    scheme = found.flavours.get(int8)
+    opset = scheme.opset if scheme and scheme.opset is not None else bundle.manifest.opset or 0
+    if newest_opset is not None and opset > newest_opset:
+        return "fp32"
+    good = scheme is None or scheme.shortfall is None
+    return "int8" if good and f"{graph}.{int8}" in bundle.manifest.graphs else "fp32"
+
+
+class Engine(Protocol):
+    """What a backend provides: one loaded graph. `Runner` checks the inputs before and cuts them into batches."""
+
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call of the graph: contiguous inputs of a batch that it takes -> outputs by name.
+
+        Called by several threads at a time. Raises: InputError for a graph that the engine cannot compute,
+        RuntimeError once closed.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """{"backend", "providers" (as resolved), "threads", "version", "precision"}."""
+
+    def close(self) -> None:
+        """Free the session; a second call does nothing."""
+
+
+class Runner:
+    """A loaded graph; made by `cdl_edge.runtime.load`, used in a `with` block.
+
+    The engine computes one call; all that is common to engines is here. Any thread may call it at any time. It answers
+    from the bytes that were hashed when it was made, see `runtime.model`.
+    """
+
+    def __init__(self, graph: ChosenGraph, engine: Engine, load_ms: float = 0.0) -> None:
+        """load_ms: time to create the engine; reading the bundle and checking its hashes are left out."""
+        self.graph, self.engine, self.load_ms = graph, engine, load_ms
+        self.bundle, self.precision, self.key = graph.bundle, graph.precision, graph.key
+        self.path, self.signature = graph.path, graph.signature
+
+    @classmethod
+    def open(cls, graph: ChosenGraph, make: Callable[[Model], Engine]) -> Runner:
+        """Read the graph with its constants, and make an engine of them.
+
+        Raises: InputError as `make`, and when the graph reads a file that no hash covers.
+        """
+        model = read_model(graph.bundle, graph.key)
+        begin = time.perf_counter()
+        engine = make(model)
+        return cls(graph, engine, (time.perf_counter() - begin) * 1e3)
+
+    @cached_property
+    def certainty(self) -> Confidence:
+        """What the bundle knows about its own confidence. Raises: InputError, see Confidence.of."""
+        return Confidence.of(self.bundle)
+
+    def describe(self) -> dict[str, Any]:
+        """{"backend", "providers" (as resolved), "threads", "version", "precision"}, and what the engine adds."""
+        return self.engine.describe()
+
+    def close(self) -> None:
+        """Free the engine; a second call does nothing."""
+        self.engine.close()
+
+    def compute(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Any number B of images through the graph: its inputs by name, (B, ...) each -> its outputs by name.
+
+        Raises: InputError for inputs of other names, shapes or types, RuntimeError once closed.
+        """
+        wanted = self.signature.inputs
+        if set(feeds) != set(wanted):
+            raise InputError(f"{self.path.name}: inputs of other names", got=sorted(feeds), expected=sorted(wanted))
+        images = feeds[self.signature.images]
+        check_images(images, wanted[self.signature.images][1])
+        for name, value in feeds.items():
+            if name != self.signature.images:
+                expected = (len(images), *wanted[name][1:])
+                if value.dtype != np.float32 or value.shape != expected:
+                    got = f"{value.dtype} {value.shape}"
+                    raise InputError(f"{self.path.name}: input {name!r}", got=got, expected=f"float32 {expected}")
+        if len(images) == 0:
+            return {name: np.zeros((0, *shape[1:]), np.float32) for name, shape in self.signature.outputs.items()}
+        if self.bundle.batch is None:
+            return self.engine.call({name: np.ascontiguousarray(value) for name, value in feeds.items()})
+        return in_batches(self.engine.call, feeds, self.bundle.batch)
+
+    def run(self, images: np.ndarray, **selection: np.ndarray) -> Outputs:
+        """Compute uint8 (B, S, S, 3); selection: the other inputs of a "prompted" graph, "prompt_weights" (B, L, K).
+
+        Raises: InputError for another shape or type, or for a graph without logits.
+        """
+        if "logits" not in self.signature.outputs:
+            raise InputError(f"graph {self.key!r} gives no logits", got=list(self.signature.outputs), fix="use compute")
+        outputs = self.compute({self.signature.images: images, **selection})
+        return Outputs(outputs["logits"], outputs.get("prompt_weights"))
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        """`run`, the logits only: float32 (B, C)."""
+        return self.run(images).logits
 
     def __enter__(self) -> Runner:
         return self

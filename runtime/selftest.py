@@ -112,13 +112,13 @@ def reference(bundle: Bundle, graph: str = "student") -> tuple[Feeds, Feeds]:
         )
     if graph == "student":
         return {bundle.signature().images: images}, {"logits": logits}
-    from .backends.onnxruntime import OrtRunner
+    from .backends.onnxruntime import open_onnxruntime
 
     feeds: Feeds = {bundle.signature(graph).images: images}
     if graph != "query":
-        with OrtRunner(bundle, "query", threads=1) as query:
+        with open_onnxruntime(bundle, "query", threads=1) as query:
             feeds |= query.compute(dict(feeds))
-    with OrtRunner(bundle, graph, threads=1) as runner:
+    with open_onnxruntime(bundle, graph, threads=1) as runner:
         return feeds, runner.compute(feeds)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from ..artefacts.bundle import Bundle, open_bundle
 from ..cores import usable_cores
 from ..errors import GateError
 from ..runtime import load
-from ..runtime.runner import Runner
+from ..runtime.runner import Engine, Runner
 from ..runtime.selftest import extremes, prove, prove_answers, prove_finite, reference
 
 WARMUP = 3
@@ -38,10 +39,46 @@ def version_name(bundle: Bundle) -> str:
     return bundle.manifest.version
 
 
+class _Pooled:
+    """Engines of one graph as one: each call has one of them to itself, for an engine serves one call at a time."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._engines = tuple(engines)
+        self._free: queue.LifoQueue[Engine] = queue.LifoQueue()  # last in, first out: whose memory is in the cache
+        for engine in self._engines:
+            self._free.put(engine)
+        self._lock = threading.Lock()
+        self._running: dict[int, float] = {}
+
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call, by the engine that was used last of those that are free."""
+        engine, me = self._free.get(), threading.get_ident()
+        with self._lock:
+            self._running[me] = time.monotonic()
+        try:
+            return engine.call(feeds)
+        finally:
+            with self._lock:
+                del self._running[me]
+            self._free.put(engine)
+
+    def longest_s(self) -> float:
+        """Seconds that the oldest of the calls that run now has been running; 0 when none does."""
+        with self._lock:
+            return time.monotonic() - min(self._running.values()) if self._running else 0.0
+
+    def describe(self) -> dict[str, Any]:
+        """As the engines, and "runners": how many."""
+        return {**self._engines[0].describe(), "runners": len(self._engines)}
+
+    def close(self) -> None:
+        """Free every engine; a second call does nothing."""
+        for engine in self._engines:
+            engine.close()
+
+
 class Pool(Runner):
     """N runners of one graph behind the face of one, for any number of threads; see `runtime.runner.Runner`.
-
-    A runner and its memory serve one call at a time; here each call of the graph has one of them to itself.
 
     Args:
         make: loads one runner; called `count` times.
@@ -50,50 +87,15 @@ class Pool(Runner):
     """
 
     def __init__(self, make: Callable[[], Runner], count: int = 1) -> None:
-        self.runners: list[Runner] = []
-        try:
-            for _ in range(count):
-                self.runners.append(make())
-        except BaseException:
-            self.close()
-            raise
-        first = self.runners[0]
-        self.bundle, self.precision, self.key = first.bundle, first.precision, first.key
-        self.path, self.signature = first.path, first.signature
-        self.load_ms = sum(runner.load_ms for runner in self.runners)
-        self._free: queue.LifoQueue[Runner] = queue.LifoQueue()  # last in, first out: whose memory is in the cache
-        for runner in self.runners:
-            self._free.put(runner)
-        self._lock = threading.Lock()
-        self._running: dict[int, float] = {}
-
-    def _open(self) -> None:
-        """Nothing: the runners are open."""
-
-    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        runner, me = self._free.get(), threading.get_ident()
-        with self._lock:
-            self._running[me] = time.monotonic()
-        try:
-            return runner._call(feeds)
-        finally:
-            with self._lock:
-                del self._running[me]
-            self._free.put(runner)
+        with ExitStack() as stack:
+            self.runners = [stack.enter_context(make()) for _ in range(count)]
+            stack.pop_all()
+        self._pooled = _Pooled([runner.engine for runner in self.runners])
+        super().__init__(self.runners[0].graph, self._pooled, sum(runner.load_ms for runner in self.runners))
 
     def longest_s(self) -> float:
         """Seconds that the oldest of the calls that run now has been running; 0 when none does."""
-        with self._lock:
-            return time.monotonic() - min(self._running.values()) if self._running else 0.0
-
-    def describe(self) -> dict[str, Any]:
-        """What one runner says of itself, and "runners": how many there are."""
-        return {**self.runners[0].describe(), "runners": len(self.runners)}
-
-    def close(self) -> None:
-        """Free every session; a second call does nothing."""
-        for runner in self.runners:
-            runner.close()
+        return self._pooled.longest_s()
 
 
 class _Version:

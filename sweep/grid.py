@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, choose
-from ..train.config import HEAD_KINDS, QUERIES, TrainConfig
+from ..train.config import QUERIES, TrainConfig, head_kinds
 from ..train.distill import DISTILLERS
 from ..train.learners import LEARNERS
 from .presets import PRESETS, Pair, Preset
@@ -17,7 +17,7 @@ LISTS: dict[str, tuple[str, Collection[str], tuple[str, ...]]] = {
     "learners": ("learner", LEARNERS, ("l2p", "dualprompt", "coda", "apt")),
     "distillers": ("distiller", DISTILLERS, ("none", "kd", "kdp")),
     "queries": ("query", QUERIES, ("two-pass",)),
-    "heads": ("head", HEAD_KINDS, ("auto",)),
+    "heads": ("head", head_kinds(), ("auto",)),
 }
 "option -> (what one of them is called, which there are, default)"
 SEEDS = (0, 1, 2)

@@ -15,7 +15,7 @@ out, short = sys.argv[1], json.loads(sys.argv[2])
 digits = dict(data="digits", learner="apt", distill="none", tasks=2, quiet=True, **short)
 metrics = train(out=out + "/run", limit_per_class=5, **digits)
 export(out + "/run", out + "/bundle", images=10)
-import cdl_edge.train.loop, cdl_edge.export.bundle  # the names stay those of the functions
+import cdl_edge.train.loop, cdl_edge.export.export_bundle  # the names stay those of the functions
 assert cdl_edge.train is train and cdl_edge.export is export
 torch_side, graph_side = evaluate(out + "/run", "digits"), evaluate(out + "/bundle", "digits")
 assert abs(torch_side["average_accuracy"] - graph_side["average_accuracy"]) < 1e-6
@@ -57,7 +57,7 @@ def test_what_runs_on_a_device_is_imported_without_anything_heavy():
 def test_a_function_keeps_its_name_whatever_is_imported():
     """Five packages have the name of a command: importing one must not put it where the function is."""
     code = ""
-    for module in ("calibrate.flavours", "export.profiles", "report.words", "sweep.presets", "train.options"):
+    for module in ("calibrate.schemes", "export.profiles", "report.words", "sweep.presets", "train.options"):
         name, _, inner = module.partition(".")
         code += f"import cdl_edge.{module}\nfrom cdl_edge import {name}, api\nfrom cdl_edge.{name} import {inner}\n"
         code += f"assert {name} is api.{name} is cdl_edge.{name}, {name}\n"
@@ -119,3 +119,17 @@ def test_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         cdl_edge.trian  # noqa: B018
+
+
+def test_the_earlier_name_of_quantisation_schemes(monkeypatch):
+    from cdl_edge import api
+    from cdl_edge.calibrate import calibrate_bundle
+    from cdl_edge.cli import cli
+
+    seen = []
+    monkeypatch.setattr(calibrate_bundle, "calibrate", lambda *given: seen.append(given) or {})
+    api.calibrate("bundle", "out", flavours=["int8-arm"])
+    api.calibrate("bundle", "out", schemes=["int8-arm"])
+    assert seen[0] == seen[1] and ["int8-arm"] in seen[0]
+    option = next(p for p in cli.commands["calibrate"].params if p.name == "schemes")
+    assert option.opts == ["--scheme", "--flavour"]

@@ -20,7 +20,7 @@ from ..files import atomic_file, sha256
 from ..images import Preprocessing
 from .families import plain_vit, refusal
 from .sources import from_file, from_folder, from_hub, from_tag, has_own_metadata, random_model
-from .trunk import Residual, build_trunk
+from .trunk import ResidualLayers, build_trunk
 
 BUILTIN = {
     name: Path(__file__).parent / "weights" / f"{name}.safetensors" for name in ("teacher", "student", "student-v1")
@@ -217,7 +217,7 @@ def _plain_stem(embed: nn.Module) -> bool:
 
 def _plain_layers(layers: nn.Sequential) -> bool:
     return all(
-        _plain_layers(layer) if isinstance(layer, Residual) else isinstance(layer, (nn.Conv2d, nn.ReLU, nn.ReLU6))
+        _plain_layers(layer) if isinstance(layer, ResidualLayers) else isinstance(layer, (nn.Conv2d, nn.ReLU, nn.ReLU6))
         for layer in layers
     )
 

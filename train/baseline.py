@@ -15,7 +15,7 @@ import torch
 from ..class_statistics import ClassStatistics
 from ..heads import CLOSED_FORM, feature_map
 from .backbone import Backbone
-from .batches import Images
+from .batches import TaskImages
 from .closed_form import StatisticsKeeper, feature_parts
 from .run import Run
 from .student import run_block
@@ -40,7 +40,7 @@ class FrozenBaseline:
         return [f"frozen-{h}" for h in HEADS]
 
     @torch.no_grad()
-    def features(self, images: Images) -> np.ndarray:
+    def features(self, images: TaskImages) -> np.ndarray:
         """Class token and pooled patches, as heads read them: float32 (N, 5 D)."""
         vit, parts = self.backbone.model, []
         for start in range(0, len(images), CHUNK):
@@ -53,7 +53,7 @@ class FrozenBaseline:
             parts.append(torch.cat([vit.norm(tokens)[:, 0], patches], dim=1).float().cpu())
         return torch.cat(parts).numpy()
 
-    def learn(self, task: int, images: Images, first: int, classes: list[str]) -> None:
+    def learn(self, task: int, images: TaskImages, first: int, classes: list[str]) -> None:
         """The statistics of a task, 0-based. first: label of its first class; classes: names in the order of labels."""
         own = images.labels >= first
         x, labels = self.features(images)[own], images.labels[own] - first
@@ -61,7 +61,7 @@ class FrozenBaseline:
             part = ClassStatistics.of(map, x, labels, classes)
             self.keeper.add(f"frozen-{head}", task + 1, part)
 
-    def measure(self, val: Iterable[Images]) -> dict[str, Any]:
+    def measure(self, val: Iterable[TaskImages]) -> dict[str, Any]:
         """{"head", "average_accuracy", "heads": {...}}: in %, mean over tasks, of the better of both heads."""
         return self.compare([(self.features(images), images.labels) for images in val])
 

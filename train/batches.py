@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Split
 from ..images import Preprocessing
 from . import augment
-from .engine import Share
+from .devices import Share
 from .student import PromptedViT
 from .tokens import token_count
 
@@ -46,11 +46,11 @@ class Batch:
 
 
 def images_seen(count: int, batch_size: int, compat: bool) -> int:
-    """Images of an epoch: all; in the CDL authors' code full steps only (one step where there is no full one)."""
+    """TaskImages of an epoch: all; in the CDL authors' code full steps only (one step where there is no full one)."""
     return count // batch_size * batch_size if compat and count >= batch_size else count
 
 
-class Side:
+class Pipeline:
     """A model with the way images reach it."""
 
     def __init__(self, model: PromptedViT, preprocessing: Preprocessing, device: torch.device) -> None:
@@ -63,10 +63,10 @@ class Side:
         return self.preprocessing.size, self.preprocessing.resize, self.preprocessing.interpolation
 
 
-class Images:
+class TaskImages:
     """The images of one task, decoded once for each way of decoding that the sides need."""
 
-    def __init__(self, split: Split, sides: dict[str, Side], device: torch.device) -> None:
+    def __init__(self, split: Split, sides: dict[str, Pipeline], device: torch.device) -> None:
         self.device, self.sides = device, sides
         decoded = {d: split.decode(p) for d, p in {s.decoding: s.preprocessing for s in sides.values()}.items()}
         first = next(iter(decoded.values()))
@@ -207,17 +207,17 @@ class Images:
 class Validation:
     """The validation images of the tasks, which are measured again after every task."""
 
-    def __init__(self, read: Callable[[int], Images], limit_bytes: int = VALIDATION_BYTES) -> None:
+    def __init__(self, read: Callable[[int], TaskImages], limit_bytes: int = VALIDATION_BYTES) -> None:
         """read: the images of a task. limit_bytes: what may be kept; beyond it pixels only, then nothing."""
         self.read, self.limit_bytes = read, limit_bytes
-        self.kept: dict[int, Images] = {}
+        self.kept: dict[int, TaskImages] = {}
 
     def models_changed(self) -> None:
         """Prompts have learnt: the features that are kept are no longer those of the models."""
         for images in self.kept.values():
             images.features.clear()
 
-    def each(self, tasks: int) -> Iterator[Images]:
+    def each(self, tasks: int) -> Iterator[TaskImages]:
         """The images of tasks 0.. in their order; those that do not fit are read again each time."""
         for task in range(tasks):
             images = self.kept.pop(task) if task in self.kept else self.read(task)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..errors import InputError
 from ..files import atomic_file
+from ..log import LOG
 
 _TENSOR = "__tensor__"
 
@@ -97,8 +98,8 @@ def keep_before(path: Path) -> None:
         shutil.copyfile(path, before(path))
 
 
-def load_kept(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """`load_state`; of a damaged file the one before it, which then takes its place. say: told so.
+def load_kept(path: Path) -> dict[str, Any]:
+    """`load_state`; of a damaged file the one before it, which then takes its place.
 
     Raises: InputError where neither can be read.
     """
@@ -109,7 +110,7 @@ def load_kept(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
             raise
         state = load_state(before(path))
         os.replace(before(path), path)
-        say(f"{path}: damaged; going on from the checkpoint before it")
+        LOG.warning(f"{path}: damaged; going on from the checkpoint before it")
         return state
 
 

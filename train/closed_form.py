@@ -14,8 +14,10 @@ from ..class_statistics import ClassStatistics, FeatureMap
 from ..heads import CLOSED_FORM, RANDOM_FEATURES, LinearMap, feature_map
 from .aligned import align
 
-STATISTICS_HEADS = (*CLOSED_FORM, "aligned")
-"heads that are made from class statistics; `aligned` learns a linear head on features drawn from them"
+
+def statistics_heads() -> tuple[str, ...]:
+    """Heads that are made from class statistics; `aligned` learns a linear head on features drawn from them."""
+    return (*CLOSED_FORM, "aligned")
 
 
 def feature_parts(kd_token: bool) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError, choose
 from ..images import DECODER, RESIZE_RULES, check_decoder
-from .closed_form import STATISTICS_HEADS
+from .closed_form import statistics_heads
 from .distill import DISTILLERS
 from .learners import LEARNERS
 from .snapshots import PRUNED
@@ -19,7 +19,6 @@ AUGMENTATIONS = ("auto", "none", "crop-flip")
 KD_HEADS = ("learner", *HEADS)
 REPLAY = "--distill m2kd --head learned"
 PRUNING = "--distill m2kd --learner finetune"
-HEAD_KINDS = ("auto", "learned", *STATISTICS_HEADS)
 PROMPT_OPTIONS = {
     *("teacher", "teacher_arch", "teacher_image_size", "teachers", "distill", "alpha", "tau", "compat"),
     *("query", "query_regulariser", "prompt_tasks", "kd_blocks", "kd_length", "kd_head", "apt_momentum"),
@@ -28,6 +27,11 @@ PROMPT_OPTIONS = {
 "options that do nothing without prompts, or a network, that learn"
 FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
 "options that runs had before there was a name for them"
+
+
+def head_kinds() -> tuple[str, ...]:
+    """What --head takes."""
+    return ("auto", "learned", *statistics_heads())
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class TrainConfig:
         if self.learner == "auto":
             object.__setattr__(self, "learner", "coda" if self._asks_for_prompts() else "frozen")
         choose("learner", self.learner, LEARNERS)
-        choose("head", self.head, HEAD_KINDS)
+        choose("head", self.head, head_kinds())
         whole = LEARNERS[self.learner].whole_network
         if self.distill == "auto":
             object.__setattr__(self, "distill", "none" if self.learner == "frozen" else "kdp")

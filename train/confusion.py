@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Images
-from .engine import Engine
+from .batches import TaskImages
+from .devices import Devices
 from .evaluate import answers
 from .picture_choice import PictureChoice
 
@@ -42,15 +42,15 @@ def confusion(answers: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) ->
 class Answered:
     """Validation images that are handed on; what a model answers to each is remembered on the way."""
 
-    def __init__(self, images: Iterable[Images], name: str, classes: int, engine: Engine) -> None:
-        """name: of the model. classes: that are learnt. The processes of an engine share the work."""
-        self.images, self.name, self.classes, self.engine = images, name, classes, engine
+    def __init__(self, images: Iterable[TaskImages], name: str, classes: int, devices: Devices) -> None:
+        """name: of the model. classes: that are learnt. The processes of a Devices share the work."""
+        self.images, self.name, self.classes, self.devices = images, name, classes, devices
         self.found: list[tuple[np.ndarray, np.ndarray]] = []
         self.choice = PictureChoice()
 
-    def __iter__(self) -> Iterator[Images]:
+    def __iter__(self) -> Iterator[TaskImages]:
         for images in self.images:
-            predicted, probability, of_true = answers(images, self.name, self.classes, self.engine)
+            predicted, probability, of_true = answers(images, self.name, self.classes, self.devices)
             self.found.append((images.labels, predicted))
             self.choice.add(images.split, images.read, predicted, probability, of_true)
             yield images

@@ -12,8 +12,8 @@ import torch
 
 from ..data import find_scored
 from .baseline import baseline_of
-from .batches import Images, Side
-from .engine import Engine, Share
+from .batches import Pipeline, TaskImages
+from .devices import Devices, Share
 from .metrics import DEFINITIONS
 from .run import load_run
 from .scenario import Scenario
@@ -22,7 +22,7 @@ CHUNK = 128
 
 
 @torch.no_grad()
-def logits_of(images: Images, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+def logits_of(images: TaskImages, name: str, classes: int | None = None, rows: slice = slice(None)) -> np.ndarray:
     """Combined logits of the images in `rows`, float32 (N, C), cut to the first `classes`."""
     model = images.sides[name].model
     head = model.statistics_head
@@ -40,7 +40,7 @@ def logits_of(images: Images, name: str, classes: int | None = None, rows: slice
 
 
 @torch.no_grad()
-def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[torch.Tensor]:
+def features_of(images: TaskImages, name: str, rows: slice = slice(None)) -> list[torch.Tensor]:
     """What the statistics head of a model reads of the images in `rows`, in chunks, float32 (n, D).
 
     They are kept with the images: whoever changes the model clears `images.features`.
@@ -61,20 +61,20 @@ def features_of(images: Images, name: str, rows: slice = slice(None)) -> list[to
     return parts
 
 
-def predictions(images: Images, name: str, seen: int, engine: Engine | None = None) -> np.ndarray:
-    """Predicted classes, int64 (N,), among the first `seen`; the processes of an engine share the images."""
-    return answers(images, name, seen, engine)[0]
+def predictions(images: TaskImages, name: str, seen: int, devices: Devices | None = None) -> np.ndarray:
+    """Predicted classes, int64 (N,), among the first `seen`; the processes of a Devices share the images."""
+    return answers(images, name, seen, devices)[0]
 
 
 def answers(
-    images: Images, name: str, seen: int, engine: Engine | None = None
+    images: TaskImages, name: str, seen: int, devices: Devices | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a model answers among the first `seen` classes; the processes of an engine share the images.
+    """What a model answers among the first `seen` classes; the processes of a Devices share the images.
 
     Returns: predicted classes, int64 (N,); the probability of each, and that of the right class (0 for a class that is
     not among them), both float32 (N,).
     """
-    rows, weight = (engine.share if engine else Share()).of(len(images))
+    rows, weight = (devices.share if devices else Share()).of(len(images))
     logits = logits_of(images, name, seen, rows)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
@@ -82,18 +82,18 @@ def answers(
     known = labels < shares.shape[1]
     of_true = np.where(known, shares[index, np.where(known, labels, 0)], 0.0)
     own = np.stack([predicted, shares[index, predicted], of_true]).astype(np.float32)
-    if engine is not None:
+    if devices is not None:
         # A process without images of its own gets one with weight 0: it adds nothing. Numbers of classes are exact in
         # float32.
         whole = torch.zeros(3, len(images))
         whole[:, rows] = torch.from_numpy(own) * (weight > 0)
-        own = engine.sum(whole).cpu().numpy()
+        own = devices.sum(whole).cpu().numpy()
     return own[0].astype(np.int64), own[1], own[2]
 
 
-def accuracy(images: Images, name: str, seen: int, engine: Engine | None = None) -> float:
-    """In %, predicting among the first `seen` classes; the processes of an engine share the images."""
-    return 100.0 * float((predictions(images, name, seen, engine) == images.labels).mean())
+def accuracy(images: TaskImages, name: str, seen: int, devices: Devices | None = None) -> float:
+    """In %, predicting among the first `seen` classes; the processes of a Devices share the images."""
+    return 100.0 * float((predictions(images, name, seen, devices) == images.labels).mean())
 
 
 def evaluate_run(
@@ -116,13 +116,13 @@ def evaluate_run(
     order = tuple(number.setdefault(name, len(number)) for name in names)
     scenario = Scenario(order, run.metrics.tasks)
     device = torch.device("cpu")
-    sides = {"student": Side(run.student, run.preprocessing, device)}
+    sides = {"student": Pipeline(run.student, run.preprocessing, device)}
     per_task: list[float | None] = []
     frozen, bare = baseline_of(run), []
     count, skipped = 0, []
     for task in range(len(scenario.tasks)):
         part = scenario.split(chosen, task)
-        images = Images(part, sides, device) if len(part) else None
+        images = TaskImages(part, sides, device) if len(part) else None
         per_task.append(accuracy(images, "student", len(names)) if images is not None else None)
         if images is not None and frozen is not None:
             bare.append((frozen.features(images), images.labels))

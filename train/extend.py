@@ -42,7 +42,7 @@ def inherit(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in config.to_json().items() if k not in OWN}, **options}
 
 
-class Origin:
+class Parent:
     """The run that is extended."""
 
     def __init__(self, config: TrainConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -21,8 +20,8 @@ ELSEWHERE = ("out", "devices", "teachers", "data")
 class RunFolder:
     """A folder for one training at a time."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say = path, say
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.config, self.metrics = path / CONFIG, path / METRICS
         self.checkpoint = path / "checkpoint.safetensors"
         self._lock: IO[str] | None = None
@@ -74,7 +73,7 @@ class RunFolder:
         except ValueError as error:
             raise InputError(f"{self.path}: damaged run", got=str(error), expected="JSON") from error
         there = self.checkpoint.exists() or before(self.checkpoint).exists()
-        state = metrics or (load_kept(self.checkpoint, self.say) if there else None)
+        state = metrics or (load_kept(self.checkpoint) if there else None)
         mine, theirs = config.to_json(), old.to_json()
         early = state is not None and "data" not in state
         free = [k for k in ELSEWHERE if not early or k != "data"]

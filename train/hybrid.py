@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..data import Decoded, Fingerprint, Split, load_dataset
 from ..errors import InputError
 from ..files import atomic_file, sha256, write_json
 from ..images import Preprocessing
+from ..log import LOG
 from . import augment
 from .backbone import Architecture, save_backbone
 from .checkpoint import keep_before, load_kept, save_state
@@ -98,7 +98,7 @@ class HybridConfig:
     "of initialisation, order and crops"
 
 
-def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+def pretrain_hybrid(config: HybridConfig, resume: bool = False) -> dict[str, Any]:
     """Learn the blocks, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
     Raises: InputError for a checkpoint of the trunk that does not fit, a file that is there already, or a checkpoint
@@ -111,7 +111,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
             f"{out}: is there already", fix="choose another --out; with its checkpoint beside it, --resume goes on"
         )
     dataset = load_dataset(config.data)
-    say(dataset.line)
+    LOG.info(dataset.line)
     split = dataset.train
     if config.limit_per_class is not None:
         split = split.limited(config.limit_per_class, config.seed)
@@ -121,18 +121,18 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
     signature = json.dumps({**options, "files": source.identity}, sort_keys=True)
     state: dict[str, Any] | None = None
     if resume and checkpoint.exists():
-        state = load_kept(checkpoint, say)
+        state = load_kept(checkpoint)
         if "data" not in state or state["signature"] != signature:
             raise InputError(
                 f"{checkpoint}: from another configuration, or an earlier version",
                 fix="give the same options and files, or choose another --out",
             )
         check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
-    train = [source.of(split, "train", view, say) for view in range(config.views)]
-    val = source.of(dataset.val, "val", 0, say)
+    train = [source.of(split, "train", view) for view in range(config.views)]
+    val = source.of(dataset.val, "val", 0)
     skipped = sorted({line for part in (*train, val) for line in part["skipped"].tolist()})
     for line in skipped:
-        say(f"skipped: {line}")
+        LOG.info(f"skipped: {line}")
     maps = torch.from_numpy(np.concatenate([t["maps"] for t in train]))
     answers = torch.from_numpy(np.concatenate([t["answers"] for t in train]))
     labels = torch.from_numpy(np.concatenate([t["labels"] for t in train]))
@@ -155,7 +155,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]
-        say(f"resumed after epoch {epoch}")
+        LOG.info(f"resumed after epoch {epoch}")
     steps = math.ceil(len(labels) / config.batch_size)
     while epoch < config.epochs:
         started, total = time.perf_counter(), 0.0
@@ -194,7 +194,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False, say: Callable[[s
             },
         )
         write_json(curve_file, {"config": vars(config), "curve": curve})
-        say(f"epoch {epoch}/{config.epochs}  loss {total / steps:.3f}  val {accuracy:.2f} %  {seconds:.0f} s")
+        LOG.info(f"epoch {epoch}/{config.epochs}  loss {total / steps:.3f}  val {accuracy:.2f} %  {seconds:.0f} s")
     preprocessing = Preprocessing(hybrid.side, hybrid.side, "bicubic", MEAN, STD)
     vit = model.assembled(architecture, source.trunk)
     notes = {
@@ -230,7 +230,7 @@ class Features:
         kept = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = Path(config.out).with_suffix(".features") / kept
 
-    def of(self, split: Split, name: str, view: int, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    def of(self, split: Split, name: str, view: int) -> dict[str, np.ndarray]:
         """maps float16 (N, P, C), answers float16 (N, 1000), labels int64 (N,), skipped: lines for people."""
         side = max(self.hybrid.side, ANSWERS.side)
         parts = []
@@ -241,7 +241,7 @@ class Features:
                 rows = split.take(np.arange(start, min(start + CHUNK, len(split))))
                 decoded = rows.decode(Preprocessing(side, side, "bicubic", MEAN, STD))
                 self._make(path, decoded, view, start)
-                say(f"{name}, view {view}: {min(start + CHUNK, len(split))} of {len(split)} images")
+                LOG.info(f"{name}, view {view}: {min(start + CHUNK, len(split))} of {len(split)} images")
             with np.load(path, allow_pickle=False) as file:
                 parts.append({k: file[k] for k in ("maps", "answers", "labels", "skipped")})
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..class_statistics import ClassStatistics
-from .batches import Images
+from .batches import TaskImages
 from .closed_form import StatisticsHead, as_numpy, make
 from .config import TrainConfig
 from .evaluate import features_of
@@ -25,7 +25,7 @@ def forgetting_of_joint(
     head: StatisticsHead,
     scenario: Scenario,
     classes: Sequence[str],
-    images: tuple[Iterable[Images], Iterable[Images]] | None,
+    images: tuple[Iterable[TaskImages], Iterable[TaskImages]] | None,
 ) -> dict[str, Any]:
     """{"forgetting_of_joint": points or None, "forgetting_of_joint_note"}, as metrics.DEFINITIONS says.
 
@@ -44,8 +44,8 @@ def forgetting_of_joint(
 
 @torch.no_grad()
 def matrix_of_joint(
-    train: Iterable[Images],
-    val: Iterable[Images],
+    train: Iterable[TaskImages],
+    val: Iterable[TaskImages],
     head: StatisticsHead,
     scenario: Scenario,
     classes: Sequence[str],

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..heartbeat import at
-from .batches import KEPT_BYTES, Batch, Images, images_seen
+from .batches import KEPT_BYTES, Batch, TaskImages, images_seen
 from .config import TrainConfig
-from .distill import Distiller, Lesson
-from .engine import Engine
+from .devices import Devices
+from .distill import DistillationBatch, Distiller
 from .student import PromptedViT
 
 CHUNK = 256
@@ -26,7 +26,7 @@ RETRAINING = 0.1
 
 
 @dataclass(frozen=True)
-class Answers:
+class TeacherOutputs:
     """What the teacher says to a step, or to all images of a task."""
 
     logits: Tensor
@@ -34,9 +34,9 @@ class Answers:
     hidden: tuple[Tensor, ...] = ()
     "(N, 1 + P, D) behind each block"
 
-    def at(self, index: Tensor) -> Answers:
+    def at(self, index: Tensor) -> TeacherOutputs:
         """Of the images at `index`."""
-        return Answers(self.logits[index], tuple(h[index] for h in self.hidden))
+        return TeacherOutputs(self.logits[index], tuple(h[index] for h in self.hidden))
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class Phase:
     def __init__(
         self,
         config: TrainConfig,
-        engine: Engine,
+        devices: Devices,
         models: dict[str, PromptedViT],
         name: str,
         task: int,
-        span: tuple[int, int],
+        class_range: tuple[int, int],
         augmented: bool,
         distiller: Distiller,
         bar: str | None = None,
     ) -> None:
         """models: the student, and the teacher where there is one; name: whose turn it is; bar: progress title."""
-        self.config, self.engine, self.models, self.name = config, engine, models, name
-        self.task, self.span, self.augmented, self.bar = task, span, augmented, bar
+        self.config, self.devices, self.models, self.name = config, devices, models, name
+        self.task, self.class_range, self.augmented, self.bar = task, class_range, augmented, bar
         self.distiller = distiller
         self.model = models[name]
         self.is_student = name == "student"
@@ -97,16 +97,16 @@ class Phase:
         """Epochs of the phase on so many images, retraining included."""
         return self.config.epochs_of(images) + (self.config.retrain_epochs if self.is_student else 0)
 
-    def epochs(self, images: Images, done: int, answers: Answers | None) -> Iterator[EpochDone]:
-        """Train from epoch `done` on. answers: the teacher's, of every image, where they are known already."""
+    def epochs(self, images: TaskImages, done: int, outputs: TeacherOutputs | None) -> Iterator[EpochDone]:
+        """Train from epoch `done` on. outputs: the teacher's, of every image, where they are known already."""
         config = self.config
         taught = self.is_student and self.distiller.needs_teacher
         names = [self.name]
         if not self.augmented:
-            images.keep(names, self.engine.autocast, CHUNK)
-            if taught and (answers is None or (self.distiller.needs_hidden and not answers.hidden)):
-                answers = self._all_answers(images)
-        if taught and answers is None:
+            images.keep(names, self.devices.autocast, CHUNK)
+            if taught and (outputs is None or (self.distiller.needs_hidden and not outputs.hidden)):
+                outputs = self._all_outputs(images)
+        if taught and outputs is None:
             names = ["student", "teacher"]
         count = images_seen(len(images), config.batch_size, config.compat)
         steps = math.ceil(count / config.batch_size)
@@ -122,15 +122,15 @@ class Phase:
             disable=not shown,
         )
         with bar:
-            yield from self._epochs(images, done, answers, names, count, bar)
+            yield from self._epochs(images, done, outputs, names, count, bar)
         self.optimiser.zero_grad(set_to_none=True)  # of a whole network they are as large as the network
-        self.answers = answers
+        self.outputs = outputs
 
     def _epochs(
         self,
-        images: Images,
+        images: TaskImages,
         done: int,
-        answers: Answers | None,
+        outputs: TeacherOutputs | None,
         names: list[str],
         count: int,
         bar: tqdm,
@@ -148,22 +148,23 @@ class Phase:
             batches = images.epoch(
                 names,
                 config.batch_size,
-                self.engine.autocast,
+                self.devices.autocast,
                 generator,
                 self.augmented,
-                self.engine.share,
+                self.devices.share,
                 config.compat,
             )
             for step, batch in enumerate(batches):
                 for group in self.optimiser.param_groups:
                     group["lr"] = group["share"] * rate(config, epoch, trained, step, steps)
-                said = None
+                of_batch = None
                 if taught:
-                    said = answers.at(torch.from_numpy(batch.index)) if answers else self._answer(batch)
-                loss = self._loss(batch, said) * batch.weight
+                    index = torch.from_numpy(batch.index)
+                    of_batch = outputs.at(index) if outputs else self._teacher_outputs(batch)
+                loss = self._loss(batch, of_batch) * batch.weight
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                self.engine.sum_gradients(self.parameters)
+                self.devices.sum_gradients(self.parameters)
                 if self.is_student:
                     self.distiller.before_step(self.model)
                 self.optimiser.step()
@@ -173,8 +174,8 @@ class Phase:
                 bar.set_postfix_str(state, refresh=False)
                 at(f"{self.bar}: {state}")
                 bar.update()
-            total = float(self.engine.sum(torch.tensor(total)))
-            self.model.learner.synchronise(self.engine.any)
+            total = float(self.devices.sum(torch.tensor(total)))
+            self.model.learner.synchronise(self.devices.any)
             if not math.isfinite(total):  # now, not after hours when the metrics cannot be written
                 raise FloatingPointError(
                     f"{self.name}, task {self.task + 1}, epoch {epoch + 1}: the loss is not finite; "
@@ -182,55 +183,55 @@ class Phase:
                 )
             yield EpochDone(epoch + 1, total / count, time.perf_counter() - begun)
 
-    def _loss(self, batch: Batch, said: Answers | None) -> Tensor:
+    def _loss(self, batch: Batch, outputs: TeacherOutputs | None) -> Tensor:
         inputs, query = batch.inputs[self.name], batch.queries[self.name]
-        labels = batch.labels - self.span[0]
-        with self.engine.autocast():
+        labels = batch.labels - self.class_range[0]
+        with self.devices.autocast():
             hidden = self.is_student and self.distiller.needs_hidden
             output = self.model(inputs, query, training=True, hidden=hidden)
             if self.is_student:
-                lesson = Lesson(
+                lesson = DistillationBatch(
                     output,
                     labels,
                     self.task,
-                    self.span,
+                    self.class_range,
                     inputs,
                     query,
                     self.model,
-                    said.logits if said is not None else None,
-                    said.hidden if said is not None else (),
+                    outputs.logits if outputs is not None else None,
+                    outputs.hidden if outputs is not None else (),
                     self.models.get("teacher"),
                 )
                 loss = self.distiller.loss(lesson)
             else:
                 # Only the current classes' columns: the same as setting the logits of all others to -inf.
-                loss = nn.functional.cross_entropy(output.cls_logits[:, slice(*self.span)].float(), labels)
+                loss = nn.functional.cross_entropy(output.cls_logits[:, slice(*self.class_range)].float(), labels)
         if output.key_loss is not None:
             # The authors train on two GPUs and sum the replicas' means: their key loss weighs twice.
             loss = loss + (2.0 if self.config.compat else 1.0) * output.key_loss
         return loss
 
     @torch.no_grad()
-    def _answer(self, batch: Batch) -> Answers:
+    def _teacher_outputs(self, batch: Batch) -> TeacherOutputs:
         """The frozen teacher's answer to a step."""
         teacher = self.models["teacher"]
-        with self.engine.autocast():
+        with self.devices.autocast():
             output = teacher(batch.inputs["teacher"], batch.queries["teacher"], hidden=self.distiller.needs_hidden)
-            logits = teacher.combine(output)[:, slice(*self.span)].float()
-        return Answers(logits, output.hidden)
+            logits = teacher.combine(output)[:, slice(*self.class_range)].float()
+        return TeacherOutputs(logits, output.hidden)
 
-    def _all_answers(self, images: Images) -> Answers | None:
+    def _all_outputs(self, images: TaskImages) -> TeacherOutputs | None:
         """Of every image of the task, once: nothing is augmented and the teacher is frozen. None: too large to keep."""
-        images.keep(["teacher"], self.engine.autocast, CHUNK)
-        parts: list[Answers] = []
+        images.keep(["teacher"], self.devices.autocast, CHUNK)
+        parts: list[TeacherOutputs] = []
         for start in range(0, len(images), CHUNK):
             index = torch.arange(start, min(start + CHUNK, len(images))).numpy()
-            parts.append(self._answer(images.batch(index, ["teacher"], self.engine.autocast)))
+            parts.append(self._teacher_outputs(images.batch(index, ["teacher"], self.devices.autocast)))
             size = sum(h.numel() * h.element_size() for h in parts[0].hidden) * len(images) / len(parts[0].logits)
             if size > KEPT_BYTES:
                 return None
         hidden = tuple(torch.cat(h) for h in zip(*(p.hidden for p in parts), strict=True))
-        return Answers(torch.cat([p.logits for p in parts]), hidden)
+        return TeacherOutputs(torch.cat([p.logits for p in parts]), hidden)
 
 
 def rate(config: TrainConfig, epoch: int, epochs: int, step: int, steps: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ..data import Fingerprint, load_dataset
 from ..errors import InputError, choose
 from ..files import write_json
 from ..images import Preprocessing
+from ..log import LOG
 from . import augment
 from .backbone import Architecture, StemSpec, save_backbone
 from .checkpoint import keep_before, load_kept, load_state, save_state
@@ -68,7 +68,7 @@ class PretrainConfig:
     "of initialisation, order and augmentation"
 
 
-def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, object]:
+def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, object]:
     """Train, print a line an epoch, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
     Raises: InputError for unknown names, or a checkpoint of another configuration or other images.
@@ -79,20 +79,20 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
     signature = json.dumps({k: v for k, v in vars(config).items() if k not in ("out", "data")}, sort_keys=True)
 
     dataset = load_dataset(config.data)
-    say(dataset.line)
+    LOG.info(dataset.line)
     preprocessing = Preprocessing(64, 64, "bicubic", MEAN, STD)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model, teacher = _models(config, len(dataset.classes), device)
     optimiser, peak = _optimiser(config, model)
     size = sum(p.numel() for p in model.parameters())
-    say(f"{config.arch}: {size:,} parameters; decoding {len(dataset.train):,} images")
+    LOG.info(f"{config.arch}: {size:,} parameters; decoding {len(dataset.train):,} images")
     train, val = dataset.train.decode(preprocessing), dataset.val.decode(preprocessing)
     skipped = [*train.skipped, *val.skipped]
     for line in skipped:
-        say(f"skipped: {line}")
+        LOG.info(f"skipped: {line}")
     if skipped:
-        say(f"{len(skipped)} unreadable image(s) skipped")
+        LOG.info(f"{len(skipped)} unreadable image(s) skipped")
 
     if (checkpoint.exists() or out.exists()) and not (resume and checkpoint.exists()):
         raise InputError(
@@ -100,7 +100,7 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
         )
     epoch, curve, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
-        state = load_kept(checkpoint, say)
+        state = load_kept(checkpoint)
         if "data" not in state or state["signature"] != signature:
             raise InputError(
                 f"{checkpoint}: from another configuration, or an earlier version",
@@ -110,7 +110,7 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]
-        say(f"resumed after epoch {epoch}")
+        LOG.info(f"resumed after epoch {epoch}")
 
     normalise = augment.Normalise(preprocessing, device)
     steps = math.ceil(len(train.labels) / config.batch_size)
@@ -154,7 +154,7 @@ def pretrain(config: PretrainConfig, resume: bool = False, say: Callable[[str], 
         keep_before(checkpoint)
         save_state(checkpoint, {**state, "epoch": epoch, "curve": curve, "seconds": seconds})
         write_json(curve_file, {"config": vars(config), "curve": curve})
-        say(f"epoch {epoch}/{config.epochs}  loss {total / steps:.3f}  val {accuracy:.2f} %  {seconds:.0f} s")
+        LOG.info(f"epoch {epoch}/{config.epochs}  loss {total / steps:.3f}  val {accuracy:.2f} %  {seconds:.0f} s")
 
     data = {**dataset.summary, **({"unreadable": len(skipped)} if skipped else {})}
     result = {

@@ -15,7 +15,7 @@ from .backbone import Backbone, load_backbone
 from .checkpoint import load_state, save_state
 from .config import TrainConfig
 from .distill import DISTILLERS, DistillSpec
-from .student import PromptedViT
+from .student import ModelSpec, PromptedViT
 from .tokens import registers
 
 
@@ -79,23 +79,25 @@ def build_model(
     other = 0 if is_student else 1  # teacher and student of one width must not start from the same numbers
     return PromptedViT(
         backbone.model,
-        config.learner,
-        classes,
-        (config.tasks or 1) + (extends.tasks if extends else 0),  # the loop has put a number there
-        seed=2 * config.seed + other,
-        key_width=key_width,
-        kd=kd,
-        alpha=config.alpha,
-        pool_tasks=extends.pool_tasks if extends else 0,
-        one_pass=config.query != "two-pass",
-        query_of="patches" if config.query == "one-pass-patches" else "class",
-        query_regulariser=config.query_regulariser,
-        mapped=teacher if is_student and distiller.maps_prompts else None,
-        kd_head=config.kd_head,
-        compat=config.as_authors,
-        apt_momentum=config.apt_momentum,
-        head=config.head,
-        random_features=config.random_features,
+        ModelSpec(
+            config.learner,
+            classes,
+            (config.tasks or 1) + (extends.tasks if extends else 0),  # the loop has put a number there
+            seed=2 * config.seed + other,
+            key_width=key_width,
+            kd=kd,
+            alpha=config.alpha,
+            pool_tasks=extends.pool_tasks if extends else 0,
+            one_pass=config.query != "two-pass",
+            query_of="patches" if config.query == "one-pass-patches" else "class",
+            query_regulariser=config.query_regulariser,
+            mapped=teacher if is_student and distiller.maps_prompts else None,
+            kd_head=config.kd_head,
+            compat=config.as_authors,
+            apt_momentum=config.apt_momentum,
+            head=config.head,
+            random_features=config.random_features,
+        ),
     )
 
 
@@ -143,9 +145,13 @@ def load_run(path: Path) -> Run:
 
 
 def distill_spec(
-    config: TrainConfig, student: Backbone, teacher: Backbone | None, classes: int, spans: tuple[tuple[int, int], ...]
+    config: TrainConfig,
+    student: Backbone,
+    teacher: Backbone | None,
+    classes: int,
+    class_ranges: tuple[tuple[int, int], ...],
 ) -> DistillSpec:
-    """What a run's distiller is built for. spans: first and last + 1 learned class position of each task."""
+    """What a run's distiller is built for. class_ranges: first and last + 1 learned class position of each task."""
     return DistillSpec(
         alpha=config.alpha,
         tau=config.tau or 1.0,
@@ -156,7 +162,7 @@ def distill_spec(
         teacher_depth=teacher.depth if teacher else 0,
         teacher_grid=teacher.grid if teacher else 0,
         classes=classes,
-        spans=spans,
+        class_ranges=class_ranges,
         seed=config.seed,
         compat=config.as_authors,
         exemplars=config.exemplars > 0,

@@ -130,68 +130,82 @@ class StudentOutput:
     "float32 (B, 5 D or 6 D) what a head made from statistics reads; only while not training"
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a prompted ViT is built of, beside its backbone."""
+
+    learner: str
+    "key of LEARNERS"
+    classes: int
+    "of all tasks, C"
+    tasks: int
+    "of the whole scenario, T"
+    seed: int
+    "of initial values"
+    key_width: int | None = None
+    "channels of the query, Q; None: the own width"
+    kd: tuple[int, int] | None = None
+    "blocks and length of the KD prompts; None: there is no KD token"
+    alpha: float = 0.5
+    "share of the head on the KD token"
+    pool_tasks: int = 0
+    "see LearnerSpec"
+    one_pass: bool = False
+    "a block's own input gives the query, in the way `query_of`"
+    query_regulariser: float = 0.0
+    "weight of the training-only term that ties one-pass selections to those of the full query"
+    mapped: tuple[int, int] | None = None
+    "width and depth of the teacher whose prompts join the own ones; None: there are none"
+    kd_head: str = "learner"
+    "key of HEADS, or learner: the kind of the learner's own head"
+    query_of: str = "class"
+    "key of OWN_QUERY"
+    compat: bool = False
+    "see LearnerSpec; also of heads, KD prompts and the sum of key losses"
+    apt_momentum: float = 0.7
+    "see LearnerSpec"
+    head: str = "learned"
+    "learned, or one of closed_form.statistics_heads(), which then answers in place of the learnt heads"
+    random_features: int = RANDOM_FEATURES
+    "of `ranpac`"
+
+    def learner_spec(self, width: int, depth: int) -> LearnerSpec:
+        """What the learner is built for; width, depth: of the backbone."""
+        keys = width if self.one_pass else self.key_width or width
+        return LearnerSpec(width, depth, keys, self.tasks, self.seed, self.pool_tasks, self.compat, self.apt_momentum)
+
+
 class PromptedViT(nn.Module):
     """A backbone with prompts: frozen, so that only `learner`, `mapped`, `kd`, `head` and `kd_head` have what learns.
 
     A whole-network learner has a backbone of its own instead, which learns and is saved with the run.
     """
 
-    def __init__(
-        self,
-        backbone: VisionTransformer,
-        learner: str,
-        classes: int,
-        tasks: int,
-        seed: int,
-        key_width: int | None = None,
-        kd: tuple[int, int] | None = None,
-        alpha: float = 0.5,
-        pool_tasks: int = 0,
-        one_pass: bool = False,
-        query_regulariser: float = 0.0,
-        mapped: tuple[int, int] | None = None,
-        kd_head: str = "learner",
-        query_of: str = "class",
-        compat: bool = False,
-        apt_momentum: float = 0.7,
-        head: str = "learned",
-        random_features: int = RANDOM_FEATURES,
-    ) -> None:
-        """kd: (blocks, length) of the KD prompts or None; key_width: channels of the query, None: the own width.
-
-        pool_tasks: see LearnerSpec.
-        one_pass, query_of: a block's own input gives the query, the way that is called so in OWN_QUERY.
-        query_regulariser: weight of the training-only term that ties one-pass selections to those of the full query.
-        mapped: (width, depth) of the teacher whose prompts join the own ones, or None.
-        kd_head: key of HEADS, or learner: the kind of the learner's own head.
-        compat, apt_momentum: see LearnerSpec; compat is also of heads, KD prompts and the sum of key losses.
-        head: learned, or one of closed_form.STATISTICS_HEADS, which then answers in place of the learnt heads.
-        random_features: of `ranpac`.
-        """
+    def __init__(self, backbone: VisionTransformer, spec: ModelSpec) -> None:
+        """backbone: with the weights of pre-training; it is not copied unless the learner is a whole-network one."""
         super().__init__()
         width, depth = int(backbone.embed_dim), len(backbone.blocks)
-        self.alpha, self.one_pass, self.classes = alpha, one_pass, classes
-        self.query_regulariser, self.query_of, self.compat = query_regulariser, query_of, compat
-        keys = width if one_pass else key_width or width
-        spec = LearnerSpec(width, depth, keys, tasks, seed, pool_tasks, compat, apt_momentum)
-        self.learner: Learner = LEARNERS[learner](spec)
+        self.alpha, self.one_pass, self.classes = spec.alpha, spec.one_pass, spec.classes
+        self.query_regulariser, self.query_of, self.compat = spec.query_regulariser, spec.query_of, spec.compat
+        sizes = spec.learner_spec(width, depth)
+        self.learner: Learner = LEARNERS[spec.learner](sizes)
         # Held outside the module tree: frozen weights are neither trained, nor saved with the run, nor copied.
         self._pretrained = self._backbone = (backbone,)
         if self.learner.whole_network:
             self.network = copy.deepcopy(backbone).requires_grad_(True)
             self.network.reset_classifier(0)  # pre-training's own classes: nothing reads them
             self._backbone = (self.network,)
+        kd, kd_kind = spec.kd, self.learner.head if spec.kd_head == "learner" else spec.kd_head
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head = make_head(self.learner.head, width, classes, compat)
-            kind = self.learner.head if kd_head == "learner" else kd_head
-            self.kd_head = make_head(kind, width, classes, compat) if kd else None
-        generator = torch.Generator().manual_seed(seed)
-        self.kd = KDPrompts(width, min(kd[0], depth), kd[1], generator, compat) if kd else None
-        self.mapped = MappedPrompts(LEARNERS[learner], spec, mapped) if mapped else None
+            torch.manual_seed(spec.seed)
+            self.head = make_head(self.learner.head, width, spec.classes, spec.compat)
+            self.kd_head = make_head(kd_kind, width, spec.classes, spec.compat) if kd else None
+        generator = torch.Generator().manual_seed(spec.seed)
+        self.kd = KDPrompts(width, min(kd[0], depth), kd[1], generator, spec.compat) if kd else None
+        self.mapped = MappedPrompts(LEARNERS[spec.learner], sizes, spec.mapped) if spec.mapped else None
         self.statistics_head: StatisticsHead | None = None
-        if head != "learned":
-            self.statistics_head = StatisticsHead(head, width, bool(kd), classes, random_features)
+        if spec.head != "learned":
+            self.statistics_head = StatisticsHead(spec.head, width, bool(kd), spec.classes, spec.random_features)
 
     @property
     def backbone(self) -> VisionTransformer:

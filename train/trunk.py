@@ -28,7 +28,7 @@ CONVERT = """convert the .pth once: python -c "import torch, safetensors.torch a
 weights_only=True); s.save_file({f'{i:04d}': v for i, v in enumerate(d.values()) if v.ndim}, 'FILE.safetensors')\""""
 
 
-class Residual(nn.Sequential):
+class ResidualLayers(nn.Sequential):
     """x + f(x) of the layers f inside."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class Residual(nn.Sequential):
 
 
 def build_trunk(name: str) -> nn.Sequential:
-    """The trunk with random weights: convolutions with biases, ReLU6, and Residual. (B, 3, S, S) -> (B, C, S/32, S/32).
+    """The trunk with random weights: convolutions with biases, ReLU6, ResidualLayers.
 
-    name: key of TRUNKS. S / 32 is rounded up.
+    (B, 3, S, S) -> (B, C, S/32, S/32), rounded up. name: key of TRUNKS.
     """
     return _fold(_network(name))
 
@@ -101,7 +101,7 @@ def _fold(network: Any) -> nn.Sequential:
                     inner += _conv(getattr(block, conv), getattr(block, norm))
             if not hasattr(block, "conv_pwl"):  # the first stage has no expansion
                 inner = [*_conv(block.conv_dw, block.bn1), *_conv(block.conv_pw, block.bn2)]
-            layers += [Residual(*inner)] if block.has_skip else inner
+            layers += [ResidualLayers(*inner)] if block.has_skip else inner
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 

@@ -10,33 +10,33 @@ from ..runner import Runner
 
 
 def _cpu(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
-    from .onnxruntime import OrtRunner
+    from .onnxruntime import open_onnxruntime
 
-    return OrtRunner(bundle, graph, "cpu", threads, precision)
+    return open_onnxruntime(bundle, graph, "cpu", threads, precision)
 
 
 def _cuda(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
-    from .onnxruntime import OrtRunner
+    from .onnxruntime import open_onnxruntime
 
-    return OrtRunner(bundle, graph, "cuda", threads, precision)
+    return open_onnxruntime(bundle, graph, "cuda", threads, precision)
 
 
 def _ort_tensorrt(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
-    from .onnxruntime import OrtTensorRTRunner
+    from .onnxruntime import open_onnxruntime
 
-    return OrtTensorRTRunner(bundle, graph, threads, precision)
+    return open_onnxruntime(bundle, graph, "tensorrt", threads, precision)
 
 
 def _openvino(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
-    from .openvino import OpenVinoRunner
+    from .openvino import open_openvino
 
-    return OpenVinoRunner(bundle, graph, threads, precision)
+    return open_openvino(bundle, graph, threads, precision)
 
 
 def _tensorrt(bundle: Bundle, graph: str, threads: int | None, precision: str | None) -> Runner:
-    from .tensorrt import TensorRTRunner
+    from .tensorrt import open_tensorrt
 
-    return TensorRTRunner(bundle, graph, precision)
+    return open_tensorrt(bundle, graph, precision)
 
 
 BACKENDS: dict[str, Callable[[Bundle, str, int | None, str | None], Runner]] = {

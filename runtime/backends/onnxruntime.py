@@ -7,14 +7,15 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from ...artefacts.bundle import Bundle
 from ...errors import InputError, choose
 from ...machine import cuda_driver
-from ..runner import Runner, Value, check_threads
+from ..model import Model
+from ..runner import INT8, INT8_TENSORRT, ChosenGraph, Runner, Value, check_threads, choose_graph
 from ..secret import private_folder
 
 PROVIDERS = {
@@ -30,80 +31,72 @@ KEPT = 4
 "bytes that TensorRT may use while it looks for kernels"
 
 
-class OrtRunner(Runner):
-    """One graph of a bundle in an ONNX Runtime session; see `runtime.runner.Runner`.
+def open_onnxruntime(
+    bundle: Bundle,
+    graph: str = "student",
+    provider: str = "cpu",
+    threads: int | None = None,
+    precision: str | None = None,
+) -> Runner:
+    """Load one graph of a bundle into an ONNX Runtime session.
 
     Args:
         graph: "student", "query" or "prompted".
         provider: a key of PROVIDERS. One that cannot be had is an InputError: there is no silent fallback. "tensorrt"
-            builds engines when the graph is loaded (minutes) and keeps them in BUNDLE/engines; what it cannot take
-            runs on CUDA.
+            builds engines when the graph is loaded (minutes) and keeps them in the user's state folder; what it cannot
+            take runs on CUDA.
         threads: of the CPU; None: see cores.default_threads.
 
     Raises: InputError when onnxruntime is missing, the provider cannot be had, the graph cannot be loaded, or its
         inputs and outputs are not those of the manifest.
     """
+    count, ort = check_threads(threads), _import()
+    wanted = PROVIDERS[choose("provider", provider, PROVIDERS)]
+    if wanted not in ort.get_available_providers():
+        raise _no_provider(wanted, "this onnxruntime was built without it: " + _listed(ort))
+    int8 = INT8_TENSORRT if provider == "tensorrt" else INT8
+    newest = 21 if is_old(ort.__version__) else None
+    chosen = choose_graph(bundle, graph, precision, int8, newest_opset=newest)
+    return Runner.open(chosen, lambda model: OrtEngine(chosen, model, ort, wanted, count))
 
-    _session: Any = None
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        graph: str = "student",
-        provider: str = "cpu",
-        threads: int | None = None,
-        precision: str | None = None,
-    ) -> None:
-        self._threads = check_threads(threads)
-        self._ort = _import()
-        self._wanted = PROVIDERS[choose("provider", provider, PROVIDERS)]
-        if self._wanted not in self._ort.get_available_providers():
-            raise _no_provider(self._wanted, "this onnxruntime was built without it: " + _listed(self._ort))
-        super().__init__(bundle, graph, precision)
-        # get_available_providers() names what was compiled in, not what loads: only the session knows.
-        if self._session.get_providers()[0] != self._wanted:
-            resolved = ", ".join(self._session.get_providers())
-            self.close()
-            raise _no_provider(self._wanted, f"onnxruntime fell back to {resolved}")
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self.check_signature({i.name: _value(i) for i in inputs}, {o.name: _value(o) for o in outputs})
+class OrtEngine:
+    """One graph in an ONNX Runtime session; see `open_onnxruntime` and `runtime.runner.Engine`."""
 
-    def _recommended(self, bundle: Bundle, graph: str) -> str:
-        """As every backend, but for an 8-bit graph of an opset that this release does not load."""
-        known = bundle.manifest.quantisation
-        found = known.flavours.get(self.int8) if known else None
-        opset = found.opset if found and found.opset is not None else bundle.manifest.opset or 0
-        if is_old(self._ort.__version__) and opset > 21:
-            return "fp32"
-        return super()._recommended(bundle, graph)
-
-    def _open(self) -> None:
-        options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+    def __init__(self, graph: ChosenGraph, model: Model, ort: ModuleType, provider: str, threads: int) -> None:
+        """ort: the module. provider: its name for one. Raises: InputError, see open_onnxruntime."""
+        self._graph, self._ort, self._wanted, self._threads = graph, ort, provider, threads
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        if self._threads == 1:
+        if threads == 1:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         else:  # between calls the other threads would go on spinning, against whatever decodes the next picture
             options.add_session_config_entry("session.force_spinning_stop", "1")
         # They are used where they lie, and have to live as long as the session.
-        self._constants = self.model.constants()
-        values = [self._ort.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()]
+        self._constants = model.constants()
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._constants.values()]
         try:
             options.add_external_initializers(list(self._constants), values)
             # Without the second attempt on the CPU that onnxruntime makes, and prints, by itself.
-            again = {} if self._wanted != PROVIDERS["cpu"] else {"enable_fallback": 0}
-            self._session = self._ort.InferenceSession(self.model.graph, options, providers=self._providers(), **again)
-        except _errors(self._ort) as error:
+            again = {} if provider != PROVIDERS["cpu"] else {"enable_fallback": 0}
+            self._session: Any = ort.InferenceSession(model.graph, options, providers=self._providers(), **again)
+        except _errors(ort) as error:
             raise InputError(
-                f"{self.path}: onnxruntime {self._ort.__version__} cannot load the graph",
+                f"{graph.path}: onnxruntime {ort.__version__} cannot load the graph",
                 got=_first_line(error),
-                expected=f"a graph that {self._wanted} can run",
+                expected=f"a graph that {provider} can run",
                 fix="calibrate it again with --opset 21, or use --precision fp32"
-                if self.precision == "int8" and is_old(self._ort.__version__)
+                if graph.precision == "int8" and is_old(ort.__version__)
                 else "export it again, with a profile for this device, or upgrade onnxruntime",
             ) from error
+        # get_available_providers() names what was compiled in, not what loads: only the session knows.
+        if self._session.get_providers()[0] != provider:
+            raise _no_provider(provider, f"onnxruntime fell back to {', '.join(self._session.get_providers())}")
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        graph.check_signature({i.name: _value(i) for i in inputs}, {o.name: _value(o) for o in outputs})
 
     def _providers(self) -> list[Any]:
         """In the order in which they may take nodes; the CPU for the few shape operators without a CUDA kernel."""
@@ -115,28 +108,29 @@ class OrtRunner(Runner):
         # Engines are found again by the graph's structure alone: after an update with other weights the old engine
         # would answer. Each version of a bundle has a folder of its own, therefore. They are executable code, which
         # onnxruntime loads without a look at who wrote it: not in the bundle, then, which others may hand on.
-        folder = _kept(private_folder("ort-engines"), self.bundle.manifest.version)
+        folder = _kept(private_folder("ort-engines"), self._graph.bundle.manifest.version)
         options = {
             "trt_max_workspace_size": str(WORKSPACE),
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),
             "trt_timing_cache_enable": "1",
             "trt_timing_cache_path": str(folder),
-            "trt_fp16_enable": str(int(self.precision == "fp16")),
+            "trt_fp16_enable": str(int(self._graph.precision == "fp16")),
             "trt_layer_norm_fp32_fallback": "1",
-            "trt_int8_enable": str(int(self.precision == "int8")),
+            "trt_int8_enable": str(int(self._graph.precision == "int8")),
         }
         return [(tensorrt, options), cuda, cpu]
 
-    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        session, names = self._session, list(self.signature.outputs)  # another thread may close meanwhile
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call; see `runtime.runner.Engine`."""
+        session, names = self._session, list(self._graph.signature.outputs)  # another thread may close meanwhile
         if session is None:
             raise RuntimeError("the runner is closed")
         try:
             return dict(zip(names, session.run(names, feeds), strict=True))
         except _errors(self._ort) as error:
             raise InputError(
-                f"{self.path}: onnxruntime {self._ort.__version__} cannot compute the graph",
+                f"{self._graph.path}: onnxruntime {self._ort.__version__} cannot compute the graph",
                 got=_first_line(error),
                 expected="a graph that computes what its manifest says",
                 fix="do not use this bundle; export it again",
@@ -150,23 +144,12 @@ class OrtRunner(Runner):
             "providers": list(providers),
             "threads": self._threads,
             "version": str(self._ort.__version__),
-            "precision": self.precision,
+            "precision": self._graph.precision,
         }
 
     def close(self) -> None:
         """Free the session; a second call does nothing."""
         self._session = None  # calls that run keep it, and with it the constants, until they end
-
-
-class OrtTensorRTRunner(OrtRunner):
-    """ONNX Runtime with the provider "tensorrt": the 8-bit graphs that it takes are TensorRT's."""
-
-    int8: ClassVar[str] = "int8-trt"
-
-    def __init__(
-        self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
-    ) -> None:
-        super().__init__(bundle, graph, "tensorrt", threads, precision)
 
 
 def _kept(folder: Path, version: str) -> Path:

@@ -13,7 +13,8 @@ from ...artefacts.bundle import Bundle
 from ...cores import usable_cores
 from ...errors import InputError
 from ...extras import command
-from ..runner import PRECISIONS, Runner, Value, check_threads
+from ..model import Model
+from ..runner import INT8, PRECISIONS, ChosenGraph, Runner, Value, check_threads, choose_graph
 
 DEVICE = "CPU"
 NARROW = 64
@@ -24,12 +25,10 @@ CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 "precision -> what OpenVINO calls it in OPTIMIZATION_CAPABILITIES"
 
 
-class OpenVinoRunner(Runner):
-    """One graph of a bundle, compiled by OpenVINO for the CPU; see `runtime.runner.Runner`.
-
-    fp32 is exact: by itself OpenVINO takes bfloat16 on every CPU that has it, and takes bfloat16 for a float16 that the
-    CPU lacks. Here only what was asked for goes, and what was compiled is read back. The request and its memory are
-    made once and used again: calls wait for each other. For calls side by side take a runner for each, see `Pool`.
+def open_openvino(
+    bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
+) -> Runner:
+    """Compile one graph of a bundle with OpenVINO for the CPU.
 
     Args:
         graph: "student", "query" or "prompted".
@@ -39,62 +38,69 @@ class OpenVinoRunner(Runner):
     Raises: InputError when openvino is missing, the CPU lacks the precision, the graph cannot be compiled, or its
         inputs and outputs are not those of the manifest.
     """
+    count, openvino = check_threads(threads), import_openvino()
+    found = core()
+    offered = precisions(found)
+    if precision in PRECISIONS and precision not in offered:
+        raise InputError(
+            f"OpenVINO does not compute in {precision!r} on this CPU",
+            got=found.get_property(DEVICE, "FULL_DEVICE_NAME"),
+            expected="one of " + ", ".join(offered),
+            fix="choose another precision, or use --backend onnxruntime",
+        )
+    chosen = choose_graph(bundle, graph, precision, INT8, hints=("bf16",))
+    return Runner.open(chosen, lambda model: OpenVinoEngine(chosen, model, openvino, found, count))
 
-    hints = ("bf16",)
-    _compiled: Any = None
-    _request: Any = None
 
-    def __init__(
-        self, bundle: Bundle, graph: str = "student", threads: int | None = None, precision: str | None = None
-    ) -> None:
-        self._threads = check_threads(threads)
+class OpenVinoEngine:
+    """One graph, compiled by OpenVINO for the CPU; see `open_openvino` and `runtime.runner.Engine`.
+
+    fp32 is exact: by itself OpenVINO takes bfloat16 on every CPU that has it, and takes bfloat16 for a float16 that the
+    CPU lacks. Here only what was asked for goes, and what was compiled is read back. The request and its memory are
+    made once and used again: calls wait for each other. For calls side by side take a runner for each, see
+    `server.live_model.Pool`.
+    """
+
+    def __init__(self, graph: ChosenGraph, model: Model, openvino: ModuleType, core: Any, threads: int) -> None:
+        """openvino: the module. core: its Core. Raises: InputError, see open_openvino."""
+        self._graph, self._openvino, self._threads = graph, openvino, threads
         self._turn = Lock()
-        self._openvino = import_openvino()
-        self._core = core()
-        offered = precisions(self._core)
-        if precision in PRECISIONS and precision not in offered:
-            raise InputError(
-                f"OpenVINO does not compute in {precision!r} on this CPU",
-                got=self._core.get_property(DEVICE, "FULL_DEVICE_NAME"),
-                expected="one of " + ", ".join(offered),
-                fix="choose another precision, or use --backend onnxruntime",
-            )
-        super().__init__(bundle, graph, precision)
-
-    def _open(self) -> None:
+        self._compiled: Any = None
+        self._request: Any = None
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": self._threads,
-            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "bf16" if graph.precision == "bf16" else "f32",
             # Pinned and free took 26.6 and 26.5 ms (ViT-T/16 CODA + KDP, one thread of a 2-core EPYC, 2026-11-21):
             # free, the system may move a thread away from a core that something else keeps busy.
             "ENABLE_CPU_PINNING": False,
         }
-        width = self.bundle.manifest.backbone.width if self.bundle.manifest.backbone else 0
-        if width <= NARROW and min(self._threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
+        backbone = graph.bundle.manifest.backbone
+        width = backbone.width if backbone else 0
+        if width <= NARROW and min(threads, usable_cores()) == 1:  # OpenVINO takes no more than there are
             settings["SNIPPETS_MODE"] = "DISABLE"
         try:
             # The one documented way to give constants from memory is to give them inside of the graph.
-            self._compiled = self._core.compile_model(self._core.read_model(self.model.whole()), DEVICE, settings)
+            self._compiled = core.compile_model(core.read_model(model.whole()), DEVICE, settings)
             self._request = self._compiled.create_infer_request()
-        except _errors(self._openvino) as error:
+        except _errors(openvino) as error:
             raise InputError(
-                f"{self.path}: OpenVINO {self._version} cannot compile the graph",
+                f"{graph.path}: OpenVINO {self._version} cannot compile the graph",
                 got=_reason(error),
                 expected="a graph that OpenVINO's CPU device can run",
                 fix="export it again with --profile openvino, or upgrade openvino",
             ) from error
-        self.check_signature(
-            _values(self._compiled.inputs, self.signature.inputs),
-            _values(self._compiled.outputs, self.signature.outputs),
+        graph.check_signature(
+            _values(self._compiled.inputs, graph.signature.inputs),
+            _values(self._compiled.outputs, graph.signature.outputs),
         )
-        if (compiled := self._compiled_precision()) != self.precision:
-            raise self.mismatch("precision of the compiled graph", compiled, self.precision)
+        if (compiled := self._compiled_precision()) != graph.precision:
+            raise graph.mismatch("precision of the compiled graph", compiled, graph.precision)
 
     def _compiled_precision(self) -> str:
         """What was really compiled, by our name."""
-        if self.precision == "int8":
+        if self._graph.precision == "int8":
             # Layers are fused under changing names; weights that stay bytes are what an 8-bit layer cannot do without.
             nodes = [node.get_rt_info() for node in self._compiled.get_runtime_model().get_ops()]
             weights = {i["runtimePrecision"].astype(str) for i in nodes if i["layerType"].astype(str) == "Const"}
@@ -102,7 +108,8 @@ class OpenVinoRunner(Runner):
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         return {"f32": "fp32", "f16": "fp16"}.get(hint, str(hint))
 
-    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call; see `runtime.runner.Engine`."""
         with self._turn:
             if self._request is None:
                 raise RuntimeError("the runner is closed")
@@ -110,12 +117,12 @@ class OpenVinoRunner(Runner):
                 results = self._request.infer(feeds, share_inputs=True)
             except _errors(self._openvino) as error:
                 raise InputError(
-                    f"{self.path}: OpenVINO {self._version} cannot compute the graph",
+                    f"{self._graph.path}: OpenVINO {self._version} cannot compute the graph",
                     got=_reason(error),
                     expected="a graph that computes what its manifest says",
                     fix="do not use this bundle; export it again",
                 ) from error
-            return {name: results[name] for name in self.signature.outputs}
+            return {name: results[name] for name in self._graph.signature.outputs}
 
     @property
     def _version(self) -> str:
@@ -130,7 +137,7 @@ class OpenVinoRunner(Runner):
             "providers": list(compiled.get_property("EXECUTION_DEVICES")) if compiled is not None else [],
             "threads": compiled.get_property("INFERENCE_NUM_THREADS") if compiled is not None else self._threads,
             "version": self._version,
-            "precision": self.precision,
+            "precision": self._graph.precision,
         }
 
     def close(self) -> None:

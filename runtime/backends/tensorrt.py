@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +14,20 @@ from ..engines.engine_cache import EngineCache
 from ..engines.engine_session import EngineSession
 from ..engines.memory import Memory, open_memory
 from ..engines.product import find_gpu, find_tensorrt
-from ..runner import Runner
+from ..model import Model
+from ..runner import INT8_TENSORRT, Runner, choose_graph
 
 
-class TensorRTRunner(Runner):
-    """One graph of a bundle as a TensorRT engine; see `runtime.runner.Runner`.
+def open_tensorrt(
+    bundle: Bundle,
+    graph: str = "student",
+    precision: str | None = None,
+    options: Options | None = None,
+    rebuild: bool = False,
+    may_build: bool = True,
+    cuda_graph: bool = True,
+) -> Runner:
+    """Load one graph of a bundle as a TensorRT engine, `TensorRTEngine`.
 
     Args:
         graph: "student", "query" or "prompted". precision: of a graph that the bundle has; None: fp32.
@@ -28,51 +38,50 @@ class TensorRTRunner(Runner):
     Raises: InputError when there is no GPU, no TensorRT or none new enough, no way to its memory, or no engine that
         passes; see `runtime.engines.engine_cache.EngineCache.fetch`.
     """
+    gpu = find_gpu()  # first of all: without a driver TensorRT may crash instead of raising
+    trt = find_tensorrt()
+    chosen = choose_graph(bundle, graph, precision, INT8_TENSORRT)
 
-    int8: ClassVar[str] = "int8-trt"
-    _session: EngineSession | None = None
-    _memory: Memory | None = None
+    def make(model: Model) -> TensorRTEngine:
+        memory = open_memory()
+        check = chosen.check_signature
+        engine_cache = EngineCache(trt, gpu, memory, bundle, chosen.key, graph, chosen.precision, check, cuda_graph)
+        try:
+            session, sidecar = engine_cache.fetch(options, rebuild, may_build)
+        except BaseException:
+            memory.close()
+            raise
+        return TensorRTEngine(
+            session, memory, engine_cache.engine, sidecar, chosen.precision, str(trt.__version__), gpu.name
+        )
+
+    return Runner.open(chosen, make)
+
+
+class TensorRTEngine:
+    """A TensorRT engine with its session and memory; see `open_tensorrt` and `runtime.runner.Engine`."""
 
     def __init__(
         self,
-        bundle: Bundle,
-        graph: str = "student",
-        precision: str | None = None,
-        options: Options | None = None,
-        rebuild: bool = False,
-        may_build: bool = True,
-        cuda_graph: bool = True,
+        session: EngineSession,
+        memory: Memory,
+        path: Path,
+        sidecar: dict[str, Any],
+        precision: str,
+        version: str,
+        gpu: str,
     ) -> None:
         self._turn = Lock()  # one context, one set of buffers: calls wait for each other
-        self._gpu = find_gpu()  # first of all: without a driver TensorRT may crash instead of raising
-        self._trt = find_tensorrt()
-        self._graph, self._cuda_graph = graph, cuda_graph
-        self._options, self._rebuild, self._may_build = options, rebuild, may_build
-        self.sidecar: dict[str, Any] = {}
+        self._session: EngineSession | None = session
+        self._memory: Memory | None = memory
+        self.path = path
+        "the plan, in BUNDLE/engines"
+        self.sidecar = sidecar
         "what is known about the engine"
-        super().__init__(bundle, graph, precision)
+        self._precision, self._version, self._gpu = precision, version, gpu
 
-    def _open(self) -> None:
-        self._memory = open_memory()
-        engine_cache = EngineCache(
-            self._trt,
-            self._gpu,
-            self._memory,
-            self.bundle,
-            self.key,
-            self._graph,
-            self.precision,
-            self.check_signature,
-            self._cuda_graph,
-        )
-        try:
-            self._session, self.sidecar = engine_cache.fetch(self._options, self._rebuild, self._may_build)
-        except BaseException:
-            self.close()
-            raise
-        self.engine = engine_cache.engine
-
-    def _call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def call(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One call; see `runtime.runner.Engine`."""
         with self._turn:
             if self._session is None:
                 raise RuntimeError("the runner is closed")
@@ -91,9 +100,9 @@ class TensorRTRunner(Runner):
             "backend": "tensorrt",
             "providers": ["TensorRT"],
             "threads": 1,
-            "version": str(self._trt.__version__),
-            "precision": self.precision,
-            "gpu": self._gpu.name,
+            "version": self._version,
+            "precision": self._precision,
+            "gpu": self._gpu,
             "achieved": self.sidecar.get("achieved"),
             "memory": f"page-locked, {self._memory.name}" if self._memory is not None else None,
             "cuda_graph": self._session is not None and self._session.cuda_graph,
@@ -122,8 +131,10 @@ def build_engine(
 
     Returns: {"engine": path, "seconds": of this call, "sidecar": what is known about it}.
 
-    Raises: InputError, as TensorRTRunner.
+    Raises: InputError, as open_tensorrt.
     """
-    runner = TensorRTRunner(bundle, graph, precision, options or Options(), rebuild)
+    runner = open_tensorrt(bundle, graph, precision, options or Options(), rebuild)
     runner.close()
-    return {"engine": str(runner.engine), "seconds": round(runner.load_ms / 1e3, 1), "sidecar": runner.sidecar}
+    engine = runner.engine
+    assert isinstance(engine, TensorRTEngine)
+    return {"engine": str(engine.path), "seconds": round(runner.load_ms / 1e3, 1), "sidecar": engine.sidecar}

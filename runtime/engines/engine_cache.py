@@ -44,7 +44,7 @@ class EngineCache:
     "student, query or prompted"
     precision: str
     check: Callable[[dict[str, Value], dict[str, Value]], None]
-    "Runner.check_signature"
+    "ChosenGraph.check_signature"
     cuda_graph: bool = True
 
     @property

@@ -63,7 +63,7 @@ class EngineSession:
         check: Callable[[dict[str, Value], dict[str, Value]], None],
         cuda_graph: bool = True,
     ) -> None:
-        """check: Runner.check_signature. Raises: InputError when the plan cannot be loaded, or memory is short."""
+        """check: ChosenGraph.check_signature. Raises: InputError when the plan cannot be loaded, or memory is short."""
         self.memory, self.signature, self._path = memory, signature, path
         self._graph: CudaGraph | None = None
         with memory:

@@ -16,11 +16,13 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from cdl_edge.artefacts.layer_table import Layer, LayerTable
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
-from cdl_edge.calibrate.flavours import get_flavour
+from cdl_edge.calibrate.float_graph import FloatGraph
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.quantize import Quantised, quantise
+from cdl_edge.calibrate.schemes import get_scheme
 from cdl_edge.calibrate.smooth import smoothing
 from cdl_edge.data import load_dataset
 from cdl_edge.ranges import TensorRange
@@ -48,6 +50,8 @@ class Graphs:
     folder: Path
     names: tuple[str, ...]
     "all of them, `student.fp16` among them where the profile has it"
+    layers: LayerTable
+    "of them all"
     ranges: dict[str, TensorRange]
     "of every Linear, by the student's graph"
     pixels: np.ndarray
@@ -55,9 +59,17 @@ class Graphs:
     def path(self, name: str = "student") -> Path:
         return self.folder / f"{name}.onnx"
 
+    def graph(self, name: str = "student") -> FloatGraph:
+        """With its layers."""
+        return FloatGraph(self.path(name), self.layers.graphs[name])
+
+    def whole(self, name: str = "student") -> dict[str, Layer]:
+        """The layers that see all tokens, by node; not the patch embedding."""
+        return {layer.node: layer for layer in self.graph(name).whole if layer.unit != "stem"}
+
     def quantise(
         self,
-        flavour: str = "int8-x86",
+        scheme: str = "int8-x86",
         method: str = "max",
         smooth: float | None = None,
         skip: Collection[str] = (),
@@ -65,9 +77,9 @@ class Graphs:
         names: Sequence[str] = PARTS,
     ) -> Quantised:
         """suffix: ".fp16" for graphs of half precision."""
-        graphs = {n: self.path(n + suffix) for n in names if n + suffix in self.names}
-        smoothed = smoothing(self.path(), self.ranges, smooth) if smooth is not None else None
-        return quantise(graphs, self.ranges, get_flavour(flavour), method, smoothed, skip, opset=here())
+        graphs = {n: self.graph(n + suffix) for n in names if n + suffix in self.names}
+        smoothed = smoothing(self.graph(), self.ranges, smooth) if smooth is not None else None
+        return quantise(graphs, self.ranges, get_scheme(scheme), method, smoothed, skip, opset=here())
 
     def write(self, quantised: Quantised, tag: str = "int8") -> Path:
         """Beside the constants of the float graphs: a folder."""
@@ -127,9 +139,9 @@ class Tools:
 @pytest.fixture(scope="session")
 def tools(students, tmp_path_factory) -> Tools:
     """Makes graphs of tiny students and runs them."""
-    from cdl_edge.export.graph import StudentGraph
-    from cdl_edge.export.model import assemble
+    from cdl_edge.export.assembly import assemble
     from cdl_edge.export.profiles import PROFILES
+    from cdl_edge.export.student_graph import StudentGraph
 
     made: dict[str, Graphs] = {}
 
@@ -154,8 +166,9 @@ def tools(students, tmp_path_factory) -> Tools:
             for name, content in artefact.constants.items():
                 (folder / name).write_bytes(content)
             pixels = students.pixels(6)
-            ranges = dict(collect(folder / "student.onnx", pixels).tensors)
-            made[key] = Graphs(student, folder, tuple(graphs), ranges, pixels)
+            layers = LayerTable.read(artefact.layers.to_bytes(), "layers.json")
+            ranges = dict(collect(FloatGraph(folder / "student.onnx", layers.graphs["student"]), pixels).tensors)
+            made[key] = Graphs(student, folder, tuple(graphs), layers, ranges, pixels)
         return made[key]
 
     return Tools(make)
@@ -226,7 +239,7 @@ def make_run(tmp_path_factory, tiny_vit, short_training, source) -> Callable[...
 @pytest.fixture(scope="session")
 def exported(make_run, tmp_path_factory) -> Callable[..., Path]:
     """make(learner, profile="ort", dynamic_batch=False, **options of the run) -> a bundle, made once: for reading."""
-    from cdl_edge.export.bundle import export
+    from cdl_edge.export.export_bundle import export
 
     made: dict[str, Path] = {}
 

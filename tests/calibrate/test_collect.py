@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cdl_edge.calibrate.collect import collect
-from cdl_edge.calibrate.quantize import linears
+from cdl_edge.calibrate.float_graph import FloatGraph
 from cdl_edge.data import Split
 from cdl_edge.errors import InputError
-from cdl_edge.train.batches import Images, Side
-from cdl_edge.train.ranges import collect as collect_in_training
+from cdl_edge.train.batches import Pipeline, TaskImages
+from cdl_edge.train.range_keeper import collect as collect_in_training
 
 DEVICE = torch.device("cpu")
 
@@ -24,12 +24,12 @@ DEVICE = torch.device("cpu")
 )
 def test_as_torch_sees_them(tools, students, learner, options):
     graphs = tools.make(learner, **options)
-    side = Side(graphs.student, students.preprocessing, DEVICE)
-    images = Images(Split(graphs.pixels, np.zeros(len(graphs.pixels), np.int64)), {"student": side}, DEVICE)
+    side = Pipeline(graphs.student, students.preprocessing, DEVICE)
+    images = TaskImages(Split(graphs.pixels, np.zeros(len(graphs.pixels), np.int64)), {"student": side}, DEVICE)
     kept = collect_in_training(images, len(graphs.pixels))
-    found = collect(graphs.path(), graphs.pixels)
+    found = collect(graphs.graph(), graphs.pixels)
     assert found.images == len(graphs.pixels)
-    assert set(found.tensors) == {layer.tensor for layer in linears(graphs.path()).values()}
+    assert set(found.tensors) == {layer.range for layer in graphs.whole().values()}
     assert set(found.tensors) <= set(kept)
     for name, tensor in found.tensors.items():
         one, other = tensor.histogram, kept[name].histogram
@@ -49,7 +49,7 @@ def test_as_torch_sees_them(tools, students, learner, options):
 
 def test_images_add_up(tools):
     graphs = tools.make("apt")
-    one, other = (collect(graphs.path(), p).tensors for p in (graphs.pixels[:2], graphs.pixels[2:]))
+    one, other = (collect(graphs.graph(), p).tensors for p in (graphs.pixels[:2], graphs.pixels[2:]))
     for name, tensor in graphs.ranges.items():
         parts = [one[name].histogram, other[name].histogram]
         assert tensor.histogram.values == sum(p.values for p in parts)
@@ -67,4 +67,4 @@ def test_what_is_not_finite_is_refused(tools, tmp_path):
     for name in ("student.onnx", "prompts.bin"):
         (tmp_path / name).write_bytes((graphs.folder / name).read_bytes())
     with pytest.raises(InputError, match=r"prompted\.blocks\.1\.fc2: not finite on these images"):
-        collect(tmp_path / "student.onnx", graphs.pixels)
+        collect(FloatGraph(tmp_path / "student.onnx", graphs.graph().layers), graphs.pixels)

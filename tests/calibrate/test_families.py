@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import timm
 
-from cdl_edge.calibrate.flavours import FLAVOURS
-from cdl_edge.calibrate.quantize import linears
+from cdl_edge.calibrate.schemes import SCHEMES
 from cdl_edge.train.families import plain_vit
 
 SIZES = {"img_size": 32, "patch_size": 8, "depth": 6, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
@@ -42,13 +41,13 @@ def assert_near(tools, graphs, folder, tolerance=0.15):
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected), np.abs(got - expected).max()
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_linear_in_every_flavour(tools, graphs, name, flavour):
+def test_every_linear_in_every_scheme(tools, graphs, name, scheme):
     made = graphs(name)
-    parts = {(layer.scope, layer.block, layer.part) for layer in linears(made.path()).values()}
-    assert {("prompted", 2, p) for p in ("q", "k", "v", "proj", "fc1", "fc2")} <= parts
-    assert_near(tools, made, made.write(made.quantise(flavour)))
+    parts = set(made.whole())
+    assert {f"prompted.blocks.2.{p}" for p in ("q", "k", "v", "proj", "fc1", "fc2")} <= parts
+    assert_near(tools, made, made.write(made.quantise(scheme)))
 
 
 @pytest.mark.parametrize("name", ["RoPE, gated MLP", "norms in attention and MLP"])

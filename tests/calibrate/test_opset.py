@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import pytest
 
-from cdl_edge.calibrate.flavours import get_flavour
 from cdl_edge.calibrate.opset import EVERYWHERE, here, lower, opset_of
 from cdl_edge.calibrate.quantize import quantise
+from cdl_edge.calibrate.schemes import get_scheme
 
 
 @pytest.mark.slow
@@ -31,15 +31,13 @@ def test_the_same_numbers_without_attention(tools, learner, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flavour", ["int8-x86", "int8-arm"])
-def test_8_bits_in_the_older_dialect(tools, flavour):
+@pytest.mark.parametrize("scheme", ["int8-x86", "int8-arm"])
+def test_8_bits_in_the_older_dialect(tools, scheme):
     if here() is not None:
         pytest.skip("this ONNX Runtime loads no other dialect")
     graphs = tools.make("coda")
-    paths = {n: graphs.path(n) for n in ("student", "query", "prompted")}
-    new, old = (
-        quantise(paths, graphs.ranges, get_flavour(flavour), "max", opset=opset) for opset in (None, EVERYWHERE)
-    )
+    paths = {n: graphs.graph(n) for n in ("student", "query", "prompted")}
+    new, old = (quantise(paths, graphs.ranges, get_scheme(scheme), "max", opset=opset) for opset in (None, EVERYWHERE))
     assert new.constants == old.constants  # one file of weights for both
     folders = graphs.write(new, "new"), graphs.write(old, "old")
     for name in paths:

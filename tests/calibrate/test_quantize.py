@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from cdl_edge.calibrate.flavours import FLAVOURS
-from cdl_edge.calibrate.quantize import WEIGHTS, linears
+from cdl_edge.calibrate.quantize import WEIGHTS
+from cdl_edge.calibrate.schemes import SCHEMES
 from cdl_edge.calibrate.smooth import smoothing
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
@@ -25,7 +25,7 @@ def last(scope, block):
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_linears_that_see_all_tokens(tools, learner):
-    found = set(linears(tools.make(learner).path()))
+    found = set(tools.make(learner).whole())
     prompted = whole("prompted", range(5)) | last("prompted", 5)
     if learner == "apt":
         assert found == prompted
@@ -37,14 +37,14 @@ def test_linears_that_see_all_tokens(tools, learner):
 @pytest.mark.parametrize("depth", [5, 7])
 def test_of_every_depth(tools, depth):
     graphs = tools.make("apt", kd=(3, 2), depth=depth)
-    assert set(linears(graphs.path())) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
+    assert set(graphs.whole()) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
 
 
 @pytest.mark.quick("coda-kd0")
 @pytest.mark.parametrize(("learner", "kd"), [("coda", (12, 6)), ("apt", None), ("l2p", None)])
 def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, kd):
     graphs = tools.make(learner, kd=kd, patch=4)
-    assert not any(".5." in name for name in linears(graphs.path()))
+    assert not any(".5." in name for name in graphs.whole())
     quantised = graphs.quantise()
     blocks = tuple(f"blocks.{i}.{p}" for i in range(5) for p in ("qkv", "proj", "fc1", "fc2"))
     assert quantised.units == (*blocks, "stem")
@@ -54,11 +54,11 @@ def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, 
 
 def test_the_passes_apart_and_one_pass(tools):
     graphs = tools.make("coda")
-    assert set(linears(graphs.path("query"))) == whole("query", range(5)) | last("query", 5)
-    assert set(linears(graphs.path("prompted"))) == whole("prompted", range(5)) | last("prompted", 5)
+    assert set(graphs.whole("query")) == whole("query", range(5)) | last("query", 5)
+    assert set(graphs.whole("prompted")) == whole("prompted", range(5)) | last("prompted", 5)
     one = tools.make("coda", one_pass=True)
     assert one.names == ("student",)
-    assert set(linears(one.path())) == whole("prompted", range(5)) | last("prompted", 5)
+    assert set(one.whole()) == whole("prompted", range(5)) | last("prompted", 5)
 
 
 def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
@@ -72,11 +72,11 @@ def assert_near(tools, graphs, folder, name="student", tolerance=0.15):
 
 
 @pytest.mark.quick("l2p-int8-x86", "dualprompt-int8-arm", "coda-int8-trt", "apt-int8-x86")
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("learner", LEARNERS)
-def test_every_learner_in_every_flavour(tools, learner, flavour):
+def test_every_learner_in_every_scheme(tools, learner, scheme):
     graphs = tools.make(learner)
-    folder = graphs.write(graphs.quantise(flavour))
+    folder = graphs.write(graphs.quantise(scheme))
     for name in graphs.names:
         onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=True)
     assert_near(tools, graphs, folder)
@@ -96,7 +96,7 @@ def test_weights_are_bytes_within_half_a_step(tools):
     graphs = tools.make("coda")
     floats = tools.constants(graphs.path())
     stored = tools.constants(graphs.write(graphs.quantise()) / "student.onnx")
-    names = {layer.unit.rpartition(".")[0] + f".{layer.part}.weight" for layer in linears(graphs.path()).values()}
+    names = {layer.weight for layer in graphs.whole().values()}
     assert len(names) == 32
     for name in names:
         bytes_, steps = stored[f"{name}.int8"], stored[f"{name}.scale"]
@@ -109,17 +109,17 @@ def test_weights_are_bytes_within_half_a_step(tools):
 
 
 @pytest.mark.quick("int8-x86", "int8-trt")
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_linear_computes_the_quantised_product(tools, flavour):
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_linear_computes_the_quantised_product(tools, scheme):
     """y = (q - z) s_x (W s_w) + b with q = round(x / s_x) + z, worked out by numpy."""
     graphs = tools.make("coda")
-    folder = graphs.write(graphs.quantise(flavour, skip=["stem"]))
+    folder = graphs.write(graphs.quantise(scheme, skip=["stem"]))
     nodes, constants = tools.nodes(folder / "student.onnx"), tools.constants(folder / "student.onnx")
     before, floats = tools.nodes(graphs.path()), tools.constants(graphs.path())
-    layers = linears(graphs.path())
+    layers = graphs.whole()
     values = sorted({n for name in layers for n in (before[name].input[0], before[name].output[0])})
     got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, values)
-    low, high = (-128, 127) if FLAVOURS[flavour].symmetric else (0, 255)
+    low, high = (-128, 127) if SCHEMES[scheme].symmetric else (0, 255)
     for name in layers:
         x, y = got[before[name].input[0]], got[before[name].output[0]]
         activation = nodes[f"{before[name].input[0]}.quantize"]
@@ -129,7 +129,7 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
         weight = constants[f"{source}.int8"].astype(np.float64) * constants[f"{source}.scale"]
         bias = floats[before[name].input[2]].astype(np.float64)
         step = scale * constants[f"{source}.scale"]
-        if FLAVOURS[flavour].integer_bias:
+        if SCHEMES[scheme].integer_bias:
             bias = np.rint(bias / step) * step
         expected = (q - zero) * np.float64(scale) @ weight + bias
         assert np.abs(y - expected).max() <= 1e-4 * np.abs(expected).max(), name
@@ -138,32 +138,32 @@ def test_a_linear_computes_the_quantised_product(tools, flavour):
 
 
 @pytest.mark.vnni
-@pytest.mark.parametrize("flavour", ["int8-x86"])
-def test_the_runtimes_own_kernels_agree(tools, flavour):
+@pytest.mark.parametrize("scheme", ["int8-x86"])
+def test_the_runtimes_own_kernels_agree(tools, scheme):
     graphs = tools.make("coda")
-    folder = graphs.write(graphs.quantise(flavour))
+    folder = graphs.write(graphs.quantise(scheme))
     slow, fast = (
         tools.run(folder / "student.onnx", {"images": graphs.pixels}, as_written=w)["logits"] for w in (True, False)
     )
     assert np.abs(slow - fast).max() <= 0.05 * np.ptp(slow)
 
 
-def test_zero_points_and_biases_of_each_flavour(tools):
+def test_zero_points_and_biases_of_each_scheme(tools):
     graphs = tools.make("coda")
-    for flavour in FLAVOURS.values():
-        path = graphs.write(graphs.quantise(flavour.name)) / "student.onnx"
+    for scheme in SCHEMES.values():
+        path = graphs.write(graphs.quantise(scheme.name)) / "student.onnx"
         nodes, constants = tools.nodes(path), tools.constants(path)
         zeros = [constants[n.input[2]] for n in nodes.values() if n.op_type == "QuantizeLinear"]
         assert len(zeros) == 41  # Q, K, V share one: 4 a block, the shared first one and two of the last block
-        assert {z.dtype for z in zeros} == {np.dtype(np.int8 if flavour.symmetric else np.uint8)}
-        if flavour.symmetric:
+        assert {z.dtype for z in zeros} == {np.dtype(np.int8 if scheme.symmetric else np.uint8)}
+        if scheme.symmetric:
             assert all(z == 0 for z in zeros)
         else:  # signed values behind a LayerNorm, GELU's just below zero
             assert any(100 < z < 156 for z in zeros) and any(0 < z < 60 for z in zeros)
-        for name in linears(graphs.path()):
+        for name in graphs.whole():
             reader = nodes[name]
             bias = nodes.get(reader.input[2])
-            if flavour.integer_bias:
+            if scheme.integer_bias:
                 assert bias is not None and bias.op_type == "DequantizeLinear"
                 assert constants[bias.input[0]].dtype == np.int32
                 x_scale = constants[nodes[f"{reader.input[0].removesuffix('.d')}.quantize"].input[1]]
@@ -173,7 +173,7 @@ def test_zero_points_and_biases_of_each_flavour(tools):
                 assert bias is None and constants[reader.input[2]].dtype == np.float32
         for node in nodes.values():
             if node.op_type == "DequantizeLinear":
-                assert not flavour.symmetric or not np.any(constants[node.input[2]])
+                assert not scheme.symmetric or not np.any(constants[node.input[2]])
 
 
 def test_weights_are_read_once_each_for_the_runtimes_fusion(tools):
@@ -209,7 +209,7 @@ def test_the_three_graphs_share_their_weights(tools):
 
 
 @pytest.mark.slow
-def test_the_file_of_weights_is_the_same_for_all_flavours_and_whatever_stays_in_float(tools):
+def test_the_file_of_weights_is_the_same_for_all_schemes_and_whatever_stays_in_float(tools):
     """Flavours of one bundle share it, though the gate may leave other layers of each in float."""
     graphs = tools.make("coda", profile="trt10")
     made = [
@@ -255,23 +255,23 @@ def test_each_pass_has_its_own_ranges(tools):
 
 
 @pytest.mark.quick("0.5-int8-x86", "1.0-int8-trt")
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_a_smoothed_graph_is_the_same_function(tools, strength, flavour):
+def test_a_smoothed_graph_is_the_same_function(tools, strength, scheme):
     """Without the rounding: the LayerNorms of the 8-bit graph with the float weights times their factors."""
     graphs = tools.make("dualprompt", layer_scale=True)
-    folder = graphs.write(graphs.quantise(flavour, smooth=strength, skip=["stem"]))
-    factors = smoothing(graphs.path(), graphs.ranges, strength).factors
+    folder = graphs.write(graphs.quantise(scheme, smooth=strength, skip=["stem"]))
+    factors = smoothing(graphs.graph(), graphs.ranges, strength).factors
     floats, before = tools.constants(graphs.path()), tools.nodes(graphs.path())
     model = onnx.load(str(folder / "student.onnx"), load_external_data=False)
     model = onnx.load_from_string(model.SerializeToString())
     onnx.load_external_data_for_model(model, str(folder))
     touched = 0
     for node in model.graph.node:
-        if node.name in (layers := linears(graphs.path())):
+        if node.name in (layers := graphs.whole()):
             old, layer = before[node.name], layers[node.name]
             weight = floats[old.input[1]]
-            smoothed = layer.part in ("q", "k", "v", "fc1") and layer.block < 5
+            smoothed = node.name.rpartition(".")[2] in ("q", "k", "v", "fc1") and ".5." not in node.name
             if smoothed:
                 weight = weight * factors[layer.unit][:, None]
                 touched += 1
@@ -295,7 +295,7 @@ def test_smoothed_scales_cover_the_smoothed_tensor(tools):
     folder = graphs.write(graphs.quantise(smooth=0.5))
     nodes, before = tools.nodes(folder / "student.onnx"), tools.nodes(graphs.path())
     constants = tools.constants(folder / "student.onnx")
-    layers = {n: la for n, la in linears(graphs.path()).items() if la.part in ("q", "k", "fc1")}
+    layers = {n: la for n, la in graphs.whole().items() if n.rpartition(".")[2] in ("q", "k", "fc1")}
     got = tools.run(folder / "student.onnx", {"images": graphs.pixels}, [before[n].input[0] for n in layers])
     for name in layers:
         x = got[before[name].input[0]]
@@ -344,8 +344,8 @@ def test_ranges_are_chosen_once_for_many_trials(tools, monkeypatch):
     calls = []
     real = module.choose_range
     monkeypatch.setattr(module, "choose_range", lambda *a: calls.append(a) or real(*a))
-    paths = {"student": graphs.path()}
-    made = [module.quantise(paths, graphs.ranges, FLAVOURS["int8-x86"], "percentile", chosen=known) for _ in range(3)]
+    paths = {"student": graphs.graph()}
+    made = [module.quantise(paths, graphs.ranges, SCHEMES["int8-x86"], "percentile", chosen=known) for _ in range(3)]
     assert len(calls) == len(known) == 41
     assert made[0].constants == made[1].constants == made[2].constants
 
@@ -383,12 +383,12 @@ def test_a_patch_embedding_takes_the_bytes_as_they_come(tools):
 
 
 @pytest.mark.parametrize(
-    ("flavour", "profile", "skip"),
+    ("scheme", "profile", "skip"),
     [("int8-arm", "ort", []), ("int8-x86", "openvino", []), ("int8-x86", "ort", ["stem"])],
 )
-def test_other_patch_embeddings_stay_as_they_are(tools, flavour, profile, skip):
+def test_other_patch_embeddings_stay_as_they_are(tools, scheme, profile, skip):
     graphs = tools.make("apt", profile)
-    quantised = graphs.quantise(flavour, skip=skip)
+    quantised = graphs.quantise(scheme, skip=skip)
     assert "stem" not in quantised.units
-    folder = graphs.write(quantised, f"nostem-{flavour}-{len(skip)}")
+    folder = graphs.write(quantised, f"nostem-{scheme}-{len(skip)}")
     assert "Cast" in {n.op_type for n in tools.nodes(folder / "student.onnx").values()}

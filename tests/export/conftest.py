@@ -16,14 +16,14 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import Artefact, assemble
+from cdl_edge.export.assembly import Artefact, assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.images import Preprocessing
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.backbone import Architecture, fold_batch_norm
 from cdl_edge.train.learners.apt import APT
 from cdl_edge.train.learners.l2p import L2P
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 SIDE, CLASSES, TASKS, LEARNT = 32, 7, 4, 3
 PREPROCESSING = Preprocessing(SIDE, SIDE, "bilinear", (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -91,7 +91,7 @@ def make_student(
     """A student that has learnt `learnt` of TASKS tasks, with random prompts, keys and heads."""
     backbone = backbone or make_backbone(**options)
     ways = {"one_pass": one_pass, "query_of": query_of, "kd_head": kd_head, "compat": compat}
-    student = PromptedViT(backbone, learner, CLASSES, TASKS, seed, kd=kd, alpha=0.3, **ways)
+    student = PromptedViT(backbone, ModelSpec(learner, CLASSES, TASKS, seed, kd=kd, alpha=0.3, **ways))
     generator = torch.Generator().manual_seed(seed)
     for task in range(learnt):
         student.learner.begin_task(task)

@@ -9,11 +9,11 @@ import onnx
 import pytest
 
 from cdl_edge.errors import InputError
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
 from cdl_edge.export.parity import LOW_PRECISION
 from cdl_edge.export.profiles import PROFILES, get_profile
 from cdl_edge.export.rewrites import ALL, LAST_TOKENS, Rewrites
+from cdl_edge.export.student_graph import StudentGraph
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
 SWITCHES = [f.name for f in fields(Rewrites)]

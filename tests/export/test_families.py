@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from cdl_edge.export.graph import LAST_TOKENS
 from cdl_edge.export.profiles import PROFILES
+from cdl_edge.export.student_graph import LAST_TOKENS
 from cdl_edge.train.closed_form import StatisticsHead
 from cdl_edge.train.families import plain_vit
 

@@ -8,16 +8,16 @@ import shutil
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate.bundle import calibrate
+from cdl_edge.calibrate.calibrate_bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import InputError
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.export.parity import TOLERANCE, student_logits
 from cdl_edge.export.profiles import PROFILES
 from cdl_edge.files import sha256
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.server.live_model import LiveModel
-from cdl_edge.train.closed_form import STATISTICS_HEADS
+from cdl_edge.train.closed_form import statistics_heads
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.extend import inherit
 from cdl_edge.train.loop import train
@@ -78,7 +78,7 @@ def statistics_of(bundle):
 
 
 @pytest.mark.quick("ort-coda-kdp-ranpac", "trt10-frozen-slda")
-@pytest.mark.parametrize("head", STATISTICS_HEADS)
+@pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, head):
@@ -94,7 +94,7 @@ def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, hea
 
 
 @pytest.mark.quick("apt-ranpac")
-@pytest.mark.parametrize("head", STATISTICS_HEADS)
+@pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learner, head):
     run = run_of(learner, head)

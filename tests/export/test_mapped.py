@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from cdl_edge.data import load_dataset
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.export.parity import TOLERANCE
 from cdl_edge.runtime import load
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.loop import train
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 POOLS = ("l2p", "dualprompt", "coda")
 TASKS = 4
@@ -30,7 +30,7 @@ def student(lab):
     @torch.no_grad()
     def make(learner, kd=None, teacher=(48, 6), learnt=lab.learnt, seed=1, backbone=None):
         model = PromptedViT(
-            backbone or lab.backbone(), learner, lab.classes, TASKS, seed, kd=kd, alpha=0.3, mapped=teacher
+            backbone or lab.backbone(), ModelSpec(learner, lab.classes, TASKS, seed, kd=kd, alpha=0.3, mapped=teacher)
         )
         generator = torch.Generator().manual_seed(seed)
         for task in range(learnt):

@@ -14,8 +14,8 @@ import pytest
 from cdl_edge.artefacts.bundle import write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.export import triton
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.export.triton import config, write_repository
 from cdl_edge.runtime import load, open_bundle
 

@@ -16,7 +16,8 @@ from cdl_edge.files import sha256
 from cdl_edge.measurement.energy import Board
 from cdl_edge.measurement.profile import STAGES, flags, profile, statistics, synthetic_jpeg
 from cdl_edge.runtime import load
-from cdl_edge.runtime.backends.onnxruntime import OrtRunner
+from cdl_edge.runtime.backends.onnxruntime import OrtEngine
+from cdl_edge.runtime.runner import Runner
 
 KEYS = {"n", "min", "mean", "std", "cv", "p50", "p90", "p95", "p99", "max"}
 
@@ -81,8 +82,8 @@ def test_report(bundle, tmp_path):
 
 def test_warm_up_and_first_call_are_not_counted(bundle, tiny, monkeypatch):
     calls = []
-    real = OrtRunner.run
-    monkeypatch.setattr(OrtRunner, "run", lambda self, images: calls.append(images.copy()) or real(self, images))
+    real = Runner.run
+    monkeypatch.setattr(Runner, "run", lambda self, images: calls.append(images.copy()) or real(self, images))
     colours = [(255, 0, 0), (0, 255, 0)]
     report = profile(open_bundle(bundle.path), threads=1, runs=4, warmup=3, images=[tiny.png(c) for c in colours])
     assert len(calls) == 1 + 3 + 4
@@ -137,9 +138,9 @@ def test_a_board_with_everything(bundle, tmp_path):
 
 def test_stages_of_a_backend_that_knows_them(bundle, tmp_path, monkeypatch):
     def timed(self, feeds):
-        return self._call(feeds), {"h2d_ms": 0.1, "enqueue_ms": 0.9, "gpu_ms": 1.0, "d2h_ms": 0.2}
+        return self.call(feeds), {"h2d_ms": 0.1, "enqueue_ms": 0.9, "gpu_ms": 1.0, "d2h_ms": 0.2}
 
-    monkeypatch.setattr(OrtRunner, "timed", timed, raising=False)
+    monkeypatch.setattr(OrtEngine, "timed", timed, raising=False)
     report = profile(bundle, threads=1, runs=5, trace=tmp_path / "trace.json")
     assert [key for key in report if key in STAGES] == list(STAGES), "in the order in which they happen"
     assert report["gpu_ms"]["p50"] == 1.0 and report["h2d_ms"]["n"] == 5

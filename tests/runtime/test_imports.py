@@ -37,4 +37,4 @@ def test_running_a_bundle_brings_no_training_package(bundle):
     statement = f"from cdl_edge.runtime import load; load({str(bundle.path)!r}, threads=1).close()"
     names = loaded(statement)
     assert "onnxruntime" in names
-    assert names & {"torch", "timm", "onnx", "sklearn", "cdl_edge.train.loop", "cdl_edge.export.bundle"} == set()
+    assert names & {"torch", "timm", "onnx", "sklearn", "cdl_edge.train.loop", "cdl_edge.export.export_bundle"} == set()

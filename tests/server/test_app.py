@@ -213,7 +213,7 @@ def test_a_bug_is_a_500_and_not_the_end(make_server, make_client, tiny, monkeypa
     server = make_server()
     client = make_client(server)
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.live.runner.runners[0]), "_call", lambda *_: 1 / 0)
+        patch.setattr(type(server.live.runner.runners[0].engine), "call", lambda *_: 1 / 0)
         refused(client.post("/predict", content=tiny.png((1, 2, 3)), headers=PNG), 500, "log of the server")
     good(client, tiny)
     assert 'kind="internal"} 1' in client.get("/metrics").text
@@ -241,7 +241,7 @@ def test_a_stuck_call(make_server, make_client, tiny, monkeypatch):
     client = make_client(server)
     go = threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(type(server.live.runner.runners[0]), "_call", lambda *_: go.wait(20) and {})
+        patch.setattr(type(server.live.runner.runners[0].engine), "call", lambda *_: go.wait(20) and {})
         refused(client.post("/predict", content=tiny.png((1, 2, 3)), headers=PNG), 504, "/health")
         found = client.get("/health")
         assert found.status_code == 503 and found.json()["status"] == "stuck"

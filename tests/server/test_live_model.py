@@ -13,7 +13,7 @@ import pytest
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
-from cdl_edge.runtime.backends.onnxruntime import OrtRunner
+from cdl_edge.runtime.backends.onnxruntime import OrtEngine
 from cdl_edge.server.live_model import WARMUP, Busy, LiveModel, Pool, version_name
 
 
@@ -47,14 +47,14 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.open, self.entered = threading.Event(), threading.Semaphore(0)
-        real = OrtRunner._call
+        real = OrtEngine.call
 
         def call(runner, feeds):
             self.entered.release()
             assert self.open.wait(20)
             return real(runner, feeds)
 
-        monkeypatch.setattr(OrtRunner, "_call", call)
+        monkeypatch.setattr(OrtEngine, "call", call)
 
 
 # -- pool --------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_any_thread_may_call_a_pool(bundle, images, backend, count):
 
 def test_a_runner_of_a_pool_serves_one_call_at_a_time(bundle, images, monkeypatch):
     inside, most, lock = {}, [0], threading.Lock()
-    real = OrtRunner._call
+    real = OrtEngine.call
 
     def call(runner, feeds):
         with lock:
@@ -88,7 +88,7 @@ def test_a_runner_of_a_pool_serves_one_call_at_a_time(bundle, images, monkeypatc
             inside[id(runner)] = False
         return result
 
-    monkeypatch.setattr(OrtRunner, "_call", call)
+    monkeypatch.setattr(OrtEngine, "call", call)
     with Pool(lambda: load(bundle, threads=1), 2) as pool, ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: pool.infer(images[:1]), range(40)))
     assert most == [2]
@@ -150,13 +150,13 @@ def test_a_full_queue_refuses(bundle):
 
 
 def test_every_runner_is_warm_before_it_answers(make_version, monkeypatch):
-    calls, real = {}, OrtRunner._call
+    calls, real = {}, OrtEngine.call
 
     def call(runner, feeds):
         calls[id(runner)] = calls.get(id(runner), 0) + 1
         return real(runner, feeds)
 
-    monkeypatch.setattr(OrtRunner, "_call", call)
+    monkeypatch.setattr(OrtEngine, "call", call)
     with make_live(make_version(1), runners=2):
         assert len(calls) == 2 and all(count >= WARMUP for count in calls.values())
 

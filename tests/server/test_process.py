@@ -22,13 +22,13 @@ app_room = pytest.importorskip("cdl_edge.server.app")
 
 CODE = """
 import os, sys, time
-from cdl_edge.runtime.backends.onnxruntime import OrtRunner
+from cdl_edge.runtime.backends.onnxruntime import OrtEngine
 from cdl_edge.server import serve
-real = OrtRunner._call
+real = OrtEngine.call
 def slow(runner, feeds):
     time.sleep(float(sys.argv[2]))
     return real(runner, feeds)
-OrtRunner._call = slow
+OrtEngine.call = slow
 token = None if "STATE_DIRECTORY" in os.environ else "x" * 20
 serve(sys.argv[1], port=0, threads=1, token=token, say=lambda line: print(line, flush=True))
 print("ended", flush=True)

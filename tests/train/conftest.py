@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdl_edge.train.backbone import Backbone, load_backbone
 from cdl_edge.train.config import TrainConfig
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 torch.set_num_threads(1)
 CLASSES, TASKS = 6, 3
@@ -34,7 +34,9 @@ def make_model(backbone: Backbone) -> Callable[..., PromptedViT]:
         learner: str, learnt: int = 2, kd: bool = True, one_pass: bool = False, seed: int = 0, **options: str
     ) -> PromptedViT:
         rows = (6, 6) if kd else None
-        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=rows, one_pass=one_pass, **options)
+        model = PromptedViT(
+            backbone.model, ModelSpec(learner, CLASSES, TASKS, seed, kd=rows, one_pass=one_pass, **options)
+        )
         generator = torch.Generator().manual_seed(seed)
         if model.kd is not None:
             for p in model.kd.parameters():

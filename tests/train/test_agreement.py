@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cdl_edge.train.batches import Batch
 from cdl_edge.train.config import TrainConfig
+from cdl_edge.train.devices import Devices
 from cdl_edge.train.distill import DISTILLERS, DistillSpec
-from cdl_edge.train.engine import Engine
-from cdl_edge.train.phase import Answers, Phase
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.phase import Phase, TeacherOutputs
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLASSES, TASKS, TASK = 6, 3, 1
 LOW, HIGH = 2, 4
@@ -231,7 +231,7 @@ def student(backbone):
     def make(learner, distill, query):
         frozen = copy.deepcopy(backbone.model).double()
         kd = (6, 6) if distill == "kdp" else None
-        model = PromptedViT(frozen, learner, CLASSES, TASKS, 0, kd=kd, alpha=ALPHA, **ways(query))
+        model = PromptedViT(frozen, ModelSpec(learner, CLASSES, TASKS, 0, kd=kd, alpha=ALPHA, **ways(query)))
         for task in range(TASK + 1):
             model.learner.begin_task(task)
         model.double()
@@ -272,7 +272,9 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
     config = TrainConfig("digits", "x", learner=learner, distill=distill, query=query, learning_rate=RATE, alpha=ALPHA)
     spec = DistillSpec(ALPHA, TAU, 16, 6, 2, 24, 6, 2, CLASSES, ((0, 2), (2, 4), (4, 6)), 0)
     models = {"student": model}
-    phase = Phase(config, Engine("cpu", "fp32"), models, "student", TASK, (LOW, HIGH), False, DISTILLERS[distill](spec))
+    phase = Phase(
+        config, Devices("cpu", "fp32"), models, "student", TASK, (LOW, HIGH), False, DISTILLERS[distill](spec)
+    )
     tokens = model.prepare(images)
     asked = model.query(tokens) if model.two_pass else None
     batch = Batch(np.arange(2), torch.tensor(labels), {"student": tokens}, {"student": asked})
@@ -294,7 +296,7 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
 
     memories = {k: {"m": torch.zeros_like(v), "v": torch.zeros_like(v)} for k, v in learnt.items()}
     for step in range(1, STEPS + 1):
-        loss = phase._loss(batch, Answers(said))
+        loss = phase._loss(batch, TeacherOutputs(said))
         phase.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         phase.optimiser.step()
@@ -322,13 +324,15 @@ def test_float32_gives_the_same_logits_in_training(student, backbone, scene, lea
     formulas = Formulas(numbers(model.backbone), numbers(model), learner, query)
     single = PromptedViT(
         backbone.model,
-        learner,
-        CLASSES,
-        TASKS,
-        0,
-        kd=(6, 6) if distill == "kdp" else None,
-        alpha=ALPHA,
-        **ways(query),
+        ModelSpec(
+            learner,
+            CLASSES,
+            TASKS,
+            0,
+            kd=(6, 6) if distill == "kdp" else None,
+            alpha=ALPHA,
+            **ways(query),
+        ),
     )
     single.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -10,9 +10,9 @@ from cdl_edge.data import Split
 from cdl_edge.train import batches
 from cdl_edge.train.augment import random_boxes
 from cdl_edge.train.backbone import load_backbone
-from cdl_edge.train.batches import CROP_AREA, Images, Side
-from cdl_edge.train.engine import Share
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.batches import CROP_AREA, Pipeline, TaskImages
+from cdl_edge.train.devices import Share
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CPU = torch.device("cpu")
 
@@ -20,10 +20,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def sides(backbone, tiny_vit, make_model):
     wide = load_backbone(tiny_vit("teacher", 24))
-    teacher = PromptedViT(wide.model, "l2p", 6, 3, 1, key_width=backbone.width)
+    teacher = PromptedViT(wide.model, ModelSpec("l2p", 6, 3, 1, key_width=backbone.width))
     return {
-        "student": Side(make_model("l2p"), backbone.preprocessing, CPU),
-        "teacher": Side(teacher, wide.preprocessing, CPU),
+        "student": Pipeline(make_model("l2p"), backbone.preprocessing, CPU),
+        "teacher": Pipeline(teacher, wide.preprocessing, CPU),
     }
 
 
@@ -38,7 +38,7 @@ def split():
 
 
 def test_an_epoch_is_every_image_once_in_an_order_of_the_generator(sides, split):
-    images = Images(split, sides, CPU)
+    images = TaskImages(split, sides, CPU)
     orders = []
     for seed in (0, 0, 1):
         generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def test_an_epoch_is_every_image_once_in_an_order_of_the_generator(sides, split)
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_processes_share_the_steps_of_one(sides, split, augmented, processes):
     # 11 images in steps of 4: shares of 2, of 1 and 2, and none at all for some of 8.
-    images = Images(split, sides, CPU)
+    images = TaskImages(split, sides, CPU)
 
     def steps(share=None):
         more = () if share is None else (share,)
@@ -74,7 +74,7 @@ def test_processes_share_the_steps_of_one(sides, split, augmented, processes):
 
 
 def test_what_is_kept_is_what_would_be_computed(sides, split):
-    fresh, kept = Images(split, sides, CPU), Images(split, sides, CPU)
+    fresh, kept = TaskImages(split, sides, CPU), TaskImages(split, sides, CPU)
     kept.keep(["student", "teacher"], nullcontext, 4)
     index = np.array([7, 0, 3])
     one = fresh.batch(index, ["student", "teacher"], nullcontext)
@@ -87,7 +87,7 @@ def test_what_is_kept_is_what_would_be_computed(sides, split):
 
 def test_what_does_not_fit_into_memory_is_computed_again(sides, split, monkeypatch):
     monkeypatch.setattr(batches, "KEPT_BYTES", 10)
-    images = Images(split, sides, CPU)
+    images = TaskImages(split, sides, CPU)
     images.keep(["student", "teacher"], nullcontext, 4)
     assert images._inputs == {} and images._queries == {}
     got = images.batch(np.arange(3), ["teacher"], nullcontext)
@@ -95,7 +95,7 @@ def test_what_does_not_fit_into_memory_is_computed_again(sides, split, monkeypat
 
 
 def test_augmentation_is_in_the_boxes_and_shared(sides, split):
-    images = Images(split, sides, CPU)
+    images = TaskImages(split, sides, CPU)
     index = np.arange(4)
     got = [images.batch(index, ["student", "teacher"], nullcontext, boxes(4, s)) for s in (0, 0, 1)]
     assert torch.equal(got[0].inputs["student"], got[1].inputs["student"])
@@ -114,14 +114,14 @@ def test_sides_of_other_sizes_see_the_same_part_of_the_picture(backbone, make_mo
 
     coarse = replace(backbone.preprocessing, resize=16)
     sides = {
-        "student": Side(make_model("apt"), backbone.preprocessing, CPU),
-        "teacher": Side(make_model("apt"), coarse, CPU),
+        "student": Pipeline(make_model("apt"), backbone.preprocessing, CPU),
+        "teacher": Pipeline(make_model("apt"), coarse, CPU),
     }
     assert sides["student"].decoding != sides["teacher"].decoding
     flat = Split(
         np.broadcast_to(np.arange(24, dtype=np.uint8)[None, None, :, None] * 10, (4, 20, 24, 3)).copy(), np.zeros(4)
     )
-    images = Images(flat, sides, CPU)
+    images = TaskImages(flat, sides, CPU)
     seen = []
     real = batches.augment.cut_out
     monkeypatch.setattr(batches.augment, "cut_out", lambda x, b: seen.append(real(x, b)) or seen[-1])
@@ -132,21 +132,23 @@ def test_sides_of_other_sizes_see_the_same_part_of_the_picture(backbone, make_mo
 
 
 def test_learners_without_a_query_compute_none(backbone, make_model, split):
-    sides = {"student": Side(make_model("apt"), backbone.preprocessing, CPU)}
-    images = Images(split, sides, CPU)
+    sides = {"student": Pipeline(make_model("apt"), backbone.preprocessing, CPU)}
+    images = TaskImages(split, sides, CPU)
     images.keep(["student"], nullcontext, 4)
     assert images.batch(np.arange(2), ["student"], nullcontext).queries == {"student": None}
-    one_pass = {"student": Side(make_model("coda", one_pass=True), backbone.preprocessing, CPU)}
-    assert Images(split, one_pass, CPU).batch(np.arange(2), ["student"], nullcontext).queries == {"student": None}
+    one_pass = {"student": Pipeline(make_model("coda", one_pass=True), backbone.preprocessing, CPU)}
+    assert TaskImages(split, one_pass, CPU).batch(np.arange(2), ["student"], nullcontext).queries == {"student": None}
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_with_the_regulariser_each_side_asks_its_own_full_query(sides, split, kept):
     for name in ("student", "teacher"):
         model = sides[name].model
-        made = PromptedViT(model.backbone, "coda", 6, 3, 0, key_width=16, one_pass=True, query_regulariser=0.1)
-        sides[name] = Side(made, sides[name].preprocessing, CPU)
-    images = Images(split, sides, CPU)
+        made = PromptedViT(
+            model.backbone, ModelSpec("coda", 6, 3, 0, key_width=16, one_pass=True, query_regulariser=0.1)
+        )
+        sides[name] = Pipeline(made, sides[name].preprocessing, CPU)
+    images = TaskImages(split, sides, CPU)
     if kept:
         images.keep(["student", "teacher"], nullcontext, 4)
     got = images.batch(np.arange(3), ["student", "teacher"], nullcontext)
@@ -156,8 +158,8 @@ def test_with_the_regulariser_each_side_asks_its_own_full_query(sides, split, ke
 
 
 def test_a_network_whose_stem_learns_is_given_images(backbone, split):
-    side = Side(PromptedViT(backbone.model, "finetune", 6, 3, 0), backbone.preprocessing, CPU)
-    images = Images(split, {"student": side}, CPU)
+    side = Pipeline(PromptedViT(backbone.model, ModelSpec("finetune", 6, 3, 0)), backbone.preprocessing, CPU)
+    images = TaskImages(split, {"student": side}, CPU)
     before = images.batch(np.arange(3), ["student"], nullcontext)
     images.keep(["student"], nullcontext, 4)
     after = images.batch(np.arange(3), ["student"], nullcontext)
@@ -167,7 +169,7 @@ def test_a_network_whose_stem_learns_is_given_images(backbone, split):
 
 @pytest.mark.parametrize(("compat", "low", "expected"), [(False, 0.5, 0.75), (True, 0.08, 0.54)])
 def test_the_area_of_random_crops(sides, split, monkeypatch, compat, low, expected):
-    images = Images(split, {"student": sides["student"]}, CPU)
+    images = TaskImages(split, {"student": sides["student"]}, CPU)
     areas = []
 
     def note(x, boxes):

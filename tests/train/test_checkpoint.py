@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.train import checkpoint as checkpoint_module
 from cdl_edge.train.checkpoint import before, keep_before, load_kept, load_state, save_state
 
@@ -127,12 +128,13 @@ def test_the_one_before_is_kept(tmp_path):
         save_state(path, {"epoch": epoch})
     assert load_state(path) == {"epoch": 2} and load_state(before(path)) == {"epoch": 1}
     path.write_bytes(b"no")
-    assert load_kept(path, lines.append) == {"epoch": 1} == load_state(path)
+    with told(lines.append):
+        assert load_kept(path) == {"epoch": 1} == load_state(path)
     assert len(lines) == 1 and not before(path).exists()
     path.write_bytes(b"no")
     refused(path)
     with pytest.raises(InputError):
-        load_kept(path, lines.append)
+        load_kept(path)
 
 
 def refused(path):

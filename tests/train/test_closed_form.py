@@ -13,13 +13,13 @@ from cdl_edge.errors import InputError
 from cdl_edge.heads import CLOSED_FORM
 from cdl_edge.train import loop
 from cdl_edge.train.checkpoint import save_state
-from cdl_edge.train.closed_form import STATISTICS_HEADS, StatisticsHead, load_statistics, make
+from cdl_edge.train.closed_form import StatisticsHead, load_statistics, make, statistics_heads
 from cdl_edge.train.extend import inherit
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
 
 OLD, NEW = "abcd", "ef"
-heads = pytest.mark.parametrize("head", STATISTICS_HEADS)
+heads = pytest.mark.parametrize("head", statistics_heads())
 
 
 class Stopped(Exception):
@@ -85,7 +85,7 @@ def test_the_module_is_the_numpy_head(head, kd):
 
 
 @pytest.mark.quick("apt-none-aligned", "coda-kdp-slda")
-@pytest.mark.parametrize("head", STATISTICS_HEADS)
+@pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize(("learner", "distill"), [("apt", "none"), ("coda", "kdp"), ("l2p", "two-heads")])
 def test_a_run_keeps_what_its_head_is_made_from(run_of, learner, distill, head):
     run = run_of("run", learner=learner, distill=distill, head=head)
@@ -166,7 +166,7 @@ def test_it_learns_nothing_more_behind_the_first_task(run_of, monkeypatch):
 
 
 @pytest.mark.quick("statistics-ranpac")
-@pytest.mark.parametrize("head", STATISTICS_HEADS)
+@pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("moment", ["statistics", "checkpoint"])
 def test_stopped_anywhere_it_ends_in_the_same_bytes(tmp_path, run_of, make_config, monkeypatch, head, moment):
     options = {"epochs": 2, "learner": "l2p", "distill": "kdp", "head": head, "prompt_tasks": 2}
@@ -216,7 +216,7 @@ def extending(tmp_path, photos):
 
 
 @pytest.mark.quick("ranpac")
-@pytest.mark.parametrize("head", STATISTICS_HEADS)
+@pytest.mark.parametrize("head", statistics_heads())
 def test_extended_it_is_the_run_that_learnt_all_at_once(tmp_path, run_of, extending, photos, head):
     run = run_of("run", data=f"folder:{photos / 'old'}", head=head)
     data = tmp_path / "data"

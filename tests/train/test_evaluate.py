@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from cdl_edge.errors import InputError
-from cdl_edge.train.batches import Images, Side
-from cdl_edge.train.engine import Engine, Share
+from cdl_edge.train.batches import Pipeline, TaskImages
+from cdl_edge.train.devices import Devices, Share
 from cdl_edge.train.evaluate import accuracy, answers, evaluate_run, logits_of
 from cdl_edge.train.loop import train
 
@@ -102,15 +102,15 @@ def test_processes_count_each_image_once(backbone, make_model, processes):
 
     device = torch.device("cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
-    sides = {"student": Side(make_model("coda"), backbone.preprocessing, device)}
-    images = Images(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
+    sides = {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)}
+    images = TaskImages(Split(pixels, logits_labels(pixels, sides, device)), sides, device)
     assert accuracy(images, "student", 6) == 100.0  # every label is what the model says
-    engine = Engine("cpu", "fp32")
+    devices = Devices("cpu", "fp32")
     parts = []
-    engine.sum = lambda value: parts.append(value.numpy().copy()) or value
+    devices.sum = lambda value: parts.append(value.numpy().copy()) or value
     for rank in range(processes):
-        engine.share = Share(rank, processes)
-        accuracy(images, "student", 6, engine)
+        devices.share = Share(rank, processes)
+        accuracy(images, "student", 6, devices)
     found, probability, of_true = sum(parts)
     assert len(parts) == processes and (found == images.labels).all()  # nothing twice, nothing left out
     alone = answers(images, "student", 6)
@@ -123,9 +123,9 @@ def test_a_class_that_is_not_among_those_seen_has_no_probability(backbone, make_
 
     device = torch.device("cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    sides = {"student": Side(make_model("coda"), backbone.preprocessing, device)}
+    sides = {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)}
     predicted, probability, of_true = answers(
-        Images(Split(pixels, np.array([0, 1, 5, 5])), sides, device), "student", 2
+        TaskImages(Split(pixels, np.array([0, 1, 5, 5])), sides, device), "student", 2
     )
     assert set(predicted) <= {0, 1} and (probability >= 0.5).all()
     assert of_true[2:].tolist() == [0.0, 0.0] and (of_true[:2] > 0).all()
@@ -134,7 +134,7 @@ def test_a_class_that_is_not_among_those_seen_has_no_probability(backbone, make_
 def logits_labels(pixels, sides, device):
     from cdl_edge.data import Split
 
-    return logits_of(Images(Split(pixels, np.zeros(len(pixels), np.int64)), sides, device), "student").argmax(1)
+    return logits_of(TaskImages(Split(pixels, np.zeros(len(pixels), np.int64)), sides, device), "student").argmax(1)
 
 
 def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
@@ -142,8 +142,10 @@ def test_accuracy_is_over_the_classes_seen(backbone, make_model, monkeypatch):
 
     device = torch.device("cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (150, 16, 16, 3), dtype=np.uint8)  # more than one chunk
-    images = Images(
-        Split(pixels, np.arange(150) % 6), {"student": Side(make_model("coda"), backbone.preprocessing, device)}, device
+    images = TaskImages(
+        Split(pixels, np.arange(150) % 6),
+        {"student": Pipeline(make_model("coda"), backbone.preprocessing, device)},
+        device,
     )
     logits = logits_of(images, "student")
     assert logits.shape == (150, 6) and logits.dtype == np.float32

@@ -10,7 +10,7 @@ from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.families import plain_vit, refusal
 from cdl_edge.train.loop import train
-from cdl_edge.train.student import PromptedViT, patch_query
+from cdl_edge.train.student import ModelSpec, PromptedViT, patch_query
 from cdl_edge.train.tokens import embed, registers, token_count
 
 SMALL = {"img_size": 32, "patch_size": 8, "depth": 5, "embed_dim": 32, "num_heads": 2, "num_classes": 0}
@@ -48,7 +48,7 @@ def test_the_plain_vit_computes_the_same(name):
     vit = plain_vit(model).eval()
     assert expected.std() > 0.1
     torch.testing.assert_close(vit.forward_features(images()), expected, atol=2e-5, rtol=1e-4)
-    student = PromptedViT(vit, "coda", 4, 2, 0).eval()
+    student = PromptedViT(vit, ModelSpec("coda", 4, 2, 0)).eval()
     tokens = student.embed(images())
     assert tokens.shape[1] == token_count(vit) == 1 + FAMILIES[name] + 16
     assert registers(vit) == FAMILIES[name]
@@ -60,7 +60,7 @@ def test_normalised_queries(norm):
     model = small("vit_tiny_patch16_224", qk_norm=norm, scale_attn_norm=norm, scale_mlp_norm=norm)
     expected = model.forward_features(images())[:, 0]
     vit = plain_vit(model)
-    torch.testing.assert_close(PromptedViT(vit, "apt", 4, 2, 0).query(embed(vit, images())), expected)
+    torch.testing.assert_close(PromptedViT(vit, ModelSpec("apt", 4, 2, 0)).query(embed(vit, images())), expected)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_only_patches_are_turned():
 
 def test_queries_and_distillers_do_not_see_registers():
     vit = plain_vit(small("vit_small_patch14_reg4_dinov2"))
-    student = PromptedViT(vit, "coda", 4, 2, 0, kd=(3, 2), one_pass=True, query_of="patches").eval()
+    student = PromptedViT(vit, ModelSpec("coda", 4, 2, 0, kd=(3, 2), one_pass=True, query_of="patches")).eval()
     tokens = student.embed(images())
     hidden = student(tokens, hidden=True).hidden
     assert {h.shape[1] for h in hidden} == {1 + 16}

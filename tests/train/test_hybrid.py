@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.train import hybrid as module
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.hybrid import Hybrid, HybridConfig, pretrain_hybrid
@@ -71,7 +72,8 @@ def quiet(line):
 @pytest.mark.slow
 def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
     said = []
-    made = pretrain_hybrid(config("a"), say=said.append)
+    with told(said.append):
+        made = pretrain_hybrid(config("a"))
     assert "2 classes, 8 train, 4 validation" in said[0]
     assert made["epochs"] == 2 and made["data"]["train"] == 8 and 0 <= made["val_accuracy"] <= 100
     got = load_backbone(f"file:{tmp_path / 'a' / 'w.safetensors'}")
@@ -84,7 +86,7 @@ def test_it_ends_in_a_backbone_with_that_trunk(config, tmp_path, weights):
 
 @pytest.mark.slow
 def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_path, photos, monkeypatch):
-    pretrain_hybrid(config("whole"), say=quiet)
+    pretrain_hybrid(config("whole"))
     real = module.save_state
 
     def save(path, state):
@@ -93,16 +95,17 @@ def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_
 
     monkeypatch.setattr(module, "save_state", save)
     with pytest.raises(Stopped):
-        pretrain_hybrid(config("broken"), say=quiet)
+        pretrain_hybrid(config("broken"))
     monkeypatch.setattr(module, "save_state", real)
     (tmp_path / "broken" / "w.checkpoint").stat()
     with pytest.raises(InputError, match="is there already"):
-        pretrain_hybrid(config("broken"), say=quiet)
+        pretrain_hybrid(config("broken"))
     moved = tmp_path / "moved"
     shutil.copytree(photos, moved)
     said = []
     given = HybridConfig(**{**vars(config("broken")), "data": f"folder:{moved}"})
-    pretrain_hybrid(given, resume=True, say=said.append)
+    with told(said.append):
+        pretrain_hybrid(given, resume=True)
     assert "resumed after epoch 1" in said and not any("of 8 images" in line for line in said)  # nothing is made anew
     one, two = (load_file(tmp_path / name / "w.safetensors") for name in ("whole", "broken"))
     assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
@@ -111,22 +114,22 @@ def test_a_stopped_run_ends_in_the_same_file_and_takes_moved_images(config, tmp_
         ({"trunk": given.distill_from}, "another configuration"),
     ):
         with pytest.raises(InputError, match=words):
-            pretrain_hybrid(HybridConfig(**{**vars(given), **changed}), resume=True, say=quiet)
+            pretrain_hybrid(HybridConfig(**{**vars(given), **changed}), resume=True)
     Image.new("RGB", (30, 30)).save(moved / "train" / "red" / "000.png")
     with pytest.raises(InputError, match="other pictures of red in training"):
-        pretrain_hybrid(given, resume=True, say=quiet)
+        pretrain_hybrid(given, resume=True)
 
 
 @pytest.mark.slow
 def test_features_that_were_kept_are_not_those_of_other_images(config, tmp_path, photos):
-    pretrain_hybrid(config("a", epochs=1), say=quiet)
+    pretrain_hybrid(config("a", epochs=1))
     (tmp_path / "a" / "w.safetensors").unlink()
     (tmp_path / "a" / "w.checkpoint").unlink()
     rng = np.random.default_rng(0)
     for path in (photos / "train").rglob("*.png"):
         Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(path)
-    pretrain_hybrid(config("a", epochs=1), say=quiet)
-    pretrain_hybrid(config("b", epochs=1), say=quiet)
+    pretrain_hybrid(config("a", epochs=1))
+    pretrain_hybrid(config("b", epochs=1))
     one, two = (load_file(tmp_path / name / "w.safetensors") for name in "ab")
     assert all(torch.equal(v, two[k]) for k, v in one.items())
 
@@ -136,7 +139,8 @@ def test_an_unreadable_picture_is_named_each_time(config, photos):
     (photos / "train" / "red" / "broken.png").write_bytes(b"no picture")
     for name in ("a", "a"):
         said = []
-        made = pretrain_hybrid(config(name, epochs=1), resume=True, say=said.append)
+        with told(said.append):
+            made = pretrain_hybrid(config(name, epochs=1), resume=True)
         assert sum("broken.png" in line for line in said) == 1 and made["data"]["unreadable"] == 1
 
 
@@ -145,5 +149,5 @@ def test_a_wrong_checkpoint_is_one_message(config, tmp_path, which):
     wrong = tmp_path / "wrong.safetensors"
     save_file({"a": torch.ones(3)}, wrong)
     with pytest.raises(InputError, match=r"wrong\.safetensors: not a checkpoint of efficientnet_lite0"):
-        pretrain_hybrid(config("a", **{which: str(wrong)}), say=quiet)
+        pretrain_hybrid(config("a", **{which: str(wrong)}))
     assert not (tmp_path / "a").exists()

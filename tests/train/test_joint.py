@@ -38,7 +38,7 @@ def test_prompts_that_go_on_learning_are_measured_against_the_final_student(tmp_
     assert metrics["student"]["forgetting_of_joint_note"] == "measured"
     # A second way: statistics of each task with the finished run's student, the head in numpy.
     from cdl_edge.class_statistics import ClassStatistics, merged
-    from cdl_edge.train.batches import Images, Side
+    from cdl_edge.train.batches import Pipeline, TaskImages
     from cdl_edge.train.closed_form import as_numpy
     from cdl_edge.train.evaluate import features_of
     from cdl_edge.train.scenario import make_scenario
@@ -46,10 +46,10 @@ def test_prompts_that_go_on_learning_are_measured_against_the_final_student(tmp_
     run = load_run(tmp_path / "run")
     dataset = load_dataset("digits")
     scenario = make_scenario(dataset.classes, 2, 0)
-    sides = {"student": Side(run.student, run.preprocessing, next(run.student.parameters()).device)}
+    sides = {"student": Pipeline(run.student, run.preprocessing, next(run.student.parameters()).device)}
 
     def features(split, task):
-        images = Images(scenario.split(split, task), sides, next(run.student.parameters()).device)
+        images = TaskImages(scenario.split(split, task), sides, next(run.student.parameters()).device)
         return as_numpy(features_of(images, "student")), images.labels
 
     names, parts, after = metrics["classes"], [], []

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
 from cdl_edge.train import batches, loop, phase
-from cdl_edge.train import engine as engine_module
+from cdl_edge.train import devices as devices_module
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.metrics import DEFINITIONS
@@ -349,7 +349,7 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 
 
 def test_compat_is_the_authors_behaviour(tmp_path, make_config, monkeypatch):
-    monkeypatch.setattr(engine_module, "native_bf16", lambda device: True)  # what auto would take
+    monkeypatch.setattr(devices_module, "native_bf16", lambda device: True)  # what auto would take
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)
     assert metrics["classes"] == list("0123456789")  # trap 4: never shuffled
     assert metrics["precision"] == "fp32"
@@ -369,7 +369,7 @@ def test_test_images_as_the_authors_see_them(backbone, data, resize):
 
 def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
     made = _Training(make_config(tmp_path / "run", compat=True), False, True)
-    assert all(side.preprocessing.mean == (0, 0, 0) for side in made.sides.values())
+    assert all(side.preprocessing.mean == (0, 0, 0) for side in made.pipelines.values())
 
 
 @pytest.mark.slow
@@ -377,13 +377,13 @@ def test_compat_preprocessing_reaches_both_sides(tmp_path, make_config):
 def test_the_prompt_that_apts_teacher_answers_with(tmp_path, make_config, compat, monkeypatch):
     # Trap 2: in the authors' code the teacher distils from the previous merged prompt, zeros in task 1.
     seen = []
-    real = Phase._answer
+    real = Phase._teacher_outputs
 
     def watch(self, batch):
         seen.append(self.models["teacher"].learner.merged.abs().sum().item())
         return real(self, batch)
 
-    monkeypatch.setattr(Phase, "_answer", watch)
+    monkeypatch.setattr(Phase, "_teacher_outputs", watch)
     train(make_config(tmp_path / "run", learner="apt", compat=compat), quiet=True)
     assert len(seen) == 2 and (seen[0] == 0) == compat and seen[1] > 0
 
@@ -412,7 +412,7 @@ def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
     assert (got.alpha, got.tau, got.seed, got.classes) == (0.3, 2.0, 0, 10)
     assert (got.student_width, got.student_depth, got.student_grid) == (16, 6, 2)
     assert (got.teacher_width, got.teacher_depth, got.teacher_grid) == (24, 7, 2)
-    assert got.spans == ((0, 5), (5, 10))
+    assert got.class_ranges == ((0, 5), (5, 10))
     alone = _Training(make_config(tmp_path / "none", distill="none"), False, True).distiller.spec
     assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
 
@@ -449,10 +449,10 @@ def test_a_run_keeps_the_decoder_rule_that_it_was_started_with(tmp_path, make_co
     (made.out / "config.json").write_text(json.dumps(stored))  # as it was before there were rules
     made.close()
     again = _Training(make_config(tmp_path / "run"), True, True)
-    assert {side.preprocessing.decoder for side in again.sides.values()} == {1}
+    assert {side.preprocessing.decoder for side in again.pipelines.values()} == {1}
     assert json.loads((made.out / "config.json").read_text())["decoder"] == 1
     new = _Training(make_config(tmp_path / "new"), False, True)
-    assert {side.preprocessing.decoder for side in new.sides.values()} == {2}
+    assert {side.preprocessing.decoder for side in new.pipelines.values()} == {2}
 
 
 def test_the_resize_rule_reaches_both_sides_and_the_kept_teacher(tmp_path, make_config):
@@ -460,7 +460,7 @@ def test_the_resize_rule_reaches_both_sides_and_the_kept_teacher(tmp_path, make_
     for rule in ("cut", "pad"):
         options = {"resize_rule": rule, "teachers": str(tmp_path / "teachers")}
         made = _Training(make_config(tmp_path / rule, **options), False, True)
-        assert {side.preprocessing.resize_rule for side in made.sides.values()} == {rule}
+        assert {side.preprocessing.resize_rule for side in made.pipelines.values()} == {rule}
         keys.append(made.teachers.key.name)
     assert keys[0] != keys[1]
     refused(make_config(tmp_path / "pad", teachers=str(tmp_path / "teachers")), "resize_rule", resume=True)

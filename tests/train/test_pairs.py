@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cdl_edge.errors import InputError
-from cdl_edge.export.graph import StudentGraph
-from cdl_edge.export.model import assemble
+from cdl_edge.export.assembly import assemble
+from cdl_edge.export.student_graph import StudentGraph
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.learners import LEARNERS

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cdl_edge.train import phase as module
-from cdl_edge.train.batches import Batch, Images, images_seen
+from cdl_edge.train.batches import Batch, TaskImages, images_seen
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.loop import _Training
-from cdl_edge.train.phase import Answers, Phase, rate
+from cdl_edge.train.phase import Phase, TeacherOutputs, rate
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
 SPAN = (5, 10)
@@ -36,17 +36,17 @@ class Bench:
 
     def phase_of(self, name, augmented=False):
         made = self.made
-        return Phase(made.config, made.engine, made.models, name, 1, SPAN, augmented, made.distiller)
+        return Phase(made.config, made.devices, made.models, name, 1, SPAN, augmented, made.distiller)
 
     def loss(self, rows=slice(None)):
         tokens, query = {self.name: self.tokens[rows]}, {self.name: self.query[rows]}
         batch = Batch(np.arange(6)[rows], self.labels[rows] + SPAN[0], tokens, query)
-        return self.phase._loss(batch, Answers(self.said[rows]))
+        return self.phase._loss(batch, TeacherOutputs(self.said[rows]))
 
     def images(self, count=11):
         made = self.made
         split = made.scenario.split(made.dataset.train, 1).take(np.arange(count))
-        return Images(split, made.sides, made.engine.device)
+        return TaskImages(split, made.pipelines, made.devices.device)
 
 
 @pytest.fixture
@@ -159,10 +159,10 @@ def test_all_answers_are_those_of_each_step(bench, distill, monkeypatch):
     at = bench(distill=distill, learner="coda")
     images = at.images()
     monkeypatch.setattr(module, "CHUNK", 4)
-    whole = at.phase._all_answers(images)
+    whole = at.phase._all_outputs(images)
     assert whole.logits.shape == (11, 5) and len(whole.hidden) == (6 if distill == "fitnets" else 0)
     index = np.array([7, 2, 10])
-    step = at.phase._answer(images.batch(index, ["teacher"], at.made.engine.autocast))
+    step = at.phase._teacher_outputs(images.batch(index, ["teacher"], at.made.devices.autocast))
     assert torch.allclose(whole.at(torch.from_numpy(index)).logits, step.logits, atol=1e-4)
     for kept, fresh in zip(whole.hidden, step.hidden, strict=True):
         assert torch.allclose(kept[index], fresh, atol=1e-4)
@@ -175,16 +175,16 @@ def test_answers_that_do_not_fit_into_memory_are_asked_again_at_each_step(bench,
         at = bench(distill="reviewkd", epochs=2, batch_size=4)
         monkeypatch.setattr(module, "KEPT_BYTES", kept)
         losses.append([done.loss for done in at.phase.epochs(at.images(), 0, None)])
-        assert (at.phase.answers is None) == (kept == 10)
+        assert (at.phase.outputs is None) == (kept == 10)
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_given_logits_are_not_asked_for_again(bench, monkeypatch):
     at = bench(distill="kdp", epochs=1, batch_size=4)
     images = at.images()
-    said = at.phase._all_answers(images)
-    monkeypatch.setattr(Phase, "_answer", lambda *_: pytest.fail("the teacher was asked"))
-    assert len(list(at.phase.epochs(images, 0, Answers(said.logits)))) == 1
+    said = at.phase._all_outputs(images)
+    monkeypatch.setattr(Phase, "_teacher_outputs", lambda *_: pytest.fail("the teacher was asked"))
+    assert len(list(at.phase.epochs(images, 0, TeacherOutputs(said.logits)))) == 1
 
 
 # -- who learns -------------------------------------------------------------------------------------------------------
@@ -199,16 +199,16 @@ def test_only_the_side_whose_turn_it_is_learns(bench, distill, name):
     parts = {"model": model, "other": other, "distiller": distiller}
     before = {k: {n: v.clone() for n, v in m.named_parameters()} for k, m in parts.items()}
     grads = []
-    real = at.phase.engine.sum_gradients
-    at.phase.engine.sum_gradients = lambda p: grads.extend(q.grad for q in other.parameters()) or real(p)
+    real = at.phase.devices.sum_gradients
+    at.phase.devices.sum_gradients = lambda p: grads.extend(q.grad for q in other.parameters()) or real(p)
     list(at.phase_of(name).epochs(at.images(), 0, None))
     moved = {k: [n for n, v in m.named_parameters() if not torch.equal(v, before[k][n])] for k, m in parts.items()}
     assert moved["other"] == [] and grads and all(g is None for g in grads)
     assert "head.weight" in moved["model"] and any(n.startswith("learner.") for n in moved["model"])
     expected = [n for n, _ in distiller.named_parameters()] if name == "student" else []
     assert moved["distiller"] == expected
-    for side in at.made.backbones.values():
-        assert all(p.grad is None for p in side.model.parameters())
+    for side in at.made.sides.values():
+        assert all(p.grad is None for p in side.backbone.model.parameters())
 
 
 @pytest.mark.parametrize("distill", ["blockwise", "reviewkd"])

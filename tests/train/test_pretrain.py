@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.train import pretrain as module
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.hybrid import HybridConfig, pretrain_hybrid
@@ -44,7 +45,8 @@ def test_the_real_student_trains_and_loads(tmp_path, photos):
     # Sizes as shipped; everything below is narrower.
     out = tmp_path / "s.safetensors"
     said = []
-    result = pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=16), say=said.append)
+    with told(said.append):
+        result = pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=16))
     got = load_backbone(f"file:{out}")
     assert (got.width, got.depth, got.preprocessing.size) == (96, 12, 64)
     assert result["out"] == str(out) and result["epochs"] == 1 and 0 <= result["val_accuracy"] <= 100
@@ -57,7 +59,7 @@ def test_a_stopped_run_ends_in_the_same_file(tmp_path, photos, small, monkeypatc
     def config(name):
         return PretrainConfig(photos, arch, str(tmp_path / name / "w.safetensors"), epochs=3, batch_size=8)
 
-    whole = pretrain(config("whole"), say=quiet)
+    whole = pretrain(config("whole"))
     real = module.save_state
 
     def stop_after_the_second(path, state):
@@ -67,12 +69,13 @@ def test_a_stopped_run_ends_in_the_same_file(tmp_path, photos, small, monkeypatc
 
     monkeypatch.setattr(module, "save_state", stop_after_the_second)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(config("stopped"), say=quiet)
+        pretrain(config("stopped"))
     monkeypatch.setattr(module, "save_state", real)
     assert not (tmp_path / "stopped" / "w.safetensors").exists()
     said = []
     torch.manual_seed(99)
-    resumed = pretrain(config("stopped"), resume=True, say=said.append)
+    with told(said.append):
+        resumed = pretrain(config("stopped"), resume=True)
     assert "resumed after epoch 2" in said
     assert resumed["val_accuracy"] == whole["val_accuracy"] and resumed["epochs"] == 3
     one, two = (load_file(tmp_path / n / "w.safetensors") for n in ("whole", "stopped"))
@@ -87,17 +90,17 @@ def test_seeds_differ(tmp_path, photos, small):
     files = []
     for seed in (0, 1):
         out = tmp_path / f"{seed}.safetensors"
-        pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8, seed=seed), say=quiet)
+        pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8, seed=seed))
         files.append(load_file(out))
     assert not torch.equal(files[0]["head.weight"], files[1]["head.weight"])
 
 
 def test_what_is_there_is_not_overwritten_without_resume(tmp_path, photos, small):
     config = PretrainConfig(photos, "student-plain", str(tmp_path / "vit.safetensors"), epochs=1, batch_size=8)
-    pretrain(config, say=quiet)
+    pretrain(config)
     before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     with pytest.raises(InputError, match="is there already"):
-        pretrain(config, say=quiet)
+        pretrain(config)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
@@ -110,16 +113,16 @@ def test_a_file_of_another_origin_is_not_overwritten_with_resume_either(tmp_path
         "hybrid": (pretrain_hybrid, HybridConfig(photos, "hybrid-student", str(out), "none", "none")),
     }[kind]
     with pytest.raises(InputError, match="is there already"):
-        begin(config, resume=True, say=quiet)
+        begin(config, resume=True)
     assert out.read_bytes() == b"years of work"
 
 
 def test_resume_with_other_options_is_refused(tmp_path, photos, small):
     out = tmp_path / "w.safetensors"
-    pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8), say=quiet)
+    pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8))
     before = out.read_bytes()
     with pytest.raises(InputError, match="from another configuration"):
-        pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=2, batch_size=8), resume=True, say=quiet)
+        pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=2, batch_size=8), resume=True)
     assert out.read_bytes() == before
 
 
@@ -127,9 +130,9 @@ def test_resume_with_other_options_is_refused(tmp_path, photos, small):
 @pytest.mark.parametrize(("arch", "freeze"), [("student", False), ("teacher", False), ("teacher", True)])
 def test_learning_from_a_convnet(tmp_path, photos, small, arch, freeze):
     net, out = tmp_path / "net.safetensors", tmp_path / "w.safetensors"
-    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8), say=quiet)
+    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8))
     config = PretrainConfig(photos, arch, str(out), epochs=2, batch_size=8, distill_from=str(net), freeze_stem=freeze)
-    result = pretrain(config, say=quiet)
+    result = pretrain(config)
     got = load_backbone(f"file:{out}")
     assert got.width == (12 if arch == "student" else 16)
     with torch.no_grad():
@@ -145,10 +148,9 @@ def test_a_frozen_stem_is_the_convnets(tmp_path, photos, small):
     from cdl_edge.train.checkpoint import load_state
 
     net, out = tmp_path / "net.safetensors", tmp_path / "w.safetensors"
-    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8), say=quiet)
+    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8))
     pretrain(
         PretrainConfig(photos, "teacher", str(out), epochs=1, batch_size=8, distill_from=str(net), freeze_stem=True),
-        say=quiet,
     )
     convnet = module._convnet(2)
     convnet.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_state(net)["model"].items()})
@@ -165,14 +167,15 @@ def test_unreadable_images_are_named_and_counted(tmp_path, image_folder, small):
     (root / "train" / "red" / "003.png").write_bytes(b"no image")
     said = []
     out = tmp_path / "w.safetensors"
-    pretrain(PretrainConfig(f"folder:{root}", "student-plain", str(out), epochs=1, batch_size=8), say=said.append)
+    with told(said.append):
+        pretrain(PretrainConfig(f"folder:{root}", "student-plain", str(out), epochs=1, batch_size=8))
     assert any("skipped" in line and "003.png" in line for line in said)
     assert "1 unreadable image(s) skipped" in said
 
 
 def refused(config, *words):
     with pytest.raises(InputError) as info:
-        pretrain(config, say=quiet)
+        pretrain(config)
     for word in words:
         assert word in str(info.value), str(info.value)
 
@@ -192,14 +195,14 @@ def test_bad_input(tmp_path, photos, small):
 def test_a_teacher_of_other_classes_is_refused(tmp_path, photos, image_folder, small):
     three = f"folder:{image_folder(tmp_path / 'p', unsplit={'a': 4, 'b': 4, 'c': 4})}"
     net = tmp_path / "net.safetensors"
-    pretrain(PretrainConfig(three, "convnet", str(net), epochs=1, batch_size=8), say=quiet)
+    pretrain(PretrainConfig(three, "convnet", str(net), epochs=1, batch_size=8))
     out = str(tmp_path / "w.safetensors")
     refused(PretrainConfig(photos, "student", out, distill_from=str(net)), "not a convnet for these 2 classes")
 
 
 def test_a_convnet_is_no_backbone(tmp_path, photos, small):
     net = tmp_path / "net.safetensors"
-    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8), say=quiet)
+    pretrain(PretrainConfig(photos, "convnet", str(net), epochs=1, batch_size=8))
     with pytest.raises(InputError, match="metadata is missing"):
         load_backbone(f"file:{net}")
 

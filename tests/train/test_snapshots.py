@@ -9,13 +9,13 @@ from torch.func import functional_call
 
 from cdl_edge.train.checkpoint import load_state, save_state
 from cdl_edge.train.snapshots import NETWORK, Snapshots
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLASSES, TASKS = 6, 3
 
 
 def make(backbone, learner="finetune", one_pass=False):
-    return PromptedViT(backbone.model, learner, CLASSES, TASKS, seed=0, one_pass=one_pass).eval()
+    return PromptedViT(backbone.model, ModelSpec(learner, CLASSES, TASKS, seed=0, one_pass=one_pass)).eval()
 
 
 def inputs_of(model):

@@ -9,8 +9,8 @@ from torch import nn
 
 from cdl_edge.train import student as student_module
 from cdl_edge.train.augment import Normalise, random_boxes
-from cdl_edge.train.batches import Images, Side
-from cdl_edge.train.student import LinearHead, NormalisedHead, PromptedViT, StudentOutput, run_block
+from cdl_edge.train.batches import Pipeline, TaskImages
+from cdl_edge.train.student import LinearHead, ModelSpec, NormalisedHead, PromptedViT, StudentOutput, run_block
 
 LEARNERS = ("l2p", "dualprompt", "coda", "apt")
 
@@ -192,7 +192,7 @@ def test_kd_rows_are_in_every_block_but_the_first(make_model):
 @pytest.mark.parametrize(("kd", "rows"), [((1, 6), 0), ((3, 2), 2), ((99, 6), 5), ((6, 0), 5)])
 def test_fewer_or_no_kd_rows(backbone, tokens, kd, rows):
     # (6, 0) is the "KD token" variant: the token alone.
-    model = PromptedViT(backbone.model, "apt", 4, 2, 0, kd=kd)
+    model = PromptedViT(backbone.model, ModelSpec("apt", 4, 2, 0, kd=kd))
     assert len(model.kd.rows) == rows
     output = model(tokens)
     assert output.kd_logits.shape == (5, 4)
@@ -303,12 +303,12 @@ def test_a_teachers_keys_have_the_students_width(tiny_vit, backbone, make_model,
 
     wide = load_backbone(tiny_vit("teacher", 24))
     for learner in ("l2p", "dualprompt", "coda"):
-        teacher = PromptedViT(wide.model, learner, 6, 3, 1, key_width=backbone.width)
+        teacher = PromptedViT(wide.model, ModelSpec(learner, 6, 3, 1, key_width=backbone.width))
         teacher.learner.begin_task(0)
         own = Normalise(wide.preprocessing, torch.device("cpu"))
         output = teacher(teacher.embed(own(pixels)), make_model("coda").query(tokens))
         assert output.cls_logits.shape == (5, 6)
-        one_pass = PromptedViT(wide.model, learner, 6, 3, 1, key_width=backbone.width, one_pass=True)
+        one_pass = PromptedViT(wide.model, ModelSpec(learner, 6, 3, 1, key_width=backbone.width, one_pass=True))
         assert one_pass.learner.spec.key_width == 24  # its query is its own class token
 
 
@@ -316,14 +316,14 @@ def test_a_seed_fixes_the_start_and_leaves_the_global_generator_alone(backbone):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    one = PromptedViT(backbone.model, "coda", 6, 3, 7, kd=(6, 6))
+    one = PromptedViT(backbone.model, ModelSpec("coda", 6, 3, 7, kd=(6, 6)))
     one.learner.begin_task(0)
     assert torch.equal(torch.rand(3), expected)
-    two = PromptedViT(backbone.model, "coda", 6, 3, 7, kd=(6, 6))
+    two = PromptedViT(backbone.model, ModelSpec("coda", 6, 3, 7, kd=(6, 6)))
     two.learner.begin_task(0)
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    other = PromptedViT(backbone.model, "coda", 6, 3, 8, kd=(6, 6))
+    other = PromptedViT(backbone.model, ModelSpec("coda", 6, 3, 8, kd=(6, 6)))
     assert not torch.equal(one.head.weight, other.head.weight)
 
 
@@ -381,17 +381,17 @@ def test_the_query_is_computed_once_for_teacher_and_student(tiny_vit, backbone, 
 
     wide = load_backbone(tiny_vit("teacher", 24))
     student = make_model("coda")
-    teacher = PromptedViT(wide.model, "coda", 6, 3, 1, key_width=backbone.width)
+    teacher = PromptedViT(wide.model, ModelSpec("coda", 6, 3, 1, key_width=backbone.width))
     device = torch.device("cpu")
     sides = {
-        "student": Side(student, backbone.preprocessing, device),
-        "teacher": Side(teacher, wide.preprocessing, device),
+        "student": Pipeline(student, backbone.preprocessing, device),
+        "teacher": Pipeline(teacher, wide.preprocessing, device),
     }
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
     counted = []
     real = PromptedViT.query
     monkeypatch.setattr(PromptedViT, "query", lambda self, t: counted.append((self, len(t))) or real(self, t))
-    batches = Images(Split(images, np.zeros(6, dtype=np.int64)), sides, device)
+    batches = TaskImages(Split(images, np.zeros(6, dtype=np.int64)), sides, device)
     for boxes in (random_boxes(4, torch.Generator().manual_seed(0), (0.5, 1.0)), None):
         if boxes is None:
             batches.keep(["student", "teacher"], nullcontext, 4)
@@ -406,7 +406,9 @@ def test_the_query_is_computed_once_for_teacher_and_student(tiny_vit, backbone, 
 
 @pytest.mark.parametrize("learner", ["apt", "coda"])
 def test_heads_and_kd_prompts_as_the_authors_have_them(backbone, learner):
-    plain, theirs = (PromptedViT(backbone.model, learner, 4, 2, 0, kd=(6, 6), compat=c) for c in (False, True))
+    plain, theirs = (
+        PromptedViT(backbone.model, ModelSpec(learner, 4, 2, 0, kd=(6, 6), compat=c)) for c in (False, True)
+    )
     for head in (theirs.head, theirs.kd_head):
         assert [n for n, _ in head.named_parameters()] == ["weight", "bias"]  # a LayerNorm that does not learn
         if learner == "apt":
@@ -422,7 +424,7 @@ def test_heads_and_kd_prompts_as_the_authors_have_them(backbone, learner):
 
 
 def test_key_losses_of_the_blocks_are_summed_as_the_authors_do(backbone):
-    plain, theirs = (PromptedViT(backbone.model, "dualprompt", 4, 2, 0, compat=c) for c in (False, True))
+    plain, theirs = (PromptedViT(backbone.model, ModelSpec("dualprompt", 4, 2, 0, compat=c)) for c in (False, True))
     tokens = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for model in (plain, theirs):

@@ -26,9 +26,9 @@ def phases(monkeypatch):
     seen = []
     real = Phase.__init__
 
-    def watch(self, config, engine, models, name, task, *rest):
+    def watch(self, config, devices, models, name, task, *rest):
         seen.append((name, task))
-        real(self, config, engine, models, name, task, *rest)
+        real(self, config, devices, models, name, task, *rest)
 
     monkeypatch.setattr(Phase, "__init__", watch)
     return seen

@@ -103,4 +103,4 @@ def test_what_is_no_checkpoint_of_it(published, tmp_path):
 
 def test_it_has_no_batch_norm():
     kinds = {type(m).__name__ for m in build_trunk("efficientnet_lite0").modules()}
-    assert kinds == {"Sequential", "Residual", "Conv2d", "Conv2dSame", "ReLU6"}
+    assert kinds == {"Sequential", "ResidualLayers", "Conv2d", "Conv2dSame", "ReLU6"}

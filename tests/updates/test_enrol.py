@@ -17,10 +17,10 @@ import pytest
 
 from cdl_edge import api
 from cdl_edge.artefacts.bundle import Bundle, open_bundle, write_bundle
-from cdl_edge.calibrate.bundle import calibrate
+from cdl_edge.calibrate.calibrate_bundle import calibrate
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.errors import GateError, InputError
-from cdl_edge.export.bundle import export
+from cdl_edge.export.export_bundle import export
 from cdl_edge.heads import CLOSED_FORM, feature_map
 from cdl_edge.runtime import load, selftest
 from cdl_edge.train.config import TrainConfig

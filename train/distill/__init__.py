@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Distiller, DistillSpec, Lesson
+from .base import DistillationBatch, Distiller, DistillSpec
 from .blockwise import Blockwise
 from .cdl_prompt import CDLPrompt
 from .dkd import DKD
@@ -28,4 +28,4 @@ DISTILLERS: dict[str, type[Distiller]] = {
     "m2kd": M2KD,
 }
 
-__all__ = ["DISTILLERS", "DistillSpec", "Distiller", "Lesson"]
+__all__ = ["DISTILLERS", "DistillSpec", "DistillationBatch", "Distiller"]

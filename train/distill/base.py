@@ -34,7 +34,7 @@ class DistillSpec:
     "patches along a side of the teacher's image; 0 without a teacher"
     classes: int
     "classes of all tasks, C"
-    spans: tuple[tuple[int, int], ...]
+    class_ranges: tuple[tuple[int, int], ...]
     "first and last + 1 learned class position of each task"
     seed: int
     "of initial values"
@@ -52,7 +52,7 @@ class DistillSpec:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class DistillationBatch:
     """One training step of the student as its distiller sees it."""
 
     student: StudentOutput
@@ -61,7 +61,7 @@ class Lesson:
     "int64 (B,), 0..c-1 within the task; below 0 for an exemplar of an earlier one"
     task: int
     "0-based"
-    span: tuple[int, int]
+    class_range: tuple[int, int]
     "the task's class positions, first and last + 1; c of them"
     inputs: Tensor
     "what student_model.forward was given"
@@ -78,13 +78,13 @@ class Lesson:
     @property
     def cls_logits(self) -> Tensor:
         """float32 (B, c) of the class token's head: the same as setting the logits of all other classes to -inf."""
-        return self.student.cls_logits[:, slice(*self.span)].float()
+        return self.student.cls_logits[:, slice(*self.class_range)].float()
 
     @property
     def kd_logits(self) -> Tensor:
         """float32 (B, c) of the KD token's head."""
         assert self.student.kd_logits is not None
-        return self.student.kd_logits[:, slice(*self.span)].float()
+        return self.student.kd_logits[:, slice(*self.class_range)].float()
 
     @property
     def target(self) -> Tensor:
@@ -125,7 +125,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.spec = spec
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """Scalar, the mean over the batch."""
         raise NotImplementedError
 
@@ -146,9 +146,9 @@ class Distiller(nn.Module):
         """What metrics.json should say of it, plain JSON values."""
         return {}
 
-    def hard(self, lesson: Lesson) -> Tensor:
+    def hard(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y)."""
-        return (1 - self.spec.alpha) * F.cross_entropy(lesson.cls_logits, lesson.labels)
+        return (1 - self.spec.alpha) * F.cross_entropy(batch.cls_logits, batch.labels)
 
 
 def divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

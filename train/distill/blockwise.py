@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Distiller, DistillSpec, Lesson, divergence, regrid
+from .base import DistillationBatch, Distiller, DistillSpec, divergence, regrid
 
 GROUPS = 4
 "groups of blocks, n (4 of 3 for a ViT of 12 blocks)"
@@ -38,21 +38,21 @@ class Blockwise(Distiller):
             torch.manual_seed(spec.seed)
             self.connectors = nn.ModuleList(nn.Linear(spec.student_width, spec.teacher_width) for _ in self.cuts)
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """As the class says."""
-        teacher, tau, alpha = lesson.teacher, self.spec.tau, self.spec.alpha
+        teacher, tau, alpha = batch.teacher, self.spec.tau, self.spec.alpha
         assert teacher is not None
         answers = []
         for connector, (run, skipped) in zip(self.connectors, self.cuts, strict=True):
-            tokens = regrid(connector(lesson.student.hidden[run - 1]), self.spec.teacher_grid)
-            output = teacher(tokens, lesson.query, start=skipped)
-            answers.append(teacher.combine(output)[:, slice(*lesson.span)].float())
-        answers.append(lesson.cls_logits)
+            tokens = regrid(connector(batch.student.hidden[run - 1]), self.spec.teacher_grid)
+            output = teacher(tokens, batch.query, start=skipped)
+            answers.append(teacher.combine(output)[:, slice(*batch.class_range)].float())
+        answers.append(batch.cls_logits)
         # What all stones agree on is a target, not something to be pulled at.
         common = torch.stack(answers).mean(dim=0).detach()
-        total = torch.zeros((), device=lesson.labels.device)
+        total = torch.zeros((), device=batch.labels.device)
         for i, answer in enumerate(answers, start=1):
-            hard = F.cross_entropy(answer, lesson.labels)
-            soft = divergence(answer, lesson.target, tau) + CROSS * divergence(answer, common, tau)
+            hard = F.cross_entropy(answer, batch.labels)
+            soft = divergence(answer, batch.target, tau) + CROSS * divergence(answer, common, tau)
             total = total + ((1 - alpha) * hard + alpha * soft) / 2 ** (len(answers) - i)
         return total

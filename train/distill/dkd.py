@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller, Lesson
+from .base import DistillationBatch, Distiller
 
 TARGET_WEIGHT, OTHERS_WEIGHT = 1.0, 4.0
 "weights of TCKD and NCKD in the CDL paper's experiments"
@@ -19,10 +19,10 @@ class DKD(Distiller):
 
     tau: ClassVar[float] = 4.0
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a (TCKD + 4 NCKD)."""
-        term = decoupled(lesson.cls_logits, lesson.target, lesson.labels, self.spec.tau)
-        return self.hard(lesson) + self.spec.alpha * term
+        term = decoupled(batch.cls_logits, batch.target, batch.labels, self.spec.tau)
+        return self.hard(batch) + self.spec.alpha * term
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, tau: float) -> Tensor:

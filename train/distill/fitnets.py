@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import DistillSpec, Lesson, regrid
+from .base import DistillationBatch, DistillSpec, regrid
 from .kd import KD
 
 WEIGHT = 0.1
@@ -26,8 +26,8 @@ class FitNets(KD):
             torch.manual_seed(spec.seed)
             self.regressor = nn.Linear(spec.student_width, spec.teacher_width)
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """KD's loss and the feature term."""
-        wanted = regrid(lesson.teacher_hidden[-1].float(), self.spec.student_grid)
-        given = self.regressor(lesson.student.hidden[-1]).float()
-        return super().loss(lesson) + self.spec.features * WEIGHT * F.mse_loss(given, wanted)
+        wanted = regrid(batch.teacher_hidden[-1].float(), self.spec.student_grid)
+        given = self.regressor(batch.student.hidden[-1]).float()
+        return super().loss(batch) + self.spec.features * WEIGHT * F.mse_loss(given, wanted)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Distiller, Lesson, divergence
+from .base import DistillationBatch, Distiller, divergence
 
 
 class KD(Distiller):
     """Labels and teacher pull at the same logits."""
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || head(CLS))."""
-        soft = divergence(lesson.cls_logits, lesson.target, self.spec.tau)
-        return self.hard(lesson) + self.spec.alpha * soft
+        soft = divergence(batch.cls_logits, batch.target, self.spec.tau)
+        return self.hard(batch) + self.spec.alpha * soft

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Distiller, Lesson, divergence
+from .base import DistillationBatch, Distiller, divergence
 
 
 class KDToken(Distiller):
@@ -16,10 +16,10 @@ class KDToken(Distiller):
     learners: ClassVar[tuple[str, ...] | None] = ("l2p", "dualprompt", "coda", "apt")
     refusal: ClassVar[str] = "the KD token is a prompt of a frozen backbone; where all weights learn there is none"
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || kd_head(KD token)); inference mixes both heads by a."""
-        soft = divergence(lesson.kd_logits, lesson.target, self.spec.tau)
-        return self.hard(lesson) + self.spec.alpha * soft
+        soft = divergence(batch.kd_logits, batch.target, self.spec.tau)
+        return self.hard(batch) + self.spec.alpha * soft
 
 
 class KDP(KDToken):

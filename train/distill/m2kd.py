@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from ..snapshots import Snapshots
 from ..student import PromptedViT, StudentOutput
-from .base import Distiller, DistillSpec, Lesson, divergence
+from .base import DistillationBatch, Distiller, DistillSpec, divergence
 
 AUXILIARY = 0.5
 "lambda, the weight of the auxiliary level; the paper's value was not to be found: ours"
@@ -43,29 +43,29 @@ class M2KD(Distiller):
             self.auxiliary = nn.Linear(spec.student_width, spec.classes)
         self.middle = max(0, spec.student_depth // 2 - 1)
         "the block whose class token the auxiliary head reads"
-        self.snapshots = Snapshots(len(spec.spans), spec.pruned)
+        self.snapshots = Snapshots(len(spec.class_ranges), spec.pruned)
         self.auxiliaries: list[dict[str, Tensor]] = []
         "weight and bias of the auxiliary head of each snapshot"
         self.sizes: dict[str, object] = {}
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """As the class says."""
         alpha, tau = self.spec.alpha, self.spec.tau
         answers = (
-            lesson.student.cls_logits.float(),
-            self.read(lesson.student.hidden, dict(self.auxiliary.named_parameters())),
+            batch.student.cls_logits.float(),
+            self.read(batch.student.hidden, dict(self.auxiliary.named_parameters())),
         )
         weights = (1.0, AUXILIARY)
-        total = torch.zeros((), device=lesson.labels.device)
-        low, high = lesson.span
+        total = torch.zeros((), device=batch.labels.device)
+        low, high = batch.class_range
         first = 0 if self.spec.exemplars else low
         for answer, weight in zip(answers, weights, strict=True):
-            hard = F.cross_entropy(answer[:, first:high], lesson.labels + low - first)
+            hard = F.cross_entropy(answer[:, first:high], batch.labels + low - first)
             total = total + weight * (1 - alpha) * hard
-        for i in range(lesson.task):
-            span = slice(*self.spec.spans[i])
-            for answer, old, weight in zip(answers, self.ask(i, lesson), weights, strict=True):
-                total = total + weight * alpha * divergence(answer[:, span], old[:, span], tau)
+        for i in range(batch.task):
+            columns = slice(*self.spec.class_ranges[i])
+            for answer, old, weight in zip(answers, self.ask(i, batch), weights, strict=True):
+                total = total + weight * alpha * divergence(answer[:, columns], old[:, columns], tau)
         return total
 
     def read(self, hidden: tuple[Tensor, ...], head: dict[str, Tensor]) -> Tensor:
@@ -74,12 +74,12 @@ class M2KD(Distiller):
         return F.linear(F.layer_norm(token, token.shape[1:]), head["weight"], head["bias"]).float()
 
     @torch.no_grad()
-    def ask(self, index: int, lesson: Lesson) -> tuple[Tensor, Tensor]:
+    def ask(self, index: int, batch: DistillationBatch) -> tuple[Tensor, Tensor]:
         """What the snapshot of task `index` says to this step: head and auxiliary head, float32 (B, C) each."""
-        state = self.snapshots.rebuild(index, lesson.student_model)
+        state = self.snapshots.rebuild(index, batch.student_model)
         # The query is the frozen backbone's, so every snapshot has the same; a whole network has none.
-        inputs = (lesson.inputs, lesson.query)
-        output: StudentOutput = functional_call(lesson.student_model, state, inputs, {"hidden": True})
+        inputs = (batch.inputs, batch.query)
+        output: StudentOutput = functional_call(batch.student_model, state, inputs, {"hidden": True})
         return output.cls_logits.float(), self.read(output.hidden, self.auxiliaries[index])
 
     def begin_retraining(self, task: int, student: PromptedViT) -> bool:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Distiller, Lesson
+from .base import DistillationBatch, Distiller
 
 
 class NoDistillation(Distiller):
@@ -15,6 +15,6 @@ class NoDistillation(Distiller):
 
     needs_teacher: ClassVar[bool] = False
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """CE(head(CLS), y)."""
-        return F.cross_entropy(lesson.cls_logits, lesson.labels)
+        return F.cross_entropy(batch.cls_logits, batch.labels)

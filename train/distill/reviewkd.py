@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import DistillSpec, Lesson, regrid
+from .base import DistillationBatch, DistillSpec, regrid
 from .kd import KD
 
 WEIGHT = 0.2
@@ -81,16 +81,16 @@ class ReviewKD(KD):
                 kind(spec.student_width, spec.teacher_width, first=i == depth - 1) for i in range(depth)
             )
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """KD's loss and the hierarchical context loss."""
         depth = self.spec.student_depth
         deeper: Tensor | None = None
-        total = torch.zeros((), device=lesson.labels.device)
+        total = torch.zeros((), device=batch.labels.device)
         for i in reversed(range(depth)):
-            given, deeper = self.fusions[i](lesson.student.hidden[i], deeper)
-            wanted = regrid(lesson.teacher_hidden[self.partner(i)].float(), self.spec.student_grid)
+            given, deeper = self.fusions[i](batch.student.hidden[i], deeper)
+            wanted = regrid(batch.teacher_hidden[self.partner(i)].float(), self.spec.student_grid)
             total = total + (F.mse_loss if self.spec.compat else hierarchical)(given.float(), wanted)
-        return super().loss(lesson) + self.spec.features * WEIGHT * total / depth
+        return super().loss(batch) + self.spec.features * WEIGHT * total / depth
 
     def partner(self, block: int) -> int:
         """The teacher's block that a block of the student imitates."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Lesson
+from .base import DistillationBatch
 from .kdp import KDToken
 
 
@@ -19,6 +19,6 @@ class TwoHeads(KDToken):
 
     needs_teacher: ClassVar[bool] = False
 
-    def loss(self, lesson: Lesson) -> Tensor:
+    def loss(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a CE(kd_head(KD token), y), both over the current classes."""
-        return self.hard(lesson) + self.spec.alpha * F.cross_entropy(lesson.kd_logits, lesson.labels)
+        return self.hard(batch) + self.spec.alpha * F.cross_entropy(batch.kd_logits, batch.labels)

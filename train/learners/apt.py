@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import BlockPrompt, Learner, LearnerSpec
+from .base import BlockPrompt, Learner, LearnerSpec, register
 
 
+@register("apt")
 class APT(Learner):
     """`prompt` is what is learnt in a task; `merged` is what inference uses: c * old + (1 - c) * new.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,30 @@ class BlockPrompt:
     "(B, K) cosine or weight of each learnt entry, for whoever wants to know what was selected"
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The entries that the prompt of a block is made of: what a graph of the student is built from.
+
+    An entry weighs the cosine of the query to its key, and inference uses it as `Learner.selection` says: the rows of
+    the k nearest ("top-k"), or the sum of the rows of all, each times its weight ("weighted").
+    """
+
+    rows: Tensor
+    "(K, n, D) of every entry, half of them key rows, half value rows"
+    keys: Tensor
+    "(K, Q)"
+    learnt: tuple[int, ...]
+    "entries that inference may use, in order; the same in all blocks"
+    attention: Tensor | None = None
+    "(K, Q): by what the query is multiplied for each entry; None: it is taken as it is"
+
+
 class Learner(nn.Module):
-    """Base of the learners. Counts are buffers: a reloaded learner is the learner that was saved."""
+    """Base of the learners. Counts are buffers: a reloaded learner is the learner that was saved.
+
+    A learner is one file of this folder: the class, with `@register`. What export needs to know of it is in
+    `selection`, `blocks` and `entries`; of a learner that asks no query it needs nothing more than `at_block`.
+    """
 
     needs_query: ClassVar[bool] = True
     "whether blocks() want the query"
@@ -77,7 +99,7 @@ class Learner(nn.Module):
         return int(self.tasks_learnt)
 
     def blocks(self) -> tuple[int, ...]:
-        """Indices of the blocks whose prompt depends on the query, in order."""
+        """Indices of the blocks whose prompt depends on the query, in order; the others have one for all images."""
         return ()
 
     def begin_task(self, task: int) -> None:
@@ -90,6 +112,10 @@ class Learner(nn.Module):
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
         """The prompt of one block. query: (B, Q) or None when `needs_query` is false."""
         raise NotImplementedError
+
+    def entries(self, block: int) -> Entries | None:
+        """The entries of one of `blocks()`; None: they cannot be told so, and the learner cannot be exported."""
+        return None
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
         """(B, Q) -> (B, K): how near the query is to each entry of a query-dependent block."""
@@ -111,6 +137,23 @@ class Learner(nn.Module):
     def generator(self, task: int) -> torch.Generator:
         """Random numbers of a task's initial values: the same however often the run was stopped."""
         return torch.Generator().manual_seed(self.spec.seed * 7919 + task)
+
+
+LEARNERS: dict[str, type[Learner]] = {}
+"by name, as `--learner` takes them; filled by `register`"
+Kind = TypeVar("Kind", bound=type[Learner])
+
+
+def register(name: str) -> Callable[[Kind], Kind]:
+    """Make a class known as the learner of that name. Raises: ValueError for a name that is taken."""
+
+    def add(kind: Kind) -> Kind:
+        if name in LEARNERS:
+            raise ValueError(f"two learners of the name {name!r}: {LEARNERS[name].__name__} and {kind.__name__}")
+        LEARNERS[name] = kind
+        return kind
+
+    return add
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:

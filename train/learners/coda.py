@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import BlockPrompt, Learner, LearnerSpec, halves
+from .base import BlockPrompt, Entries, Learner, LearnerSpec, halves, register
 
 BLOCKS, POOL, LENGTH = (0, 1, 2, 3, 4), 100, 8
 
 
+@register("coda")
 class CODAPrompt(Learner):
     """prompt = sum_k cos(q * A_k, K_k) P_k over the components of the tasks seen so far.
 
@@ -60,6 +61,11 @@ class CODAPrompt(Learner):
         weights = F.cosine_similarity(query[:, None] * attention, key, dim=2)
         keys, values = halves(torch.einsum("bk,kld->bld", weights, prompt))
         return BlockPrompt(keys, values, weights=weights.detach())
+
+    def entries(self, block: int) -> Entries:
+        """The components."""
+        key = str(block)
+        return Entries(self.prompt[key], self.key[key], tuple(range(self.components())), self.attention[key])
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
         """Weight of each component in use."""

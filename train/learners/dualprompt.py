@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import BlockPrompt, Learner, LearnerSpec, cosine, halves, uniform
+from .base import BlockPrompt, Entries, Learner, LearnerSpec, cosine, halves, register, uniform
 
 GENERAL_BLOCKS, GENERAL_LENGTH = (0, 1), 6
 EXPERT_BLOCKS, EXPERT_LENGTH = (2, 3, 4), 20
 
 
+@register("dualprompt")
 class DualPrompt(Learner):
     """While training, the task's own entry is used; at inference that of the nearest key learnt so far, per block.
 
@@ -51,6 +52,11 @@ class DualPrompt(Learner):
             return BlockPrompt(keys[None], values[None], loss=(1 - similarity[:, current]).mean())
         keys, values = halves(self.expert[str(block)][similarity.argmax(dim=1)])
         return BlockPrompt(keys, values, weights=similarity.detach())
+
+    def entries(self, block: int) -> Entries:
+        """One for each task."""
+        key = str(block)
+        return Entries(self.expert[key], self.key[key], tuple(self.learnt_entries().tolist()))
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
         """Cosine to the key of each entry that inference may select: others are cut off, not only unlikely."""

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import BlockPrompt, Learner
+from .base import BlockPrompt, Learner, register
 
 
+@register("finetune")
 class FineTune(Learner):
     """The stem, positions, blocks and last norm learn with a linear head; pre-training's own head is left out.
 

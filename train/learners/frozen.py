@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import BlockPrompt, Learner
+from .base import BlockPrompt, Learner, register
 
 
+@register("frozen")
 class Frozen(Learner):
     """Nothing but a head learns."""
 

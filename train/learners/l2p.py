@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import BlockPrompt, Learner, LearnerSpec, cosine, halves, uniform
+from .base import BlockPrompt, Entries, Learner, LearnerSpec, cosine, halves, register, uniform
 
 POOL, LENGTH, TOP = 30, 20, 5
 
 
+@register("l2p")
 class L2P(Learner):
     """An entry that no training image ever selected is unlearnt: it is masked at inference, but not in the CDL authors'
     code (spec.compat), whose key loss is also a sum over the selected entries, not their mean.
@@ -53,6 +54,10 @@ class L2P(Learner):
     def similarity(self, block: int, query: Tensor) -> Tensor:
         """Cosine to every key."""
         return cosine(query, self.key)
+
+    def entries(self, block: int) -> Entries:
+        """All of the pool."""
+        return Entries(self.prompt, self.key, tuple(self.learnt_entries().tolist()))
 
     def synchronise(self, any_process: Callable[[Tensor], Tensor]) -> None:
         """Entries that any process selected."""

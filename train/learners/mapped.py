@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import BlockPrompt, Learner, LearnerSpec, halves
-from .dualprompt import GENERAL_BLOCKS, DualPrompt
-from .l2p import L2P
 
 
 class PromptAttention(nn.Module):
@@ -53,12 +51,18 @@ class MappedPrompts(nn.Module):
         super().__init__()
         width, depth = teacher
         self.teacher = kind(replace(spec, width=width, depth=depth)).requires_grad_(False)
-        general = GENERAL_BLOCKS if isinstance(self.teacher, DualPrompt) else ()
         # A block that the teacher does not have taught its prompt nothing.
-        blocks = [b for b in (*general, *self.teacher.blocks()) if b < min(depth, spec.depth)]
+        shared = range(min(depth, spec.depth))
+        asked = self.teacher.blocks()
+        blocks = [b for b in shared if b not in asked and self._fixed(b)] + [b for b in asked if b in shared]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             self.attention = nn.ModuleDict({str(b): PromptAttention(width, spec.width) for b in blocks})
+
+    def _fixed(self, block: int) -> bool:
+        """Whether the teacher has rows in a block that are the same for all images."""
+        prompt = self.teacher.at_block(block, None, training=False)
+        return prompt is not None and prompt.keys is not None
 
     def copy(self, teacher: Learner) -> None:
         """Take over the teacher's pool, keys and counts as they are now."""
@@ -75,14 +79,13 @@ class MappedPrompts(nn.Module):
         return attention
 
     def table(self, block: int) -> tuple[Tensor, Tensor] | None:
-        """Mapped key rows and value rows of every entry, (K, n, D) each; None where the block has no entries."""
-        if isinstance(self.teacher, L2P):
-            entries = self.teacher.prompt
-        elif isinstance(self.teacher, DualPrompt) and block not in GENERAL_BLOCKS:
-            entries = self.teacher.expert[str(block)]
-        else:
+        """Mapped key rows and value rows of every entry, (K, n, D) each; None where entries are mixed, or not told."""
+        if block not in self.teacher.blocks() or self.teacher.selection["kind"] != "top-k":
             return None
-        keys, values = halves(entries)
+        entries = self.teacher.entries(block)
+        if entries is None:
+            return None
+        keys, values = halves(entries.rows)
         return self.mapping(block)(keys), self.mapping(block)(values)
 
     def at_block(self, block: int, query: Tensor | None) -> tuple[Tensor, Tensor] | None:

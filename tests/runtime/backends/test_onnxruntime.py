@@ -95,18 +95,19 @@ def test_what_tensorrt_inside_of_onnxruntime_is_asked_for(bundle, make_bundle, t
     folders = []
     for opened in (bundle, make_bundle("other", graph={"bias": tiny.BIAS + 1})):
         with load(opened, "ort-tensorrt", threads=1) as runner:
-            (name, options), *behind = runner._session.asked
+            (name, options), *behind = runner.engine._session.asked
             assert (name, behind) == (GPU["ort-tensorrt"], [GPU["cuda"], "CPUExecutionProvider"])
             assert options["trt_fp16_enable"] == options["trt_int8_enable"] == "0"
-            assert runner.int8 == "int8-trt"
             folders.append(options["trt_engine_cache_path"])
             assert not folders[-1].startswith(str(opened.path)), "executable code, which others may write there"
             assert (
                 os.stat(folders[-1]).st_mode & 0o777 == os.stat(os.path.dirname(folders[-1])).st_mode & 0o777 == 0o700
             )
     assert folders[0].rsplit("/", 1)[1] != folders[1].rsplit("/", 1)[1]
+    with pytest.raises(InputError, match=r"no graph.*student\.int8-trt"):
+        load(bundle, "ort-tensorrt", precision="int8")
     with load(bundle, "cuda") as runner:
-        assert runner._session.asked == [GPU["cuda"], "CPUExecutionProvider"]
+        assert runner.engine._session.asked == [GPU["cuda"], "CPUExecutionProvider"]
 
 
 def test_engines_of_old_versions_go_and_nothing_else(tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def test_bf16_of_the_fp32_graph(wide, images):
 
 
 def test_int8_of_a_calibrated_graph(wide, images, monkeypatch):
-    monkeypatch.setattr(room.OpenVinoRunner, "int8", "int8-x86")
+    monkeypatch.setattr(room, "INT8", "int8-x86")
     with load(wide, "openvino", threads=1) as exact, load(wide, "openvino", threads=1, precision="int8") as runner:
         assert runner.describe()["precision"] == "int8"
         assert runner.path.name == "int8.onnx"
@@ -117,7 +117,7 @@ def test_int8_of_a_calibrated_graph(wide, images, monkeypatch):
 
 
 def test_a_graph_that_only_claims_to_be_int8(wide, monkeypatch):
-    monkeypatch.setattr(room.OpenVinoRunner, "int8", "int8-trt")
+    monkeypatch.setattr(room, "INT8", "int8-trt")
     with pytest.raises(InputError, match="precision of the compiled graph"):
         load(wide, "openvino", threads=1, precision="int8")
 
@@ -195,10 +195,10 @@ def test_compiled_once(bundle, images, monkeypatch):
     real = openvino.Core.compile_model
     monkeypatch.setattr(openvino.Core, "compile_model", lambda *a, **k: compiled.append(a[3]) or real(*a, **k))
     with load(bundle, "openvino", threads=1) as runner:
-        request = runner._request
+        request = runner.engine._request
         for _ in range(3):
             runner.infer(images)
-        assert runner._request is request
+        assert runner.engine._request is request
     assert len(compiled) == 1
     assert compiled[0]["PERFORMANCE_HINT"] == "LATENCY"
     assert compiled[0]["INFERENCE_NUM_THREADS"] == 1

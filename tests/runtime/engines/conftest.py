@@ -101,9 +101,9 @@ def make_student(lab, tiny, tmp_path) -> Callable[..., Bundle]:
     def bundle(
         student: Any, name: str = "student", profile: str = "trt10", precisions: tuple[str, ...] = ("fp32",)
     ) -> Bundle:
-        from cdl_edge.export.graph import StudentGraph
-        from cdl_edge.export.model import assemble
+        from cdl_edge.export.assembly import assemble
         from cdl_edge.export.profiles import PROFILES
+        from cdl_edge.export.student_graph import StudentGraph
 
         parts = {}
         for precision in precisions:

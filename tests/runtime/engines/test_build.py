@@ -45,17 +45,18 @@ def write(lab, folder: Path, student, profile: str, precision: str, batch: int |
         (folder / name).write_bytes(content)
     if precision == "int8":
         from cdl_edge.calibrate.collect import collect
-        from cdl_edge.calibrate.flavours import get_flavour
+        from cdl_edge.calibrate.float_graph import FloatGraph
         from cdl_edge.calibrate.quantize import quantise
+        from cdl_edge.calibrate.schemes import get_scheme
 
         other, _ = lab.artefact(student, profile=PROFILES[profile])  # the whole student has the ranges of both passes
         (folder / "whole").mkdir(exist_ok=True)
         for name, content in {path.name: other.models["student"], **other.constants}.items():
             (folder / "whole" / name).write_bytes(content)
-        ranges = dict(collect(folder / "whole" / path.name, lab.pixels(6)).tensors)
-        if part == "prompted":  # the whole student computes these once, under the name of the query pass
-            ranges["prompted.blocks.0.qkv"] = ranges["query.blocks.0.qkv"]
-        quantised = quantise({"student": path}, ranges, get_flavour("int8-trt"))
+        whole = FloatGraph(folder / "whole" / path.name, other.layers.graphs["student"])
+        ranges = collect(whole, lab.pixels(6)).tensors
+        graph = FloatGraph(path, artefact.layers.graphs["student"])
+        quantised = quantise({"student": graph}, ranges, get_scheme("int8-trt"))
         for name, content in {path.name: quantised.models["student"], **quantised.constants}.items():
             (folder / name).write_bytes(content)
     return path

@@ -17,7 +17,7 @@ from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends import tensorrt as backend
-from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
+from cdl_edge.runtime.backends.tensorrt import build_engine, open_tensorrt
 from cdl_edge.runtime.engines import product
 from cdl_edge.runtime.engines.build import Options
 from cdl_edge.runtime.engines.product import Gpu
@@ -95,7 +95,7 @@ def test_new_prompts_are_put_into_the_engine(fake, make, images, tiny, capsys):
     assert np.abs(want - truth(old, images)).max() > 0.1
     with load(new, "tensorrt") as runner:
         np.testing.assert_allclose(runner.infer(images), want, atol=1e-5)
-        assert runner.sidecar["refits"] == 1
+        assert runner.engine.sidecar["refits"] == 1
     assert len(fake.built) == 1 and "new prompts put into the engine" in capsys.readouterr().err
     with load(new, "tensorrt") as runner:  # and they stay
         np.testing.assert_allclose(runner.infer(images), want, atol=1e-5)
@@ -161,7 +161,7 @@ def test_what_makes_an_engine_unfit(fake, make, monkeypatch, capsys, tiny, case,
     capsys.readouterr()
     calls = len(fake.calls)
     with pytest.raises(InputError, match="cannot be used here") as caught:
-        TensorRTRunner(bundle, may_build=False)
+        open_tensorrt(bundle, may_build=False)
     assert word in str(caught.value) and "cdl-edge build" in str(caught.value)
     assert "Runtime" not in fake.calls[calls:], "compared before it is deserialised"
     load(bundle, "tensorrt").close()
@@ -206,7 +206,7 @@ def test_an_engine_that_somebody_else_built_is_never_loaded(fake, make, monkeypa
         (engine.parent / f"{NAME}.json").write_text(json.dumps(document))
     calls = len(fake.calls)
     with pytest.raises(InputError, match="not built by this user on this device"):
-        TensorRTRunner(bundle, may_build=False)
+        open_tensorrt(bundle, may_build=False)
     assert "Runtime" not in fake.calls[calls:] and len(fake.built) == 1
     load(bundle, "tensorrt").close()
     assert len(fake.built) == 2 and "not built by this user on this device" in capsys.readouterr().err
@@ -219,13 +219,13 @@ def test_devices_that_share_a_key_share_engines(fake, make, monkeypatch, tmp_pat
     monkeypatch.setenv("CDL_EDGE_ENGINE_KEY", str(tmp_path / "fleet"))
     build_engine(bundle)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another-device"))
-    TensorRTRunner(bundle, may_build=False).close()
+    open_tensorrt(bundle, may_build=False).close()
     assert len(fake.built) == 1
 
 
 def test_may_not_build(fake, make):
     with pytest.raises(InputError, match="cdl-edge build BUNDLE"):
-        TensorRTRunner(make(), may_build=False)
+        open_tensorrt(make(), may_build=False)
     assert fake.built == []
 
 
@@ -313,7 +313,7 @@ def test_no_cuda_graph(fake, make, kit, monkeypatch, capsys):
     assert "no CUDA graph (cuStreamBeginCapture_v2: CUDA error 900)" in capsys.readouterr().err
     library = kit.FakeLibcuda(fake)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
-    TensorRTRunner(bundle, cuda_graph=False).close()
+    open_tensorrt(bundle, cuda_graph=False).close()
     load(make("free", batch=None), "tensorrt").close()
     assert "cuStreamBeginCapture_v2" not in library.calls, "not asked for; not with a free batch"
 
@@ -321,7 +321,7 @@ def test_no_cuda_graph(fake, make, kit, monkeypatch, capsys):
 def test_stages(fake, make, images):
     bundle = make()
     with load(bundle, "tensorrt") as runner:
-        outputs, times = runner.timed({"images": images[:1]})
+        outputs, times = runner.engine.timed({"images": images[:1]})
     np.testing.assert_allclose(outputs["logits"], truth(bundle, images[:1]), atol=1e-5)
     assert set(times) == {"h2d_ms", "enqueue_ms", "gpu_ms", "d2h_ms"} and times["gpu_ms"] == 0.25
 
@@ -348,7 +348,7 @@ def test_described_and_closed(fake, make, images):
         "cuda_graph": False,
     }
     runner.close(), runner.close()
-    for use in (lambda: runner.infer(images), lambda: runner.timed({"images": images[:1]})):
+    for use in (lambda: runner.infer(images), lambda: runner.engine.timed({"images": images[:1]})):
         with pytest.raises(RuntimeError, match="closed"):
             use()
 

@@ -14,7 +14,7 @@ import torch
 
 from cdl_edge.machine import cuda_driver
 from cdl_edge.runtime import load
-from cdl_edge.runtime.backends.tensorrt import TensorRTRunner, build_engine
+from cdl_edge.runtime.backends.tensorrt import build_engine, open_tensorrt
 from cdl_edge.runtime.engines import memory
 from cdl_edge.runtime.engines.build import Options
 
@@ -66,7 +66,8 @@ def test_refit_without_a_build(lab, make_student, precision):
     built = build_engine(old, precision=precision)
     (old.path / "engines").rename(new.path / "engines")
     with load(new, "tensorrt", precision=precision) as runner:
-        assert runner.sidecar["refits"] == 1 and runner.sidecar["build_seconds"] == built["sidecar"]["build_seconds"]
+        known = runner.engine.sidecar
+        assert known["refits"] == 1 and known["build_seconds"] == built["sidecar"]["build_seconds"]
         got = runner.infer(lab.pixels(3))
     np.testing.assert_allclose(
         got, lab.truth(other, lab.pixels(3))["logits"], atol=1e-3 if precision == "fp32" else 0.1
@@ -75,10 +76,10 @@ def test_refit_without_a_build(lab, make_student, precision):
 
 def test_with_and_without_cuda_graph(lab, make_student):
     bundle = make_student(lab.student("apt"))
-    with TensorRTRunner(bundle) as launched, TensorRTRunner(bundle, cuda_graph=False) as queued:
+    with open_tensorrt(bundle) as launched, open_tensorrt(bundle, cuda_graph=False) as queued:
         assert launched.describe()["cuda_graph"] is True and queued.describe()["cuda_graph"] is False
         np.testing.assert_array_equal(launched.infer(lab.pixels(4)), queued.infer(lab.pixels(4)))
-        _, times = launched.timed({"images": lab.pixels(1)})
+        _, times = launched.engine.timed({"images": lab.pixels(1)})
         assert all(value >= 0 for value in times.values()) and times["gpu_ms"] > 0
 
 

@@ -62,7 +62,7 @@ def test_a_student_that_learnt_more(fake, lab, make_student, capsys, learner, pr
     build_engine(old, precision=precision)
     (old.path / "engines").rename(new.path / "engines")
     with load(new, "tensorrt", precision=precision) as runner, load(new, "cpu", threads=1) as cpu:
-        assert runner.sidecar["refits"] == 1 and len(fake.built) == 1
+        assert runner.engine.sidecar["refits"] == 1 and len(fake.built) == 1
         images = lab.pixels(3)
         np.testing.assert_allclose(runner.infer(images), cpu.infer(images), atol=1e-4 if precision == "fp32" else 0.05)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdl_edge.train.distill import DistillSpec, Lesson
+from cdl_edge.train.distill import DistillationBatch, DistillSpec
 from cdl_edge.train.student import PromptedViT, StudentOutput
 
 Rows = Sequence[Sequence[float]]
@@ -55,37 +55,37 @@ def spec() -> Callable[..., DistillSpec]:
     def make(**changes: Any) -> DistillSpec:
         sizes = {"student_width": 16, "student_depth": 6, "student_grid": 2}
         teacher = {"teacher_width": 24, "teacher_depth": 6, "teacher_grid": 2}
-        rest = {"alpha": 0.5, "tau": 2.0, "classes": 9, "spans": ((0, 3), (3, 6), (6, 9)), "seed": 0}
+        rest = {"alpha": 0.5, "tau": 2.0, "classes": 9, "class_ranges": ((0, 3), (3, 6), (6, 9)), "seed": 0}
         return DistillSpec(**{**sizes, **teacher, **rest, **changes})
 
     return make
 
 
 @pytest.fixture(scope="session")
-def lesson() -> Callable[..., Lesson]:
-    """lesson(cls=rows, labels=[..], kd=rows, said=rows, span=(low, high), ...) from lists or tensors."""
+def distill_batch() -> Callable[..., DistillationBatch]:
+    """distill_batch(cls=rows, labels=[..], kd=rows, said=rows, class_range=(low, high), ...) from lists or tensors."""
 
     def make(
         cls: Any,
         labels: Sequence[int],
         kd: Any = None,
         said: Any = None,
-        span: tuple[int, int] | None = None,
+        class_range: tuple[int, int] | None = None,
         hidden: Sequence[Tensor] = (),
         teacher_hidden: Sequence[Tensor] = (),
         teacher: PromptedViT | None = None,
         query: Tensor | None = None,
-    ) -> Lesson:
+    ) -> DistillationBatch:
         rows = [None if v is None else torch.as_tensor(v) for v in (cls, kd, said)]
         assert rows[0] is not None
         output = StudentOutput(rows[0], rows[1], None, None, tuple(hidden))
-        span = span or (0, rows[0].shape[1])
+        class_range = class_range or (0, rows[0].shape[1])
         # No model: what a distiller asks of it is its own matter.
-        return Lesson(
+        return DistillationBatch(
             output,
             torch.as_tensor(labels),
             task=0,
-            span=span,
+            class_range=class_range,
             inputs=rows[0],
             query=query,
             student_model=None,  # type: ignore[arg-type]

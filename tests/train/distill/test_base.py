@@ -10,7 +10,7 @@ import torch
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.distill.base import divergence, regrid
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLS = [[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]]
 TEACHER = [[3.0, -1.0, 0.0], [0.0, 1.0, 2.0]]
@@ -71,24 +71,31 @@ def test_the_same_grid_is_left_alone():
 @pytest.fixture(scope="module")
 def wide(tiny_vit):
     """A teacher of nine classes that has learnt a task and wants no query."""
-    model = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, "apt", 9, 3, 1)
+    model = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, ModelSpec("apt", 9, 3, 1))
     model.learner.begin_task(0)
     model.learner.end_task(0)
     return model.requires_grad_(False)
 
 
 @pytest.fixture
-def scene(lesson, tokens, wide):
-    """scene(batch, span, seed): a lesson with everything that any distiller asks for."""
+def scene(distill_batch, tokens, wide):
+    """scene(batch, class_range, seed): a distill_batch with everything that any distiller asks for."""
 
-    def make(batch=8, span=(0, 4), seed=0, rows=slice(None)):
+    def make(batch=8, class_range=(0, 4), seed=0, rows=slice(None)):
         generator = torch.Generator().manual_seed(seed)
         cls, kd, said = torch.randn(3, batch, 9, generator=generator)
-        labels = torch.arange(batch) % (span[1] - span[0])
+        labels = torch.arange(batch) % (class_range[1] - class_range[0])
         given = (t[rows] for t in tokens(batch, 6, 16, seed=seed))
         wanted = (t[rows] for t in tokens(batch, 6, 24, seed=seed + 1))
-        return lesson(
-            cls[rows].requires_grad_(), labels[rows], kd[rows], said[rows, slice(*span)], span, given, wanted, wide
+        return distill_batch(
+            cls[rows].requires_grad_(),
+            labels[rows],
+            kd[rows],
+            said[rows, slice(*class_range)],
+            class_range,
+            given,
+            wanted,
+            wide,
         )
 
     return make
@@ -126,7 +133,7 @@ def test_the_loss_is_a_mean_over_the_batch(name, spec, scene):
 @pytest.mark.parametrize("name", DISTILLERS)
 @pytest.mark.parametrize("classes", [1, 2])
 def test_a_task_of_one_class_and_of_two_is_defined(name, classes, spec, scene):
-    made = scene(span=(0, classes))
+    made = scene(class_range=(0, classes))
     value = DISTILLERS[name](spec()).loss(made)
     value.backward()
     assert math.isfinite(value.item()) and torch.isfinite(made.student.cls_logits.grad).all()
@@ -134,7 +141,7 @@ def test_a_task_of_one_class_and_of_two_is_defined(name, classes, spec, scene):
 
 # Not those that make logits of their own, which cannot be masked from outside: stepping stones, an auxiliary head.
 @pytest.mark.parametrize("name", [n for n, d in DISTILLERS.items() if not d.needs_tail and n != "m2kd"])
-def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec, lesson, tokens):
+def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec, distill_batch, tokens):
     # The papers set the logits of other classes to -inf; here the columns are cut out.
     generator = torch.Generator().manual_seed(1)
     cls, kd, said = torch.randn(3, 6, 9, generator=generator)
@@ -147,14 +154,14 @@ def test_only_current_classes_is_the_same_as_minus_infinity_elsewhere(name, spec
 
     hidden, wanted = tokens(6, 6, 16), tokens(6, 6, 24, seed=1)
     distiller = DISTILLERS[name](spec())
-    cut = distiller.loss(lesson(cls, labels - 3, kd, said[:, 3:6], (3, 6), hidden, wanted)).item()
-    whole = lesson(masked(cls), labels, masked(kd), masked(said), (0, 9), hidden, wanted)
+    cut = distiller.loss(distill_batch(cls, labels - 3, kd, said[:, 3:6], (3, 6), hidden, wanted)).item()
+    whole = distill_batch(masked(cls), labels, masked(kd), masked(said), (0, 9), hidden, wanted)
     assert distiller.loss(whole).item() == pytest.approx(cut, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_no_gradient_reaches_the_head_of_another_task(name, spec, scene):
-    made = scene(span=(3, 6))
+    made = scene(class_range=(3, 6))
     DISTILLERS[name](spec()).loss(made).backward()
     gradient = made.student.cls_logits.grad.abs().sum(dim=0)
     assert (gradient[3:6] > 0).all() and gradient[:3].max() == 0 and gradient[6:].max() == 0

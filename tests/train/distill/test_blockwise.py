@@ -7,7 +7,7 @@ from torch import nn
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.distill.base import divergence
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 LABELS = [0, 2, 1]
 SPAN = (3, 6)
@@ -19,7 +19,7 @@ def wide(tiny_vit):
 
     def make(depth=6, learner="apt", learnt=0, width=16):
         backbone = load_backbone(tiny_vit("teacher", 24, depth))
-        model = PromptedViT(backbone.model, learner, 9, 3, 1, key_width=width)
+        model = PromptedViT(backbone.model, ModelSpec(learner, 9, 3, 1, key_width=width))
         for task in range(learnt):
             model.learner.begin_task(task)
             model.learner.end_task(task)
@@ -60,7 +60,7 @@ def stones(distiller, teacher, hidden):
 
 @pytest.mark.parametrize("teacher_depth", [6, 12])
 @pytest.mark.parametrize(("alpha", "tau"), [(0.5, 2.0), (0.2, 4.0)])
-def test_blockwise(plain, spec, lesson, tokens, wide, alpha, tau, teacher_depth):
+def test_blockwise(plain, spec, distill_batch, tokens, wide, alpha, tau, teacher_depth):
     teacher = wide(teacher_depth)  # no task learnt: APT's merged prompt is zero, the blocks are timm's
     distiller = DISTILLERS["blockwise"](spec(alpha=alpha, tau=tau, teacher_depth=teacher_depth))
     hidden = tokens(3, 6, 16)
@@ -77,12 +77,14 @@ def test_blockwise(plain, spec, lesson, tokens, wide, alpha, tau, teacher_depth)
             term += alpha * plain.kl(answer, said.tolist(), tau)
             term += 0.5 * alpha * plain.kl(answer, mean, tau)
             expected += share * term
-        got = distiller.loss(lesson(cls, LABELS, said=said, span=SPAN, hidden=hidden, teacher=teacher)).item()
+        got = distiller.loss(
+            distill_batch(cls, LABELS, said=said, class_range=SPAN, hidden=hidden, teacher=teacher)
+        ).item()
     assert got == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda", "apt"])
-def test_a_stone_is_the_rest_of_the_teacher(spec, lesson, wide, learner):
+def test_a_stone_is_the_rest_of_the_teacher(spec, distill_batch, wide, learner):
     # A connector that does nothing, in front of tokens that are the teacher's own: each stone answers as the teacher.
     teacher = wide(learner=learner, learnt=2, width=24)
     generator = torch.Generator().manual_seed(0)
@@ -94,31 +96,33 @@ def test_a_stone_is_the_rest_of_the_teacher(spec, lesson, wide, learner):
     with torch.no_grad():
         whole = teacher(inputs, query, hidden=True)
         cls = teacher.combine(whole)
-        made = lesson(cls, LABELS, said=cls[:, 3:6], span=SPAN, hidden=whole.hidden, teacher=teacher, query=query)
+        made = distill_batch(
+            cls, LABELS, said=cls[:, 3:6], class_range=SPAN, hidden=whole.hidden, teacher=teacher, query=query
+        )
         once = nn.functional.cross_entropy(cls[:, 3:6], torch.tensor(LABELS)).item()
         assert distiller.loss(made).item() == pytest.approx(once * (1 + 1 / 2 + 1 / 4 + 1 / 8), rel=1e-4)
 
 
-def test_gradients_reach_the_student_and_the_connectors_only(spec, lesson, tokens, wide):
+def test_gradients_reach_the_student_and_the_connectors_only(spec, distill_batch, tokens, wide):
     teacher = wide(learner="coda", learnt=2)
     distiller = DISTILLERS["blockwise"](spec())
     hidden = [h.requires_grad_() for h in tokens(3, 6, 16)]
     cls = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     query = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     said = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
-    distiller.loss(lesson(cls, LABELS, None, said, SPAN, hidden, (), teacher, query)).backward()
+    distiller.loss(distill_batch(cls, LABELS, None, said, SPAN, hidden, (), teacher, query)).backward()
     assert [h.grad is not None for h in hidden] == [i + 1 in (2, 3, 4) for i in range(6)]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
     assert all(p.grad is None for p in [*teacher.parameters(), *teacher.backbone.parameters()])
 
 
-def test_what_all_agree_on_is_a_target(spec, lesson, tokens, wide):
+def test_what_all_agree_on_is_a_target(spec, distill_batch, tokens, wide):
     # The mean is not pulled at: the student's gradient is that of a constant target.
     teacher, hidden = wide(), tokens(3, 6, 16)
     distiller = DISTILLERS["blockwise"](spec())
     cls = torch.randn(3, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
     said = torch.randn(3, 3, generator=torch.Generator().manual_seed(2))
-    distiller.loss(lesson(cls, LABELS, None, said, SPAN, hidden, (), teacher)).backward()
+    distiller.loss(distill_batch(cls, LABELS, None, said, SPAN, hidden, (), teacher)).backward()
     again = cls.detach()[:, 3:6].clone().requires_grad_()
     with torch.no_grad():
         mean = torch.stack([*stones(distiller, teacher, hidden), again.detach()]).mean(dim=0)
@@ -128,9 +132,9 @@ def test_what_all_agree_on_is_a_target(spec, lesson, tokens, wide):
     assert torch.allclose(cls.grad[:, 3:6], again.grad, atol=1e-6) and cls.grad[:, :3].abs().max() == 0
 
 
-def test_a_teacher_of_another_grid(spec, lesson, tokens, tiny_vit):
+def test_a_teacher_of_another_grid(spec, distill_batch, tokens, tiny_vit):
     # The tail has seen 4 patches: 9 patches of the student are resampled for it.
-    teacher = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, "apt", 9, 3, 1).requires_grad_(False)
+    teacher = PromptedViT(load_backbone(tiny_vit("teacher", 24)).model, ModelSpec("apt", 9, 3, 1)).requires_grad_(False)
     distiller = DISTILLERS["blockwise"](spec(student_grid=3))
     seen = []
     teacher.head.register_forward_hook(lambda *_: seen.append(1))
@@ -141,5 +145,7 @@ def test_a_teacher_of_another_grid(spec, lesson, tokens, tiny_vit):
         maps = nn.functional.adaptive_avg_pool2d(block[:, 1:].transpose(1, 2).reshape(3, 16, 3, 3), 2)
         coarse.append(torch.cat([block[:, :1], maps.flatten(2).transpose(1, 2)], dim=1))
     # A Linear on all tokens and a mean over patches may change places.
-    one, two = (distiller.loss(lesson(cls, LABELS, None, said, SPAN, h, (), teacher)).item() for h in (fine, coarse))
+    one, two = (
+        distiller.loss(distill_batch(cls, LABELS, None, said, SPAN, h, (), teacher)).item() for h in (fine, coarse)
+    )
     assert one == pytest.approx(two, rel=1e-4) and len(seen) == 6

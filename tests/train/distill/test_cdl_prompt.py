@@ -10,7 +10,7 @@ from cdl_edge.errors import InputError
 from cdl_edge.train import loop
 from cdl_edge.train.checkpoint import load_state
 from cdl_edge.train.config import TrainConfig
-from cdl_edge.train.distill import DISTILLERS, DistillSpec, Lesson
+from cdl_edge.train.distill import DISTILLERS, DistillationBatch, DistillSpec
 from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_kd():
     spec = DistillSpec(0.3, 2.0, 16, 6, 2, 24, 6, 2, 5, ((0, 2), (2, 5)), 0)
     generator = torch.Generator().manual_seed(0)
     logits, said = torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator)
-    lesson = Lesson(
+    distill_batch = DistillationBatch(
         StudentOutput(logits, None, None, None),
         torch.tensor([0, 1, 2, 0]),
         1,
@@ -52,7 +52,9 @@ def test_the_loss_is_that_of_kd():
         None,
         teacher_logits=said,
     )
-    assert DISTILLERS["cdl-prompt"](spec).loss(lesson).item() == DISTILLERS["kd"](spec).loss(lesson).item()
+    assert (
+        DISTILLERS["cdl-prompt"](spec).loss(distill_batch).item() == DISTILLERS["kd"](spec).loss(distill_batch).item()
+    )
     assert not list(DISTILLERS["cdl-prompt"](spec).parameters())  # the mapping is the student's: it is kept
 
 

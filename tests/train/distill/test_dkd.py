@@ -27,11 +27,11 @@ def parts(plain, student, teacher, label, tau):
 
 
 @pytest.mark.parametrize(("alpha", "tau"), [(0.5, 4.0), (0.2, 1.0)])
-def test_dkd(plain, spec, lesson, alpha, tau):
+def test_dkd(plain, spec, distill_batch, alpha, tau):
     each = [parts(plain, *row, tau) for row in zip(CLS, TEACHER, LABELS, strict=True)]
     term = tau * tau * sum(1.0 * t + 4.0 * n for t, n, _ in each) / 3
     expected = (1 - alpha) * plain.cross_entropy(CLS, LABELS) + alpha * term
-    got = DISTILLERS["dkd"](spec(alpha=alpha, tau=tau)).loss(lesson(CLS, LABELS, said=TEACHER)).item()
+    got = DISTILLERS["dkd"](spec(alpha=alpha, tau=tau)).loss(distill_batch(CLS, LABELS, said=TEACHER)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 

@@ -23,33 +23,33 @@ def reduced(wanted, own, grid):
 
 @pytest.mark.parametrize("teacher_grid", [2, 4, 6])
 @pytest.mark.parametrize(("alpha", "tau"), [(0.5, 2.0), (0.2, 4.0)])
-def test_fitnets(plain, spec, lesson, tokens, alpha, tau, teacher_grid):
+def test_fitnets(plain, spec, distill_batch, tokens, alpha, tau, teacher_grid):
     distiller = DISTILLERS["fitnets"](spec(alpha=alpha, tau=tau, teacher_grid=teacher_grid))
     hidden, wanted = tokens(2, 6, 16), tokens(2, 6, 24, teacher_grid, seed=1)
     weight, bias = (p.detach().double().numpy() for p in distiller.regressor.parameters())
     given = np.stack([[weight @ token + bias for token in image] for image in hidden[-1].double().numpy()])
     features = np.mean((given - reduced(wanted[-1].double().numpy(), teacher_grid, 2)) ** 2)
     expected = plain.kd(CLS, TEACHER, LABELS, alpha, tau) + 0.1 * features
-    got = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
+    got = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_last_tokens_count(spec, lesson, tokens):
+def test_only_the_last_tokens_count(spec, distill_batch, tokens):
     distiller = DISTILLERS["fitnets"](spec())
     hidden, wanted = list(tokens(2, 6, 16)), list(tokens(2, 6, 24, seed=1))
     hidden[-1].requires_grad_()
-    before = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted))
+    before = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted))
     before.backward()
     assert (hidden[-1].grad.abs().sum(dim=2) > 0).all()  # every token, not the class token only
     hidden[:-1] = [h * 0 for h in hidden[:-1]]
     wanted[:-1] = [h * 0 for h in wanted[:-1]]
-    after = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted))
+    after = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted))
     assert torch.equal(before, after)
 
 
-def test_the_authors_feature_term_is_that_of_two_gpus(plain, spec, lesson, tokens):
+def test_the_authors_feature_term_is_that_of_two_gpus(plain, spec, distill_batch, tokens):
     hidden, wanted = tokens(2, 6, 16), tokens(2, 6, 24, seed=1)
-    told = lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)
+    told = distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)
     ours, theirs = (DISTILLERS["fitnets"](spec(compat=c)).loss(told).item() for c in (False, True))
     kd = plain.kd(CLS, TEACHER, LABELS, 0.5, 2.0)
     assert theirs - kd == pytest.approx(2 * (ours - kd), rel=1e-4)

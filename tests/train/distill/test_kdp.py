@@ -15,16 +15,16 @@ TEACHER, LABELS = [[3.0, -1.0, 0.0], [0.0, 1.0, 2.0]], [0, 2]
 
 @pytest.mark.parametrize("name", ["kdp", "kd-token"])
 @pytest.mark.parametrize(("alpha", "tau"), [(0.5, 2.0), (0.2, 4.0)])
-def test_kdp(plain, spec, lesson, name, alpha, tau):
+def test_kdp(plain, spec, distill_batch, name, alpha, tau):
     expected = (1 - alpha) * plain.cross_entropy(CLS, LABELS) + alpha * plain.kl(KD, TEACHER, tau)
-    got = DISTILLERS[name](spec(alpha=alpha, tau=tau)).loss(lesson(CLS, LABELS, KD, TEACHER)).item()
+    got = DISTILLERS[name](spec(alpha=alpha, tau=tau)).loss(distill_batch(CLS, LABELS, KD, TEACHER)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kdp", "kd-token"])
-def test_each_head_is_taught_its_own(spec, lesson, name):
+def test_each_head_is_taught_its_own(spec, distill_batch, name):
     cls, kd = torch.tensor(CLS, requires_grad=True), torch.tensor(KD, requires_grad=True)
-    DISTILLERS[name](spec()).loss(lesson(cls, LABELS, kd, TEACHER)).backward()
+    DISTILLERS[name](spec()).loss(distill_batch(cls, LABELS, kd, TEACHER)).backward()
     hard = torch.tensor(CLS, requires_grad=True)
     (0.5 * torch.nn.functional.cross_entropy(hard, torch.tensor(LABELS))).backward()
     assert torch.allclose(cls.grad, hard.grad)  # no word of the teacher reaches the class token's head

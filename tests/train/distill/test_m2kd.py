@@ -18,10 +18,10 @@ from torch import nn
 
 from cdl_edge.train import loop
 from cdl_edge.train.checkpoint import load_state, save_state
-from cdl_edge.train.distill import DISTILLERS, DistillSpec, Lesson
+from cdl_edge.train.distill import DISTILLERS, DistillationBatch, DistillSpec
 from cdl_edge.train.distill.m2kd import AUXILIARY, M2KD
 from cdl_edge.train.loop import train
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 SPANS = ((0, 2), (2, 4), (4, 6))
 
@@ -30,12 +30,12 @@ def spec(**changes):
     sizes = {"student_width": 16, "student_depth": 6, "student_grid": 2}
     teacher = {"teacher_width": 0, "teacher_depth": 0, "teacher_grid": 0}
     return DistillSpec(
-        **{"alpha": 0.3, "tau": 2.0, **sizes, **teacher, "classes": 6, "spans": SPANS, "seed": 0} | changes
+        **{"alpha": 0.3, "tau": 2.0, **sizes, **teacher, "classes": 6, "class_ranges": SPANS, "seed": 0} | changes
     )
 
 
 def make(backbone, learner):
-    return PromptedViT(backbone.model, learner, 6, 3, seed=0).eval()
+    return PromptedViT(backbone.model, ModelSpec(learner, 6, 3, seed=0)).eval()
 
 
 def lesson_of(model, task, labels=(0, 1, 1, 0), seed=3):
@@ -43,7 +43,7 @@ def lesson_of(model, task, labels=(0, 1, 1, 0), seed=3):
     inputs = model.prepare(images)
     query = model.query(inputs) if model.two_pass else None
     output = model(inputs, query, training=True, hidden=True)
-    return Lesson(output, torch.tensor(labels), task, SPANS[task], inputs, query, model)
+    return DistillationBatch(output, torch.tensor(labels), task, SPANS[task], inputs, query, model)
 
 
 def learn(model, distiller, task, steps=3):
@@ -66,10 +66,10 @@ def softmax(row, tau=1.0):
     return [v / sum(e) for v in e]
 
 
-def by_hand(answer, old, lesson, alpha, tau):
+def by_hand(answer, old, distill_batch, alpha, tau):
     """The two parts of one level: lists of rows; old: rows of each snapshot."""
-    count, (low, high) = len(answer), lesson.span
-    labels = lesson.labels.tolist()
+    count, (low, high) = len(answer), distill_batch.class_range
+    labels = distill_batch.labels.tolist()
     hard = sum(-math.log(softmax(r[low:high])[y]) for r, y in zip(answer, labels, strict=True)) / count
     soft = 0.0
     for i, rows in enumerate(old):
@@ -87,11 +87,11 @@ def test_the_loss(backbone, learner, alpha, tau):
     held = lesson_of(model, 0)
     old = ([], [])
     for task in range(3):
-        lesson = lesson_of(model, task)
-        middle = nn.functional.layer_norm(lesson.student.hidden[2][:, 0], (16,))
-        levels = (lesson.student.cls_logits, distiller.auxiliary(middle))
-        expected = [by_hand(a.tolist(), o, lesson, alpha, tau) for a, o in zip(levels, old, strict=True)]
-        assert distiller.loss(lesson).item() == pytest.approx(expected[0] + AUXILIARY * expected[1], rel=1e-4)
+        distill_batch = lesson_of(model, task)
+        middle = nn.functional.layer_norm(distill_batch.student.hidden[2][:, 0], (16,))
+        levels = (distill_batch.student.cls_logits, distiller.auxiliary(middle))
+        expected = [by_hand(a.tolist(), o, distill_batch, alpha, tau) for a, o in zip(levels, old, strict=True)]
+        assert distiller.loss(distill_batch).item() == pytest.approx(expected[0] + AUXILIARY * expected[1], rel=1e-4)
         learn(model, distiller, task)
         # What the model says now, with what inference uses, is what its snapshot will say.
         with torch.no_grad():
@@ -140,10 +140,10 @@ def test_old_classes_are_held_by_the_snapshots_alone(backbone):
     model, distiller = make(backbone, "apt"), M2KD(spec())
     learn(model, distiller, 0)
     model.learner.begin_task(1)
-    lesson = lesson_of(model, 1)
-    lesson.student.cls_logits.retain_grad()
-    distiller.loss(lesson).backward()
-    gradient = lesson.student.cls_logits.grad.abs().sum(dim=0)
+    distill_batch = lesson_of(model, 1)
+    distill_batch.student.cls_logits.retain_grad()
+    distiller.loss(distill_batch).backward()
+    gradient = distill_batch.student.cls_logits.grad.abs().sum(dim=0)
     assert (gradient[:4] > 0).all() and (gradient[4:] == 0).all()  # nothing is said of classes to come
 
 
@@ -151,25 +151,25 @@ def test_exemplars_are_told_apart_from_all_classes_seen(backbone):
     """Cross entropy over the classes of tasks 0..k, for the images of the task and those of earlier ones."""
     model, distiller = make(backbone, "apt"), M2KD(spec(exemplars=True))
     learn(model, distiller, 0)
-    lesson = lesson_of(model, 1, labels=(0, 1, -2, -1))  # the last two are of classes 0 and 1
-    middle = nn.functional.layer_norm(lesson.student.hidden[2][:, 0], (16,))
+    distill_batch = lesson_of(model, 1, labels=(0, 1, -2, -1))  # the last two are of classes 0 and 1
+    middle = nn.functional.layer_norm(distill_batch.student.hidden[2][:, 0], (16,))
     expected = 0.0
-    levels = (lesson.student.cls_logits, distiller.auxiliary(middle))
-    for answer, old, weight in zip(levels, distiller.ask(0, lesson), (1.0, AUXILIARY), strict=True):
+    levels = (distill_batch.student.cls_logits, distiller.auxiliary(middle))
+    for answer, old, weight in zip(levels, distiller.ask(0, distill_batch), (1.0, AUXILIARY), strict=True):
         rows = answer.tolist()
         hard = sum(-math.log(softmax(r[:4])[y]) for r, y in zip(rows, (2, 3, 0, 1), strict=True)) / 4
-        soft = by_hand(rows, [old.tolist()], replace(lesson, labels=torch.zeros(4, dtype=torch.long)), 1.0, 2.0)
+        soft = by_hand(rows, [old.tolist()], replace(distill_batch, labels=torch.zeros(4, dtype=torch.long)), 1.0, 2.0)
         expected += weight * (0.7 * hard + 0.3 * soft)
-    assert distiller.loss(lesson).item() == pytest.approx(expected, rel=1e-4)
+    assert distiller.loss(distill_batch).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_tasks_of_one_class_are_defined(backbone):
-    spans = ((0, 1), (1, 2), (2, 6))
-    model, distiller = make(backbone, "apt"), M2KD(spec(spans=spans))
+    class_ranges = ((0, 1), (1, 2), (2, 6))
+    model, distiller = make(backbone, "apt"), M2KD(spec(class_ranges=class_ranges))
     for task in range(2):
         distiller.end_task(task, model)
-    lesson = lesson_of(model, 2)
-    assert math.isfinite(distiller.loss(lesson).item())
+    distill_batch = lesson_of(model, 2)
+    assert math.isfinite(distiller.loss(distill_batch).item())
 
 
 def test_the_middle_of_the_depth():
@@ -194,8 +194,8 @@ def test_its_state_goes_through_a_checkpoint(backbone, tmp_path):
     save_state(tmp_path / "c.safetensors", {"distiller": distiller.state_dict()})
     fresh = M2KD(spec(seed=9))
     fresh.load_state_dict(load_state(tmp_path / "c.safetensors")["distiller"])
-    lesson = lesson_of(model, 2)
-    assert fresh.loss(lesson).item() == distiller.loss(lesson).item()
+    distill_batch = lesson_of(model, 2)
+    assert fresh.loss(distill_batch).item() == distiller.loss(distill_batch).item()
     assert fresh.report() == distiller.report() != {}
 
 

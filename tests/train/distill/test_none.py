@@ -8,6 +8,6 @@ CLS, LABELS = [[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]], [0, 2]
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.9])
-def test_none(plain, spec, lesson, alpha):
-    got = DISTILLERS["none"](spec(alpha=alpha)).loss(lesson(CLS, LABELS)).item()
+def test_none(plain, spec, distill_batch, alpha):
+    got = DISTILLERS["none"](spec(alpha=alpha)).loss(distill_batch(CLS, LABELS)).item()
     assert got == pytest.approx(plain.cross_entropy(CLS, LABELS), rel=1e-5)

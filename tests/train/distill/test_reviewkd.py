@@ -87,15 +87,15 @@ def by_hand(distiller, hidden, wanted, depths):
 
 
 @pytest.mark.parametrize("depths", [(6, 6), (12, 24), (6, 24), (4, 6), (12, 6)])
-def test_reviewkd(plain, spec, lesson, tokens, depths):
+def test_reviewkd(plain, spec, distill_batch, tokens, depths):
     distiller = DISTILLERS["reviewkd"](spec(alpha=0.2, tau=4.0, student_depth=depths[0], teacher_depth=depths[1]))
     hidden, wanted = tokens(2, depths[0], 16), tokens(2, depths[1], 24, seed=1)
     expected = plain.kd(CLS, TEACHER, LABELS, 0.2, 4.0) + 0.2 * by_hand(distiller, hidden, wanted, depths)
-    got = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
+    got = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_teacher_of_another_grid(plain, spec, lesson, tokens):
+def test_a_teacher_of_another_grid(plain, spec, distill_batch, tokens):
     distiller = DISTILLERS["reviewkd"](spec(teacher_grid=6, student_grid=3))
     hidden, wanted = tokens(2, 6, 16, 3), tokens(2, 6, 24, 6, seed=1)
     halved = []
@@ -103,11 +103,11 @@ def test_a_teacher_of_another_grid(plain, spec, lesson, tokens):
         maps = block[:, 1:].reshape(2, 3, 2, 3, 2, 24).mean(dim=(2, 4))
         halved.append(torch.cat([block[:, :1], maps.reshape(2, 9, 24)], dim=1))
     expected = plain.kd(CLS, TEACHER, LABELS, 0.5, 2.0) + 0.2 * by_hand(distiller, hidden, halved, (6, 6))
-    got = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
+    got = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_a_deep_block_says_reaches_the_shallow_ones(spec, lesson, tokens):
+def test_what_a_deep_block_says_reaches_the_shallow_ones(spec, distill_batch, tokens):
     # "Knowledge review": an imitation of the first block reads all deeper student blocks.
     distiller = DISTILLERS["reviewkd"](spec())
     hidden = [h.requires_grad_() for h in tokens(2, 6, 16)]
@@ -123,7 +123,7 @@ def standardised(x, weight, bias):
 
 
 @pytest.mark.parametrize(("depths", "first"), [((6, 6), 0), ((6, 8), 2), ((12, 24), 12)])
-def test_the_authors_reviewkd(plain, spec, lesson, tokens, depths, first):
+def test_the_authors_reviewkd(plain, spec, distill_batch, tokens, depths, first):
     """Their fusion in numpy: LayerNorms, a factor a channel in place of the gates, squared error alone, last blocks."""
     distiller = DISTILLERS["reviewkd"](spec(student_depth=depths[0], teacher_depth=depths[1], compat=True))
     generator = torch.Generator().manual_seed(4)
@@ -147,7 +147,7 @@ def test_the_authors_reviewkd(plain, spec, lesson, tokens, depths, first):
         given = x @ w["leave.weight"].T + w["leave.bias"]
         total += np.mean((given - wanted[first + i].double().numpy()) ** 2)
     expected = plain.kd(CLS, TEACHER, LABELS, 0.5, 2.0) + 2 * 0.2 * total / depths[0]
-    got = distiller.loss(lesson(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
+    got = distiller.loss(distill_batch(CLS, LABELS, said=TEACHER, hidden=hidden, teacher_hidden=wanted)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 

@@ -14,15 +14,15 @@ LABELS = [0, 2]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5, 1.0])
-def test_both_heads_learn_from_the_labels(plain, spec, lesson, alpha):
+def test_both_heads_learn_from_the_labels(plain, spec, distill_batch, alpha):
     expected = (1 - alpha) * plain.cross_entropy(CLS, LABELS) + alpha * plain.cross_entropy(KD, LABELS)
-    got = DISTILLERS["two-heads"](spec(alpha=alpha)).loss(lesson(CLS, LABELS, KD)).item()
+    got = DISTILLERS["two-heads"](spec(alpha=alpha)).loss(distill_batch(CLS, LABELS, KD)).item()
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_current_classes_are_compared(spec, lesson):
+def test_only_the_current_classes_are_compared(spec, distill_batch):
     cls, kd = (torch.tensor(rows, requires_grad=True) for rows in (CLS, KD))
-    DISTILLERS["two-heads"](spec()).loss(lesson(cls, [0, 1], kd, span=(1, 3))).backward()
+    DISTILLERS["two-heads"](spec()).loss(distill_batch(cls, [0, 1], kd, class_range=(1, 3))).backward()
     for logits in (cls, kd):
         assert (logits.grad[:, 0] == 0).all() and (logits.grad[:, 1:] != 0).all()
 

@@ -19,13 +19,13 @@ from cdl_edge.train.evaluate import evaluate_run
 from cdl_edge.train.learners import LEARNERS
 from cdl_edge.train.loop import train
 from cdl_edge.train.run import load_run
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 ABLE = ("none", "kd", "dkd", "fitnets", "reviewkd", "blockwise", "m2kd")
 
 
 def make(backbone):
-    return PromptedViT(backbone.model, "finetune", 6, 3, seed=0)
+    return PromptedViT(backbone.model, ModelSpec("finetune", 6, 3, seed=0))
 
 
 def images():

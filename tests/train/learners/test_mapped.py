@@ -10,7 +10,7 @@ import torch
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.learners import LEARNERS, LearnerSpec
 from cdl_edge.train.learners.mapped import MappedPrompts, PromptAttention
-from cdl_edge.train.student import PromptedViT
+from cdl_edge.train.student import ModelSpec, PromptedViT
 
 POOLS = ("l2p", "dualprompt", "coda")
 BLOCKS = {"l2p": (0,), "dualprompt": (0, 1, 2, 3, 4), "coda": (0, 1, 2, 3, 4)}
@@ -23,7 +23,9 @@ def make(backbone):
     """make(learner, kd=False, teacher=(width, depth)): large prompts, keys and mappings, two tasks learnt."""
 
     def make(learner, kd=False, teacher=TEACHER, seed=0):
-        model = PromptedViT(backbone.model, learner, CLASSES, TASKS, seed, kd=(6, 6) if kd else None, mapped=teacher)
+        model = PromptedViT(
+            backbone.model, ModelSpec(learner, CLASSES, TASKS, seed, kd=(6, 6) if kd else None, mapped=teacher)
+        )
         generator = torch.Generator().manual_seed(seed)
         for task in range(LEARNT):
             for side in (model.learner, model.mapped.teacher):
@@ -189,7 +191,7 @@ def test_training_sees_the_teachers_rows_of_inference(make, tokens, learner):
 
 @pytest.mark.parametrize("learner", POOLS)
 def test_the_mapping_learns_and_the_copy_does_not(backbone, tokens, learner):
-    model = PromptedViT(backbone.model, learner, CLASSES, TASKS, 0, mapped=TEACHER)
+    model = PromptedViT(backbone.model, ModelSpec(learner, CLASSES, TASKS, 0, mapped=TEACHER))
     teacher = LEARNERS[learner](LearnerSpec(24, 6, 16, TASKS, 1))
     for side in (model.learner, teacher):
         side.begin_task(0)
@@ -232,5 +234,5 @@ def test_initial_values_depend_on_the_seed_alone():
 
 
 def test_a_student_without_a_teacher_has_nothing_of_it(backbone):
-    model = PromptedViT(backbone.model, "coda", CLASSES, TASKS, 0)
+    model = PromptedViT(backbone.model, ModelSpec("coda", CLASSES, TASKS, 0))
     assert model.mapped is None and not any("mapped" in k for k in model.state_dict())

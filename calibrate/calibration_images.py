@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..artefacts.bundle import Bundle
 from ..data import Split, held_out_early, load_dataset
 from ..errors import InputError
+from ..log import LOG
 
 FEW = 32
 "calibration images below which a warning is given; 500 are the usual advice"
@@ -18,7 +18,7 @@ LARGEST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Images:
+class CalibrationImages:
     """Of the classes that a source and a bundle share."""
 
     training: np.ndarray
@@ -40,16 +40,13 @@ def images_of(
     source: str,
     per_task: int,
     limit_per_class: int | None,
-    say: Callable[[str], None] | None = None,
-) -> Images:
+) -> CalibrationImages:
     """Read them. per_task: training images of each task. limit_per_class: validation images, None: all.
-    say: told what is read.
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
     dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.training))
-    if say is not None:
-        say(dataset.line)
+    LOG.info(dataset.line)
     position = {name: index for index, name in enumerate(bundle.classes)}
     mapped = np.array([position.get(name, -1) for name in dataset.classes])
     if (mapped < 0).all():
@@ -79,7 +76,7 @@ def images_of(
     labels = mapped[validation.labels]
     tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
     whole = set(range(len(bundle.classes))) <= set(given.tolist())
-    return Images(
+    return CalibrationImages(
         training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, dataset.summary, whole
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -15,10 +14,11 @@ import onnx
 
 from .. import __version__
 from ..artefacts.bundle import Bundle, check_target, write_bundle
-from ..artefacts.layout import RANGES, SELECTIONS, SELFTEST, STATISTICS
+from ..artefacts.layout import LAYERS, RANGES, SELECTIONS, SELFTEST, STATISTICS
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
+from ..log import LOG
 from ..machine import version_of
 from ..measurement.evaluate import evaluate, fifths
 from ..runtime import load
@@ -26,11 +26,11 @@ from ..runtime.confidence import fit, pack_selections
 from ..runtime.runner import Runner
 from ..train.closed_form import load_statistics, statistics_file
 from ..train.run import Run, load_run
-from .graph import StudentGraph
-from .model import assemble
+from .assembly import assemble
 from .nodes import Graph
 from .parity import CHUNK, compare, logits_of, logits_of_passes, sample, student_logits
 from .profiles import Profile, get_profile
+from .student_graph import StudentGraph
 
 SELFTEST_IMAGES = 4
 KNOWN_IMAGES = 100
@@ -45,7 +45,6 @@ def export(
     dynamic_batch: bool = False,
     images: int = 500,
     data: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
     statistics: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def export(
         run: a RUN folder. out: a new or empty folder; with `replace` also a bundle, see artefacts.bundle.foreign.
         profile: key of PROFILES. dynamic_batch: any batch size instead of one image a call.
         images: real images for the parity gate, from the run's validation images, then its training images.
-        data: where the run's images are now, if they have moved. say: gets a line for each step.
+        data: where the run's images are now, if they have moved.
         statistics: put the class statistics that the head is made from into the bundle, and so into its packs; the
             graph gives its features then, and classes can be enrolled on the device (see updates.enrol).
 
@@ -72,17 +71,17 @@ def export(
     record = opened.metrics.data
     source = data or opened.config.data
     dataset = load_dataset(source, learning=False, early=held_out_early(opened.metrics.document))
-    if say is not None:
-        say(dataset.line)
+    LOG.info(dataset.line)
     _check_images(opened, dataset)
     pixels = _real_images(opened, dataset, images)
-    say(f"the trained student answers {len(pixels)} images")
+    LOG.info(f"the trained student answers {len(pixels)} images")
     expected = student_logits(opened, pixels, len(opened.metrics.classes))
     graphs = _graphs(opened, dialect, None if dynamic_batch else 1, kept is not None)
     metadata = {"classes": list(opened.metrics.classes), "preprocessing": opened.preprocessing.to_json()}
     artefact = assemble(graphs, metadata)
     files: dict[str, Path | bytes] = {f"{name}.onnx": model for name, model in artefact.models.items()}
     files |= {**artefact.constants, SELFTEST: _selftest(pixels, expected)}
+    files[LAYERS] = artefact.layers.to_bytes()
     if (opened.path / RANGES).is_file():
         files[RANGES] = opened.path / RANGES
     if kept is not None:
@@ -93,10 +92,10 @@ def export(
     with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.
         draft = write_bundle(folder / "draft", manifest, files)
-        parities = _prove(draft, graphs, pixels, expected, say)
+        parities = _prove(draft, graphs, pixels, expected)
         with load(draft, "onnxruntime") as runner:
-            measured = evaluate(runner, source, progress=fifths("accuracy of the graph", say), split="val")
-            say("confidence, and the prompts that each task selects")
+            measured = evaluate(runner, source, progress=fifths("accuracy of the graph", LOG.info), split="val")
+            LOG.info("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
         accuracy = {**{k: measured[k] for k in keep}, "source": (record or {}).get("given", source)}
@@ -146,9 +145,7 @@ def _selftest(pixels: np.ndarray, logits: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _prove(
-    draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _prove(draft: Bundle, graphs: dict[str, Graph], pixels: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
     """Parity of every graph, by ONNX Runtime on the CPU: {name: as Parity.to_json}. Raises: GateError."""
     proven = {}
     for name in graphs:
@@ -157,7 +154,7 @@ def _prove(
         onnx.checker.check_model(str(draft.graph(name)), full_check=True)
         if part == "query":
             continue  # proven together with the prompted graph
-        say(f"{name}: compared with the trained student on {len(pixels)} images")
+        LOG.info(f"{name}: compared with the trained student on {len(pixels)} images")
         with ExitStack() as stack:
             runner = stack.enter_context(load(draft, "onnxruntime", graph=part, precision=precision))
             if part == "prompted":
@@ -292,6 +289,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         "signatures": {name: graph.signature for name, graph in graphs.items()},
         "selftest": SELFTEST,
         "ranges": RANGES if (run.path / RANGES).is_file() else None,
+        "layers": LAYERS,
         "accuracy": None,
         "parity": None,
         "graph_parity": None,

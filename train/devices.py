@@ -32,7 +32,7 @@ class Share:
         return (slice(low, high), (high - low) / count) if high > low else (slice(0, 1), 0.0)
 
 
-class Engine:
+class Devices:
     """One process, or one of several started by torchrun: each step's loss is the mean over all of its images.
 
     Every process holds all models and draws the same random numbers; gradients are summed, each process's mean loss

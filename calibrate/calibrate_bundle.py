@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,19 @@ import numpy as np
 from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
 from ..errors import InputError, choose
 from ..files import workspace
+from ..log import LOG
 from ..ranges import Ranges, TensorRange, merge_tensors
+from .calibration_images import FEW, CalibrationImages, images_of
 from .collect import collect
-from .flavours import FLAVOURS, OF_PROFILE, Flavour, get_flavour
+from .cpu_session import CpuSession
+from .float_graph import float_graph
 from .floor import recommend, some_of
-from .images import FEW, Images, images_of
-from .latency import race
+from .latency import time_candidates
 from .measure import DEFINITIONS, Measured, measure
 from .opset import here
 from .quantize import WEIGHTS, scales_file
 from .scales import METHODS, choose_range
-from .session import Session
+from .schemes import OF_PROFILE, SCHEMES, Scheme, get_scheme
 from .smooth import STRENGTHS, smoothing
 from .trial import Known, Trial, choose_smoothing, settle
 
@@ -43,13 +45,12 @@ def calibrate(
     ranges: str = "auto",
     method: str = "max",
     smooth: float | str | None = "auto",
-    flavours: Sequence[str] | None = None,
+    schemes: Sequence[str] | None = None,
     images: int = 64,
     max_drop: float | None = None,
     searching: bool = True,
     opset: int | None = None,
     limit_per_class: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
     replace: bool = False,
 ) -> dict[str, Any]:
     """Add 8-bit graphs to a copy of a bundle; nothing is written when the gate refuses.
@@ -60,14 +61,14 @@ def calibrate(
         data: image source, see data.load_dataset: all classes, or those whose images are still there. Its training
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
-        flavours: keys of FLAVOURS; None: those of the bundle's export profile.
+        schemes: keys of SCHEMES; None: those of the bundle's export profile.
         images: training images of each task to take ranges from.
         max_drop: points of accuracy that any task with images, and their average, may lose; None: no gate. A loss that
             chance explains fails nothing, see search.Gate.
         searching: leave sensitive layers in float until the gate is passed; False: refuse then.
         opset: 21: 8-bit graphs that ONNX Runtime 1.23 (Python 3.10, JetPack 6) loads too, a little slower; 23: those
             that newer ones run faster; None: 21 for int8-arm and where this machine's ONNX Runtime is so old.
-        limit_per_class: validation images. say: gets a line for each step and each warning.
+        limit_per_class: validation images.
 
     Returns: the manifest's "quantisation", with "bundle" and "bytes".
 
@@ -86,7 +87,7 @@ def calibrate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
-    found = images_of(opened, data, images, limit_per_class, say) if data is not None else None
+    found = images_of(opened, data, images, limit_per_class) if data is not None else None
     if max_drop is not None and (found is None or not len(found.labels)):
         raise InputError(
             "--max-drop needs images to measure accuracy on",
@@ -95,18 +96,18 @@ def calibrate(
         )
     pixels = found.validation if found is not None else opened.selftest()[0]
     labels = found.labels if found is not None else None
-    say(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
-    expected = Session(opened.graph().read_bytes(), opened.path).logits(pixels)
+    LOG.info(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
+    expected = CpuSession(opened.graph().read_bytes(), opened.path).logits(pixels)
     if not np.isfinite(expected).all():
         raise InputError(
             f"{opened.path}: the answers of fp32 are not finite", fix="export the run again, or look at the images"
         )
     if found is not None:
-        _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels), say)
-    kept, situation = _ranges(opened, found, ranges, say)
-    chosen = [get_flavour(f) for f in flavours or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
-    for flavour in chosen:
-        _warn_clipped(kept, method, flavour, say)
+        _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels))
+    kept, situation = _ranges(opened, found, ranges)
+    chosen = [get_scheme(f) for f in schemes or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
+    for scheme in chosen:
+        _warn_clipped(kept, method, scheme)
     known = Known(pixels, expected, labels, found.training if found is not None else None, opened.tasks, max_drop)
 
     files, graphs, signatures = _float_parts(opened)
@@ -114,13 +115,13 @@ def calibrate(
     with workspace(Path(out).parent) as folder:
 
         def trials(strength: float | None) -> list[Trial]:
-            smoothed = smoothing(opened.graph(), kept, strength) if strength is not None else None
+            smoothed = smoothing(float_graph(opened, "student"), kept, strength) if strength is not None else None
             return [Trial(opened, kept, f, method, smoothed, folder, opset or f.opset or loads) for f in chosen]
 
-        strength, tried = choose_smoothing(trials, strengths, known, say)
+        strength, tried = choose_smoothing(trials, strengths, known)
         for trial, answers in tried:
-            name = trial.flavour.name
-            quantised, report[name] = settle(trial, answers, known, searching, say)
+            name = trial.scheme.name
+            quantised, report[name] = settle(trial, answers, known, searching)
             files |= quantised.constants
             for graph, model in quantised.models.items():
                 key = f"{graph}.{name}"
@@ -138,15 +139,15 @@ def calibrate(
     manifest = {**opened.manifest.document, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
     with workspace(Path(out).parent) as folder:
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
-        say("latency: every precision that runs here, in turns")
+        LOG.info("latency: every precision that runs here, in turns")
         some = some_of(len(pixels))
-        raced = race(draft, pixels[some])
-    document["latency"] = [one.to_json() for one in raced]
+        timed = time_candidates(draft, pixels[some])
+    document["latency"] = [one.to_json() for one in timed]
     document["recommended"], document["refused"] = recommend(
-        raced, expected[some], None if labels is None else labels[some], opened.tasks
+        timed, expected[some], None if labels is None else labels[some], opened.tasks
     )
     for entry in document["refused"]:
-        say(f"warning: {entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
+        LOG.warning(f"{entry['backend']} {entry['precision']} is faster and not recommended: {entry['reason']}")
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry.bytes for name, entry in written.manifest.files.items()}
     return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
@@ -170,15 +171,15 @@ def _strengths(smooth: float | str | None) -> list[float | None]:
 def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str], dict[str, Any]]:
     """Files, graphs and signatures without an earlier calibration's: its constants may not fit the new graphs."""
     manifest = bundle.manifest
-    graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in FLAVOURS}
+    graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in SCHEMES}
     old = {*manifest.graphs.values()} - {*graphs.values()}
-    old |= {WEIGHTS, *(scales_file(flavour) for flavour in FLAVOURS.values())}
+    old |= {WEIGHTS, *(scales_file(scheme) for scheme in SCHEMES.values())}
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest.files if name not in old}
     return files, graphs, {k: v for k, v in manifest.signatures.items() if k in graphs}
 
 
 def _ranges(
-    bundle: Bundle, found: Images | None, source: str, say: Callable[[str], None]
+    bundle: Bundle, found: CalibrationImages | None, source: str
 ) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """The range of every tensor, and what it comes from. Raises: InputError when there is nothing to take it from."""
     name = bundle.manifest.ranges
@@ -197,9 +198,9 @@ def _ranges(
             expected="ranges kept while learning, or images",
             fix="train with --range-images above 0 and export again, or give --data",
         )
-    fresh = collect(bundle.graph(), found.training) if use_images and found is not None else None
+    fresh = collect(float_graph(bundle, "student"), found.training) if use_images and found is not None else None
     if fresh is not None and kept_used is None and fresh.images < FEW:
-        say(f"warning: ranges of {fresh.images} images only; 500 are the usual advice")
+        LOG.warning(f"ranges of {fresh.images} images only; 500 are the usual advice")
     parts = [m for m in (kept_used.merged() if kept_used else None, fresh.tensors if fresh else None) if m is not None]
     merged = {n: merge_tensors([p[n] for p in parts if n in p]) for n in (fresh.tensors if fresh else parts[0])}
     situation = {
@@ -210,7 +211,7 @@ def _ranges(
     return merged, situation
 
 
-def _warn_unlike(bundle: Bundle, found: Measured, images: int, say: Callable[[str], None]) -> None:
+def _warn_unlike(bundle: Bundle, found: Measured, images: int) -> None:
     """fp32 is right less often than chance explains: other pictures than those that were learnt.
 
     Answers see what ranges do not: inverted or BGR photographs move no tensor's histogram by more than other
@@ -223,18 +224,18 @@ def _warn_unlike(bundle: Bundle, found: Measured, images: int, say: Callable[[st
     before, now = (float(np.mean(column)) for column in zip(*pairs, strict=True))
     share = min(max(before / 100, 1 / images), 1 - 1 / images)  # never quite sure
     if before - now > UNLIKE * 100 * np.sqrt(share * (1 - share) / images):
-        say(
-            f"warning: fp32 has {now:.1f} % on these images, the export had {before:.1f} % on the same tasks: "
+        LOG.warning(
+            f"fp32 has {now:.1f} % on these images, the export had {before:.1f} % on the same tasks: "
             "another camera, colour order, or preprocessing?"
         )
 
 
-def _warn_clipped(ranges: dict[str, TensorRange], method: str, flavour: Flavour, say: Callable[[str], None]) -> None:
+def _warn_clipped(ranges: dict[str, TensorRange], method: str, scheme: Scheme) -> None:
     """More than a few values beyond the end of a range: the method does not suit this tensor."""
     for name, kept in ranges.items():
         histogram = kept.histogram
-        low, high = choose_range(histogram, method, flavour.symmetric)
+        low, high = choose_range(histogram, method, scheme.symmetric)
         centres = (histogram.edges[:-1] + histogram.edges[1:]) / 2
         outside = float(histogram.counts[(centres < low) | (centres > high)].sum() / histogram.values)
         if outside > CLIPPED:
-            say(f"warning: {name}: {100 * outside:.1f} % of the values are clipped by {method!r}")
+            LOG.warning(f"{name}: {100 * outside:.1f} % of the values are clipped by {method!r}")

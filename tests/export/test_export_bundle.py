@@ -12,9 +12,10 @@ import pytest
 
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import GateError, InputError
-from cdl_edge.export import bundle as module
-from cdl_edge.export.bundle import export
+from cdl_edge.export import export_bundle as module
+from cdl_edge.export.export_bundle import export
 from cdl_edge.files import sha256
+from cdl_edge.log import told
 from cdl_edge.measurement.evaluate import evaluate
 from cdl_edge.runtime import load, open_bundle
 from cdl_edge.runtime.confidence import Confidence
@@ -111,7 +112,7 @@ def test_result_and_manifest(bundle, make_run):
     manifest = json.loads((out / "manifest.json").read_text())
     assert Path(result["bundle"]) == out
     graphs = ("student.onnx", "query.onnx", "prompted.onnx")
-    files = {*graphs, "backbone.bin", "prompts.bin", "selftest.npz", "ranges.npz", "selections.npz"}
+    files = {*graphs, "backbone.bin", "prompts.bin", "selftest.npz", "ranges.npz", "selections.npz", "layers.json"}
     assert set(result["bytes"]) <= files and files - set(result["bytes"]) <= {"ranges.npz"}
     assert result["bytes"] == {name: (out / name).stat().st_size for name in result["bytes"]}
     assert manifest["graphs"] == {name.removesuffix(".onnx"): name for name in graphs}
@@ -243,7 +244,8 @@ def test_images_that_have_moved_are_named_anew(moved, tmp_path):
     shutil.rmtree(elsewhere / "train" / "a")  # they are not needed, nor are other classes in the way
     shutil.copytree(elsewhere / "val" / "a", elsewhere / "val" / "c")
     lines: list[str] = []
-    again = export(run, tmp_path / "again", data=f"folder:{elsewhere}", say=lines.append)
+    with told(lines.append):
+        again = export(run, tmp_path / "again", data=f"folder:{elsewhere}")
     assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data}"
     assert lines[0] == f"folder:{elsewhere}: 3 classes, 4 train, 9 validation, 0 left out"
 

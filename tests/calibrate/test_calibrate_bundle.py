@@ -11,38 +11,43 @@ import onnx
 import pytest
 
 from cdl_edge.artefacts.bundle import write_bundle
-from cdl_edge.calibrate import bundle as module
+from cdl_edge.calibrate import calibrate_bundle as module
 from cdl_edge.calibrate import floor, latency, trial
 from cdl_edge.calibrate import opset as opset_module
-from cdl_edge.calibrate.bundle import calibrate
+from cdl_edge.calibrate.calibrate_bundle import calibrate
 from cdl_edge.calibrate.collect import collect
 from cdl_edge.calibrate.constants import read
+from cdl_edge.calibrate.float_graph import float_graph
 from cdl_edge.calibrate.opset import here
 from cdl_edge.calibrate.search import Verdict
 from cdl_edge.errors import GateError, InputError
 from cdl_edge.files import sha256
+from cdl_edge.log import told
 from cdl_edge.ranges import Ranges, TaskRanges
 from cdl_edge.runtime import load, open_bundle
+from cdl_edge.runtime.runner import INT8
 
 
 @pytest.fixture(autouse=True)
-def _no_race(monkeypatch):
+def _no_timing(monkeypatch):
     """One test measures latency; the others would wait for OpenVINO's compiler."""
-    monkeypatch.setattr(module, "race", lambda bundle, images: [raced(bundle, images, "fp32", 1.0)])
+    monkeypatch.setattr(module, "time_candidates", lambda bundle, images: [timed(bundle, images, "fp32", 1.0)])
     monkeypatch.setattr(floor, "AGREEMENT", 0.0)  # of tiny students, whose answers lie near each other
     monkeypatch.setattr(trial, "SENSITIVITY_IMAGES", 8)
 
 
-def raced(bundle, images, precision, compute_ms):
-    """What a race would say, with real answers."""
+def timed(bundle, images, precision, compute_ms):
+    """What it would say, with real answers."""
     with load(bundle, threads=1, precision=precision) as runner:
-        return latency.Raced("onnxruntime", precision, compute_ms, 1.0, runner.infer(images))
+        return latency.TimedCandidate("onnxruntime", precision, compute_ms, 1.0, runner.infer(images))
 
 
 @pytest.fixture
 def lines():
     """What was said."""
-    return []
+    found = []
+    with told(found.append):
+        yield found
 
 
 def warnings(lines):
@@ -88,11 +93,11 @@ def test_from_kept_ranges_alone(kept_only, exported):
     assert result == {**document, "bundle": str(out), "bytes": result["bytes"]}
     assert document["ranges"] == {"kept_tasks": 3, "images": 0, "tasks_with_images": []}
     assert set(document["flavours"]) == {"int8-x86", "int8-arm"}
-    for name, flavour in document["flavours"].items():
-        assert flavour["before"] is None and flavour["after"] is None and "drop" not in flavour
+    for name, scheme in document["flavours"].items():
+        assert scheme["before"] is None and scheme["after"] is None and "drop" not in scheme
         layers = 22 if name == "int8-x86" else 21  # bytes go into the patch embedding as they come
-        assert flavour["layers_int8"] == layers and flavour["layers_float"] == []
-        assert flavour["images"] == 4 and flavour["agreement"] >= 75  # the bundle's own self-test
+        assert scheme["layers_int8"] == layers and scheme["layers_float"] == []
+        assert scheme["images"] == 4 and scheme["agreement"] >= 75  # the bundle's own self-test
     new = {f"{g}.{f}": f"{g}.{f}.onnx" for g in ("student", "query", "prompted") for f in ("int8-x86", "int8-arm")}
     assert written.manifest.document["graphs"] == {**before.manifest.document["graphs"], **new}
     for key in new:
@@ -156,7 +161,7 @@ def test_a_changed_byte_is_refused(kept_only, tmp_path):
 def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
     """They join the kept ranges, and give the accuracy of their task."""
     bundle = exported()
-    result = calibrate(bundle, tmp_path / "out", digits(last_classes(bundle)), flavours=["int8-x86"], say=lines.append)
+    result = calibrate(bundle, tmp_path / "out", digits(last_classes(bundle)), schemes=["int8-x86"])
     assert result["ranges"]["kept_tasks"] == 3 and result["ranges"]["tasks_with_images"] == [2]
     found = result["flavours"]["int8-x86"]
     assert found["before"]["per_task"][:2] == [None, None] and found["before"]["per_task"][2] is not None
@@ -166,7 +171,7 @@ def test_images_of_the_last_task_only(exported, digits, tmp_path, lines):
 
 @pytest.mark.vnni
 def test_all_images(exported, source, tmp_path, lines):
-    result = calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], say=lines.append)
+    result = calibrate(exported(), tmp_path / "out", source, schemes=["int8-x86"])
     # Enough by themselves: kept ranges, with their guess of the drift, are left out.
     assert result["ranges"] == {"kept_tasks": 0, "images": 3 * 64, "tasks_with_images": [0, 1, 2]}
     found = result["flavours"]["int8-x86"]
@@ -186,7 +191,7 @@ def test_all_images(exported, source, tmp_path, lines):
 @pytest.mark.vnni
 @pytest.mark.slow
 def test_sources_of_ranges(exported, source, tmp_path):
-    options = {"flavours": ["int8-x86"], "images": 40}
+    options = {"schemes": ["int8-x86"], "images": 40}
     kept = calibrate(exported(), tmp_path / "kept", source, "kept", **options)
     images = calibrate(exported(), tmp_path / "images", source, "images", **options)
     assert kept["ranges"] == {"kept_tasks": 3, "images": 0, "tasks_with_images": []}
@@ -222,18 +227,18 @@ def test_a_kd_head_of_another_kind(exported, tmp_path):
 @pytest.mark.parametrize("profile", ["trt10", "trt11", "openvino"])
 def test_every_profile(exported, tmp_path, profile):
     result = calibrate(exported("coda", profile), tmp_path / "out")
-    flavour = "int8-x86" if profile == "openvino" else "int8-trt"
-    assert list(result["flavours"]) == [flavour]
-    assert result["flavours"][flavour]["agreement"] >= 75
+    scheme = "int8-x86" if profile == "openvino" else "int8-trt"
+    assert list(result["flavours"]) == [scheme]
+    assert result["flavours"][scheme]["agreement"] >= 75
     assert {"student", "query", "prompted"} == {
-        n.partition(".")[0] for n in open_bundle(tmp_path / "out").manifest.document["graphs"] if n.endswith(flavour)
+        n.partition(".")[0] for n in open_bundle(tmp_path / "out").manifest.document["graphs"] if n.endswith(scheme)
     }
 
 
 @pytest.mark.vnni
 @pytest.mark.slow
 def test_a_free_batch(exported, tmp_path):
-    result = calibrate(exported(dynamic_batch=True), tmp_path / "out", flavours=["int8-x86"])
+    result = calibrate(exported(dynamic_batch=True), tmp_path / "out", schemes=["int8-x86"])
     assert result["flavours"]["int8-x86"]["agreement"] >= 75
     bundle = open_bundle(tmp_path / "out")
     images, _ = bundle.selftest()
@@ -258,7 +263,7 @@ def spoiled(exported, tmp_path):
 
 def loses(bundle, out, source):
     """Points that the worst task loses without a gate."""
-    found = calibrate(bundle, out, source, "kept", flavours=["int8-x86"], smooth=None)["flavours"]["int8-x86"]
+    found = calibrate(bundle, out, source, "kept", schemes=["int8-x86"], smooth=None)["flavours"]["int8-x86"]
     return max(d for d in found["drop"]["per_task"])
 
 
@@ -266,9 +271,7 @@ def loses(bundle, out, source):
 def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_path, lines):
     worst = loses(spoiled, tmp_path / "free", source)
     assert worst > 8
-    result = calibrate(
-        spoiled, tmp_path / "out", source, "kept", flavours=["int8-x86"], max_drop=worst / 2, say=lines.append
-    )
+    result = calibrate(spoiled, tmp_path / "out", source, "kept", schemes=["int8-x86"], max_drop=worst / 2)
     found = result["flavours"]["int8-x86"]
     assert found["layers_float"] == ["blocks.0.fc2"] and found["layers_int8"] == 21
     assert next(iter(found["sensitivity"])) == "blocks.0.fc2" and len(found["sensitivity"]) == 22
@@ -282,19 +285,19 @@ def test_a_gate_that_is_met_by_leaving_a_layer_in_float(spoiled, source, tmp_pat
 
 @pytest.mark.vnni
 @pytest.mark.slow
-def test_flavours_that_leave_different_layers_in_float_stay_whole(spoiled, exported, source, tmp_path, monkeypatch):
-    """They share the file of weights: one flavour's layers in float may not move the other's bytes."""
+def test_schemes_that_leave_different_layers_in_float_stay_whole(spoiled, exported, source, tmp_path, monkeypatch):
+    """They share the file of weights: one scheme's layers in float may not move the other's bytes."""
     found = iter([["blocks.0.fc2"], ["blocks.0.fc2", "blocks.0.qkv", "blocks.1.fc1"]])
     monkeypatch.setattr(trial, "search", lambda failing, order: (lambda s: (failing(s), s)[1])(next(found)))
     calibrate(spoiled, tmp_path / "out", source, "kept", max_drop=0.0, smooth=None)
     bundle = open_bundle(tmp_path / "out")
-    flavours = bundle.manifest.document["quantisation"]["flavours"]
-    assert [len(f["layers_float"]) for f in flavours.values()] == [1, 3]
+    schemes = bundle.manifest.document["quantisation"]["flavours"]
+    assert [len(f["layers_float"]) for f in schemes.values()] == [1, 3]
     images, logits = bundle.selftest()
-    for name, flavour in flavours.items():
-        assert flavour["agreement"] >= 85
+    for name, scheme in schemes.items():
+        assert scheme["agreement"] >= 85
         path = bundle.graph(f"student.{name}")
-        answers = module.Session(path.read_bytes(), bundle.path, as_written=True).logits(images)
+        answers = module.CpuSession(path.read_bytes(), bundle.path, as_written=True).logits(images)
         assert np.abs(answers - logits).max() <= 0.15 * np.ptp(logits), name
 
 
@@ -311,7 +314,7 @@ def missed(monkeypatch):
 @pytest.mark.parametrize("searching", [True, False])
 def test_a_gate_that_is_missed_writes_nothing(missed, exported, source, tmp_path, searching):
     with pytest.raises(GateError) as error:
-        calibrate(exported(), tmp_path / "new" / "out", source, flavours=["int8-x86"], searching=searching, **missed)
+        calibrate(exported(), tmp_path / "new" / "out", source, schemes=["int8-x86"], searching=searching, **missed)
     text = str(error.value)
     for words in (
         "task 1 loses",
@@ -328,7 +331,7 @@ def test_a_refusal_keeps_the_bundle_that_was_there(missed, kept_only, exported, 
     shutil.copytree(kept_only[0], tmp_path / "out")
     before = sha256(tmp_path / "out" / "manifest.json")
     with pytest.raises(GateError):
-        calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], searching=False, replace=True, **missed)
+        calibrate(exported(), tmp_path / "out", source, schemes=["int8-x86"], searching=False, replace=True, **missed)
     assert sha256(tmp_path / "out" / "manifest.json") == before
     open_bundle(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -378,18 +381,18 @@ def wild(exported, tmp_path_factory):
 def fast_int8(monkeypatch):
     """The machine finds 8 bits twice as fast."""
 
-    def race(bundle, images):
+    def time_candidates(bundle, images):
         made = {"fp32": 2.0} | ({"int8": 1.0} if "student.int8-x86" in bundle.manifest.document["graphs"] else {})
-        return [raced(bundle, images, precision, ms) for precision, ms in made.items()]
+        return [timed(bundle, images, precision, ms) for precision, ms in made.items()]
 
-    monkeypatch.setattr(module, "race", race)
+    monkeypatch.setattr(module, "time_candidates", time_candidates)
 
 
 @pytest.mark.vnni
 def test_what_answers_otherwise_is_not_recommended(wild, source, tmp_path, lines, monkeypatch):
     fast_int8(monkeypatch)
     monkeypatch.setattr(floor, "AGREEMENT", 97.0)
-    result = calibrate(wild, tmp_path / "out", source, "images", smooth="none", flavours=["int8-x86"], say=lines.append)
+    result = calibrate(wild, tmp_path / "out", source, "images", smooth="none", schemes=["int8-x86"])
     found = result["flavours"]["int8-x86"]
     assert found["agreement"] < 90 and "same answer as fp32 on" in found["shortfall"]
     assert result["recommended"] == {"backend": "onnxruntime", "precision": "fp32"}
@@ -405,7 +408,7 @@ def test_what_answers_otherwise_is_not_recommended(wild, source, tmp_path, lines
 @pytest.mark.vnni
 def test_smoothing_is_tried_before_layers_go_back_to_float(wild, source, tmp_path, monkeypatch):
     fast_int8(monkeypatch)
-    options = {"data": source, "ranges": "images", "flavours": ["int8-x86"]}
+    options = {"data": source, "ranges": "images", "schemes": ["int8-x86"]}
     plain = calibrate(wild, tmp_path / "plain", smooth="none", **options)["flavours"]["int8-x86"]["agreement"]
     assert plain < 70
     monkeypatch.setattr(floor, "AGREEMENT", 75.0)
@@ -419,23 +422,23 @@ def test_smoothing_is_tried_before_layers_go_back_to_float(wild, source, tmp_pat
 @pytest.mark.vnni
 def test_where_8_bits_answer_like_fp32_nothing_is_smoothed(exported, source, tmp_path, monkeypatch):
     monkeypatch.setattr(floor, "AGREEMENT", 80.0)
-    assert calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"])["smooth"] is None
+    assert calibrate(exported(), tmp_path / "out", source, schemes=["int8-x86"])["smooth"] is None
 
 
 @pytest.mark.vnni
 def test_four_pictures_are_said_to_be_few(exported, tmp_path, lines):
-    calibrate(exported(), tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    calibrate(exported(), tmp_path / "out", schemes=["int8-x86"])
     assert "warning: int8-x86: the answers of 4 images are compared; give more with --data" in lines
 
 
-def test_a_flavour_of_another_processor_has_a_floor_of_its_own(kept_only, tmp_path):
+def test_a_scheme_of_another_processor_has_a_floor_of_its_own(kept_only, tmp_path):
     """What x86 is recommended says nothing about a graph of ARM's that answers otherwise."""
     opened = open_bundle(kept_only[0])
     found = opened.manifest.document["quantisation"]
     advice = {"backend": "onnxruntime", "precision": "int8"}
     for shortfall, precision in ((None, "int8"), ("it answers otherwise", "fp32")):
-        flavours = {n: {**f, "shortfall": shortfall} for n, f in found["flavours"].items()}
-        changed(kept_only[0], tmp_path / precision, quantisation={**found, "recommended": advice, "flavours": flavours})
+        schemes = {n: {**f, "shortfall": shortfall} for n, f in found["flavours"].items()}
+        changed(kept_only[0], tmp_path / precision, quantisation={**found, "recommended": advice, "flavours": schemes})
         with load(tmp_path / precision) as runner:
             assert runner.describe()["precision"] == precision
 
@@ -452,7 +455,7 @@ def test_a_runtime_of_python_3_10(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", "1.23.2")
     for folder, precision in (("new", "fp32" if newer else "int8"), ("old", "int8")):
         with load(tmp_path / folder) as runner:
-            assert runner.describe()["precision"] == precision or runner.int8 == "int8-arm"
+            assert runner.describe()["precision"] == precision or INT8 == "int8-arm"
     monkeypatch.setattr(opset_module, "VERSION", "1.23.2")
     result = calibrate(exported(), tmp_path / "there")
     assert {f["opset"] for f in result["flavours"].values()} == {21}
@@ -473,7 +476,7 @@ def test_nothing_to_take_ranges_from(exported, source, tmp_path):
     with pytest.raises(InputError, match="nothing to take ranges from"):
         calibrate(exported(), tmp_path / "out", ranges="images")
     assert not (tmp_path / "out").exists()
-    result = calibrate(bare, tmp_path / "out", source, flavours=["int8-x86"])
+    result = calibrate(bare, tmp_path / "out", source, schemes=["int8-x86"])
     assert result["ranges"]["kept_tasks"] == 0
 
 
@@ -481,7 +484,7 @@ def test_wrong_options(exported, image_folder, tmp_path):
     for options, words in (
         ({"ranges": "keept"}, "did you mean 'kept'"),
         ({"method": "msse"}, "did you mean 'mse'"),
-        ({"flavours": ["int8-x68"]}, "did you mean 'int8-x86'"),
+        ({"schemes": ["int8-x68"]}, "did you mean 'int8-x86'"),
         ({"smooth": 1.5}, "0 to 1"),
         ({"smooth": "much"}, "0 to 1"),
         ({"max_drop": -1.0}, "0 or more points"),
@@ -502,7 +505,7 @@ def test_what_is_no_bundle_is_not_replaced(exported, tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not just a bundle"):
-        calibrate(exported(), tmp_path / "precious", flavours=["int8-x86"])
+        calibrate(exported(), tmp_path / "precious", schemes=["int8-x86"])
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
@@ -525,14 +528,14 @@ def test_a_constant_that_is_not_a_number(exported, source, tmp_path):
 def test_other_images_than_those_that_were_learnt(exported, digits, tmp_path, lines, change):
     recorded = open_bundle(exported()).manifest.document["accuracy"]["average_accuracy"]
     assert recorded > 25  # a student that has learnt something
-    calibrate(exported(), tmp_path / "out", digits(change=change), flavours=["int8-x86"], say=lines.append)
+    calibrate(exported(), tmp_path / "out", digits(change=change), schemes=["int8-x86"])
     (line,) = [line for line in lines if "fp32 has" in line]
     assert "preprocessing?" in line and f"{recorded:.1f} %" in line
 
 
 @pytest.mark.vnni
 def test_few_images(exported, source, tmp_path, lines):
-    calibrate(exported(), tmp_path / "out", source, flavours=["int8-x86"], images=5, say=lines.append)
+    calibrate(exported(), tmp_path / "out", source, schemes=["int8-x86"], images=5)
     assert warnings(lines) == ["warning: ranges of 15 images only; 500 are the usual advice"]
 
 
@@ -559,10 +562,10 @@ def test_values_that_a_method_clips(exported, tmp_path, lines):
         patch.setattr(
             module, "choose_range", lambda histogram, method, symmetric: (histogram.low / 2, histogram.high / 2)
         )
-        calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+        calibrate(bundle, tmp_path / "out", schemes=["int8-x86"])
     assert any(line.startswith(f"warning: {name}: ") and "are clipped by 'max'" in line for line in lines)
     lines.clear()
-    calibrate(bundle, tmp_path / "out", flavours=["int8-x86"], say=lines.append)
+    calibrate(bundle, tmp_path / "out", schemes=["int8-x86"])
     assert warnings(lines) == []  # `max` clips nothing
 
 
@@ -577,7 +580,7 @@ def test_what_is_recommended_is_followed_where_there_is_a_graph(exported, tmp_pa
         assert runner.describe()["precision"] == "int8"
     with load(tmp_path / "both", precision="fp32") as runner:
         assert runner.path.name == "student.onnx"
-    calibrate(exported(), tmp_path / "other", flavours=["int8-trt"])
+    calibrate(exported(), tmp_path / "other", schemes=["int8-trt"])
     with load(tmp_path / "other") as runner:  # this backend has no graph of 8 bits
         assert runner.describe()["precision"] == "fp32"
     with pytest.raises(InputError, match="no graph"):
@@ -596,9 +599,9 @@ def test_latency_of_what_runs_here(kept_only):
 
 
 def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path):
-    """Also in its own place. The earlier flavours' graphs would read constants that are no longer theirs."""
+    """Also in its own place. The earlier schemes' graphs would read constants that are no longer theirs."""
     shutil.copytree(kept_only[0], tmp_path / "out")
-    result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, flavours=["int8-arm"], replace=True)
+    result = calibrate(tmp_path / "out", tmp_path / "out", smooth=0.5, schemes=["int8-arm"], replace=True)
     bundle = open_bundle(tmp_path / "out")
     assert [g for g in bundle.manifest.document["graphs"] if "int8" in g] == [
         "student.int8-arm", "query.int8-arm", "prompted.int8-arm",
@@ -611,7 +614,7 @@ def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path)
     assert set(bundle.manifest.document["signatures"]) == set(bundle.manifest.document["graphs"])
     images, logits = bundle.selftest()
     path = bundle.graph("student.int8-arm")
-    answers = module.Session(path.read_bytes(), bundle.path, as_written=True).logits(images)
+    answers = module.CpuSession(path.read_bytes(), bundle.path, as_written=True).logits(images)
     assert np.abs(answers - logits).max() <= 0.15 * np.ptp(logits)
 
 
@@ -619,22 +622,22 @@ def test_ranges_of_the_graph_and_of_training_name_the_same_tensors(exported):
     bundle = open_bundle(exported())
     kept = Ranges.load(bundle.path / "ranges.npz")
     images, _ = bundle.selftest()
-    assert set(collect(bundle.graph(), images).tensors) <= set(kept.tasks[0].tensors)
+    assert set(collect(float_graph(bundle, "student"), images).tensors) <= set(kept.tasks[0].tensors)
 
 
 @pytest.mark.vnni
 def test_the_command(cli, exported, source, tmp_path, request):
     bundle, out = exported(), tmp_path / "out"
-    done = cli("calibrate", bundle, "--out", out, "--data", source, "--flavour", "int8-x86", "--max-drop", 90, "--json")
+    done = cli("calibrate", bundle, "--out", out, "--data", source, "--scheme", "int8-x86", "--max-drop", 90, "--json")
     assert done.code == 0, done.err
     document = json.loads(json.dumps(done.json))
     assert document["bundle"] == str(out) and document["max_drop"] == 90.0
     assert document["flavours"] == open_bundle(out).manifest.document["quantisation"]["flavours"]
-    plain = cli("calibrate", bundle, "--out", out, "--flavour", "int8-x86")
+    plain = cli("calibrate", bundle, "--out", out, "--scheme", "int8-x86")
     assert plain.code == 0 and "layers in 8 bits" in plain.out and "next: cdl-edge profile" in plain.out
     missed = request.getfixturevalue("missed")
     before = sha256(out / "manifest.json")
-    options = ("--flavour", "int8-x86", "--max-drop", missed["max_drop"], "--smooth", "none", "--no-search")
+    options = ("--scheme", "int8-x86", "--max-drop", missed["max_drop"], "--smooth", "none", "--no-search")
     refused = cli("calibrate", bundle, "--out", out, "--data", source, *options)
     assert refused.code == 1 and refused.out == ""
     assert "failed: int8-x86" in refused.err and "task 1 loses" in refused.err and "Traceback" not in refused.err

@@ -16,7 +16,7 @@ CHUNK = 16
 "images between two looks at their outputs: bounds the memory of collected activations"
 
 
-class Session:
+class CpuSession:
     """ONNX Runtime on the CPU.
 
     Symmetric graphs are run as written, without the runtime's own changes: on x86 those are slow or refused,

@@ -1,4 +1,4 @@
-"""Which form of 8-bit graph suits which processor."""
+"""Quantisation schemes: which form of 8-bit graph suits which processor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import choose
 
 
 @dataclass(frozen=True)
-class Flavour:
+class Scheme:
     """Encoder Linears in 8 bits; everything else stays as it was."""
 
     name: str
@@ -27,12 +27,12 @@ class Flavour:
         return 254 if self.symmetric else 255
 
 
-FLAVOURS = {
+SCHEMES = {
     f.name: f
     for f in (
-        Flavour("int8-x86", False, True, "ONNX Runtime and OpenVINO on x86: U8 activations, S8 weights"),
-        Flavour("int8-arm", True, True, "ONNX Runtime on ARM: S8 activations and weights, zero points 0", 21),
-        Flavour("int8-trt", True, False, "TensorRT: S8 activations and weights, zero points 0, bias in float"),
+        Scheme("int8-x86", False, True, "ONNX Runtime and OpenVINO on x86: U8 activations, S8 weights"),
+        Scheme("int8-arm", True, True, "ONNX Runtime on ARM: S8 activations and weights, zero points 0", 21),
+        Scheme("int8-trt", True, False, "TensorRT: S8 activations and weights, zero points 0, bias in float"),
     )
 }
 OF_PROFILE = {
@@ -41,9 +41,9 @@ OF_PROFILE = {
     "trt10": ("int8-trt",),
     "trt11": ("int8-trt",),
 }
-"export profile -> flavours made by default"
+"export profile -> schemes made by default"
 
 
-def get_flavour(name: str) -> Flavour:
-    """The flavour of a name. Raises: InputError for an unknown one, with the closest match."""
-    return FLAVOURS[choose("flavour", name, FLAVOURS)]
+def get_scheme(name: str) -> Scheme:
+    """The quantisation scheme of a name. Raises: InputError for an unknown one, with the closest match."""
+    return SCHEMES[choose("quantisation scheme", name, SCHEMES)]

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from ..artefacts.layer_table import LayerTable
 from ..packing import pack
 from .nodes import FROZEN, LEARNT, Graph
 
@@ -23,6 +24,8 @@ class Artefact:
     "name of the graph -> the graph without its constants"
     constants: dict[str, bytes]
     "file name -> content"
+    layers: LayerTable
+    "of all graphs"
 
 
 def assemble(graphs: Mapping[str, Graph], metadata: dict[str, Any]) -> Artefact:
@@ -37,7 +40,8 @@ def assemble(graphs: Mapping[str, Graph], metadata: dict[str, Any]) -> Artefact:
                     raise ValueError(f"two graphs have different constants of the name {name!r}")
         files[place], offsets = pack(constants)
         where |= {name: (place, *span) for name, span in offsets.items()}
-    return Artefact({name: _model(name, graph, where, metadata) for name, graph in graphs.items()}, files)
+    layers = LayerTable({name: tuple(graph.layers) for name, graph in graphs.items()})
+    return Artefact({name: _model(name, graph, where, metadata) for name, graph in graphs.items()}, files, layers)
 
 
 def _model(name: str, graph: Graph, where: dict[str, tuple[str, int, int]], metadata: dict[str, Any]) -> bytes:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from cdl_edge.data import Split
 from cdl_edge.ranges import Histogram, Ranges, merge_tensors
-from cdl_edge.train import ranges as ranges_module
-from cdl_edge.train.batches import Images, Side
+from cdl_edge.train import range_keeper as ranges_module
+from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.loop import _Training, train
-from cdl_edge.train.ranges import RangeKeeper, collect, range_of
+from cdl_edge.train.range_keeper import RangeKeeper, collect, range_of
 
 DEVICE = torch.device("cpu")
 ENDS = ("qkv", "proj", "fc1", "fc2")
@@ -22,8 +22,8 @@ def images(backbone):
 
     def make(model, count=9):
         pixels = np.random.default_rng(3).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
-        side = Side(model, backbone.preprocessing, DEVICE)
-        return Images(Split(pixels, np.zeros(count, np.int64)), {"student": side}, DEVICE)
+        side = Pipeline(model, backbone.preprocessing, DEVICE)
+        return TaskImages(Split(pixels, np.zeros(count, np.int64)), {"student": side}, DEVICE)
 
     return make
 
@@ -106,7 +106,9 @@ def test_images_are_spread_over_the_task_and_chunks_change_nothing(make_model, i
     model = make_model("apt")
     task = images(model, 10)
     seen = []
-    monkeypatch.setattr(task, "prepare", lambda name, index: seen.extend(index) or Images.prepare(task, name, index))
+    monkeypatch.setattr(
+        task, "prepare", lambda name, index: seen.extend(index) or TaskImages.prepare(task, name, index)
+    )
     few = collect(task, 4)
     assert seen == [0, 2, 5, 7] and few["prompted.blocks.0.fc2"].histogram.values == 4 * 6 * 64
     whole = collect(task, 10)
@@ -190,7 +192,7 @@ def test_kept_ranges_stand_for_images_that_are_gone(tmp_path, make_config, learn
     run.run()
     kept = Ranges.load(tmp_path / "run" / "ranges.npz")
     parts = [
-        collect(Images(run.scenario.split(run.dataset.train, t), run.sides, DEVICE), kept.tasks[t].images)
+        collect(TaskImages(run.scenario.split(run.dataset.train, t), run.pipelines, DEVICE), kept.tasks[t].images)
         for t in range(5)
     ]
     errors = {}

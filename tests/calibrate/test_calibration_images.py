@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cdl_edge.calibrate import images as module
-from cdl_edge.calibrate.images import images_of
+from cdl_edge.calibrate import calibration_images as module
+from cdl_edge.calibrate.calibration_images import images_of
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle

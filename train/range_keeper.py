@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ranges import BINS, Histogram, Ranges, TaskRanges, TensorRange, bin_grid, drift, merge_tensors, tails
-from .batches import Images
+from .batches import TaskImages
 from .student import PromptedViT
 
 CHUNK = 64
@@ -57,7 +57,7 @@ def range_of(name: str, x: Tensor) -> TensorRange:
 
 
 @torch.no_grad()
-def collect(images: Images, count: int, query: bool = True) -> dict[str, TensorRange]:
+def collect(images: TaskImages, count: int, query: bool = True) -> dict[str, TensorRange]:
     """Ranges of the student in eval mode, fp32, over `count` images evenly spaced among `images`.
 
     query: the query pass too, where there is one.
@@ -92,14 +92,14 @@ class RangeKeeper:
         self.before: dict[str, tuple[float, float]] = {}
         "of the task in progress: the tails of its images' tensors in the student that had not learnt it"
 
-    def begin(self, images: Images) -> None:
+    def begin(self, images: TaskImages) -> None:
         """In front of a task, before anything of the student changes."""
         self.before = {}
         if self.kept.tasks:
             found = collect(images, self._count(images), query=False)
             self.before = {name: tails(r.histogram) for name, r in found.items()}
 
-    def end(self, images: Images) -> None:
+    def end(self, images: TaskImages) -> None:
         """Behind a task, with the student as it would be deployed."""
         tensors = collect(images, self._count(images))
         moved = {n: drift(before, tails(tensors[n].histogram)) for n, before in self.before.items()}
@@ -112,5 +112,5 @@ class RangeKeeper:
         # The file may be one task ahead of the checkpoint: that one is learnt again.
         self.kept = Ranges(Ranges.load(self.path).tasks[:task]) if task else Ranges()
 
-    def _count(self, images: Images) -> int:
+    def _count(self, images: TaskImages) -> int:
         return min(self.count, len(images))

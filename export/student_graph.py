@@ -26,7 +26,7 @@ from ..train.closed_form import StatisticsHead
 from ..train.student import SPREAD_EPS, PromptedViT
 from ..train.tokens import pooling, token_count
 from .layers import activation, head_norm, turned
-from .nodes import FROZEN, LEARNT, Graph
+from .nodes import FROZEN, LEARNT, Graph, Reads
 from .profiles import PROFILES, Profile
 from .prompts import PromptRows, Rows
 from .rewrites import ALL, LAST_TOKENS, Rewrites
@@ -83,16 +83,22 @@ class StudentGraph:
         bias = attention.qkv.bias if attention.qkv.bias is not None else torch.zeros(3 * self.width)
         return attention.qkv.weight * factor, bias * factor[:, 0]
 
-    def scaled(self, name: str, x: str, layer: nn.Linear, scale: nn.Module, shift: Tensor | None = None) -> str:
-        """A linear layer and the layer scale behind it, where there is one. shift: what its input lacks, (in,)."""
+    def scaled(
+        self, name: str, x: str, layer: nn.Linear, scale: nn.Module, few: bool, shift: Tensor | None = None
+    ) -> str:
+        """A linear layer and the layer scale behind it, where there is one.
+
+        few: x has the rows that the last block answers for. shift: what its input lacks, (in,).
+        """
+        reads = Reads(name, few)
         gamma = getattr(scale, "gamma", None)
         weight = layer.weight
         lacking = (weight.double() @ shift.double()).float() if shift is not None else 0
         bias = (layer.bias if layer.bias is not None else torch.zeros(len(weight))) + lacking
         if gamma is None or not self.rewrites.scale:
-            x = self.g.linear(name, x, weight, bias)
+            x = self.g.linear(name, x, weight, bias, reads)
             return x if gamma is None else self.g.op("Mul", x, self.g.weight(f"{name}.gamma", gamma, FROZEN))
-        return self.g.linear(name, x, weight * gamma[:, None], bias * gamma)
+        return self.g.linear(name, x, weight * gamma[:, None], bias * gamma, reads)
 
     def pick(self, x: str, count: int, rows: list[int]) -> str:
         """(B * count, D) -> (B * len(rows), D)."""
@@ -117,17 +123,23 @@ class StudentGraph:
         """First LayerNorm of a block."""
         return self.g.compute(self.g.norm(f"blocks.{index}.norm1", x, self.vit.blocks[index].norm1))
 
-    def qkv(self, index: int, x: str, count: int, keep: list[int] | None = None) -> tuple[str, ...]:
-        """LayerNorm of (B * count, D), then Q, K and V, (B, count, D) each; Q only of the rows in `keep`."""
+    def qkv(
+        self, index: int, x: str, count: int, keep: list[int] | None = None, computed_in: str | None = None
+    ) -> tuple[str, ...]:
+        """LayerNorm of (B * count, D), then Q, K and V, (B, count, D) each; Q only of the rows in `keep`.
+
+        computed_in: the pass whose range x has; None: the one that is built.
+        """
         g, width = self.g, self.width
         weight, bias = self.qkv_weights(index)
         h = self.normed(index, x)
         parts = []
         for part, w, b in zip("qkv", weight.chunk(3), bias.chunk(3), strict=True):
-            rows, number = h, count
-            if part == "q" and keep is not None:
+            rows, number, few = h, count, part == "q" and keep is not None
+            if keep is not None and few:
                 rows, number = self.pick(h, count, keep), len(keep)
-            rows = g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b), -1, number, width)
+            reads = Reads(f"blocks.{index}.qkv", few, computed_in)
+            rows = g.reshape(g.linear(f"blocks.{index}.{part}", rows, w, b, reads), -1, number, width)
             parts.append(self.ready(index, part, rows, number) if part in "qk" else rows)
         return tuple(parts)
 
@@ -174,7 +186,7 @@ class StudentGraph:
         if not self.rewrites.scale:
             w_q, b_q = (t * self.vit.blocks[index].attn.scale for t in (w_q, b_q))
         h = self.normed(index, x)
-        q = g.linear(f"{name}.q", self.pick(h, count, keep), w_q, b_q)
+        q = g.linear(f"{name}.q", self.pick(h, count, keep), w_q, b_q, Reads(f"{name}.qkv", few=True))
         h = g.reshape(h, -1, count, width)
         q = g.heads(g.reshape(q, -1, asked, width), heads, width)  # (B, H, R, D / H)
         w_k = w_k.reshape(1, heads, size, width)
@@ -213,19 +225,21 @@ class StudentGraph:
         g, block, width = self.g, self.vit.blocks[index], self.width
         name, shift = f"blocks.{index}", None
         read = keep if self.rewrites.last_rows else None
+        few = read is not None
         products = self.rewrites.last_products and self.tokens >= LAST_TOKENS and self.is_plain(index)
         if qkv is None and read is not None and products:
             mixed, shift = self.last(index, x, count, rows, read)
         else:
-            mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows, read is not None)
+            mixed = self.attend(index, qkv or self.qkv(index, x, count, read), count, rows, few)
         if read is not None:
             x = self.pick(x, count, read)
         mixed = self.maybe_norm(f"{name}.attn_norm", g.reshape(mixed, -1, width), output_norm(block.attn))
-        x = g.op("Add", x, self.scaled(f"{name}.proj", mixed, block.attn.proj, block.ls1, shift))
+        x = g.op("Add", x, self.scaled(f"{name}.proj", mixed, block.attn.proj, block.ls1, few, shift))
         h = g.compute(g.norm(f"{name}.norm2", x, block.norm2))
-        h = activation(g, g.linear(f"{name}.fc1", h, block.mlp.fc1.weight, block.mlp.fc1.bias), block.mlp)
+        fc1, reads = block.mlp.fc1, Reads(f"{name}.fc1", few)
+        h = activation(g, g.linear(f"{name}.fc1", h, fc1.weight, fc1.bias, reads), block.mlp)
         h = self.maybe_norm(f"{name}.mlp_norm", h, block.mlp.norm)
-        x = g.op("Add", x, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2))
+        x = g.op("Add", x, self.scaled(f"{name}.fc2", h, block.mlp.fc2, block.ls2, few))
         return x if keep is None or read is not None else self.pick(x, count, keep)
 
     def maybe_norm(self, name: str, x: str, norm: nn.Module) -> str:
@@ -249,7 +263,9 @@ class StudentGraph:
         prompts = PromptRows(g, student, selection)
         g.scope = "query" if student.two_pass and part != "prompted" else "prompted"
         tokens = self.stem.tokens()
-        shared = self.qkv(0, self.flat(tokens), self.tokens) if self.depth > 1 else None
+        # Both passes of a two-pass student read the same tokens here: the range is the query pass's in either graph.
+        pass_of = "query" if student.two_pass else None
+        shared = self.qkv(0, self.flat(tokens), self.tokens, computed_in=pass_of) if self.depth > 1 else None
         query = None
         if student.two_pass and part != "prompted":
             x = self.flat(tokens)

@@ -1,0 +1,55 @@
+"""The one logger: steps and warnings that a long command tells on its way. Results and errors do not go through it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class LineFormatter(logging.Formatter):
+    """The message as it is, a warning with the word in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        text = record.getMessage()
+        return f"warning: {text}" if record.levelno >= logging.WARNING else text
+
+
+class _Listeners(threading.local):
+    """Of each thread its own, so that callers side by side do not get each other's lines."""
+
+    def __init__(self) -> None:
+        self.open: list[Callable[[str], None]] = []
+
+
+_listeners = _Listeners()
+
+
+class _ToListener(logging.Handler):
+    """Gives each line to whoever listens in its thread; of several, to the one that came last."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _listeners.open:
+            _listeners.open[-1](self.format(record))
+
+
+LOG = logging.getLogger("cdl_edge")
+LOG.setLevel(logging.INFO)
+_handler = _ToListener()
+_handler.setFormatter(LineFormatter())
+LOG.addHandler(_handler)
+
+
+@contextmanager
+def told(tell: Callable[[str], None] | None) -> Iterator[None]:
+    """While open, `tell` gets every line that this thread logs; None: whoever got them before."""
+    if tell is None:
+        yield
+        return
+    _listeners.open.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.open.pop()
