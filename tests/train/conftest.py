@@ -92,7 +92,7 @@ def tokens(backbone: Backbone, make_model: Callable[..., PromptedViT], pixels: n
     return make_model("apt").embed(normalise(pixels))
 
 
-# -- the formulas of ALGORITHMS.md, one sample, one head, one row at a time, in double precision ----------------------
+# -- the published formulas, one sample, one head, one row at a time, in double precision ----------------------
 
 
 def layer_norm(row: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Two implementations, one number: training forward and optimiser steps against the formulas of ALGORITHMS.md, redone.
+"""Two implementations, one number: training forward and optimiser steps against the published formulas, redone.
 
 The second implementation is the plainest there is: one image, one head, one entry at a time, torch's autograd in double
 precision, Adam by hand. It shares nothing with train/ but the numbers it starts from. The product's own code runs in

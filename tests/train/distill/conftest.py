@@ -17,7 +17,7 @@ Rows = Sequence[Sequence[float]]
 
 
 class Plain:
-    """The formulas of ALGORITHMS.md."""
+    """The published formulas."""
 
     @staticmethod
     def softmax(row: Sequence[float], tau: float = 1.0) -> list[float]:
