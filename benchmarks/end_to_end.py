@@ -37,8 +37,9 @@ from PIL import Image
 from rounds import ceiling, clock_of, machine, race, ratio, show, version_of
 
 from cdl_edge.calibrate.collect import collect
+from cdl_edge.calibrate.float_graph import FloatGraph, named_layers
 from cdl_edge.calibrate.quantize import quantise
-from cdl_edge.calibrate.schemes import FLAVOURS
+from cdl_edge.calibrate.schemes import SCHEMES
 from cdl_edge.export.rewrites import ALL
 from cdl_edge.images import Preprocessing
 from cdl_edge.measurement.profile import synthetic_jpeg
@@ -182,7 +183,8 @@ class Candidates:
         plain = folder / "plain.onnx"
         by_torch(Straight(student), Normalise(backbone.preprocessing, torch.device("cpu"))(pixels[:1]), plain)
         path = ours(student, backbone, 1, folder / "ort", "ort", ALL)
-        made = quantise({"student": path}, collect(path, pixels).tensors, FLAVOURS["int8-x86"], "max")
+        graph = FloatGraph(path, named_layers(path, student.two_pass))
+        made = quantise({"student": graph}, collect(graph, pixels).tensors, SCHEMES["int8-x86"], "max")
         for file, content in made.constants.items():
             (path.parent / file).write_bytes(content)
         (path.parent / "int8.onnx").write_bytes(made.models["student"])

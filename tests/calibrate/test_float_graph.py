@@ -68,6 +68,7 @@ def test_the_shared_stem(tools):
     assert {la.range for la in one_pass.layers if la.unit == "blocks.0.qkv"} == {"prompted.blocks.0.qkv"}
 
 
+@pytest.mark.slow
 def test_a_bundle_with_and_without_its_table(exported, tmp_path):
     bundle = open_bundle(exported())
     assert bundle.manifest.layers == "layers.json"

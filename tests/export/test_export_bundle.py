@@ -84,7 +84,7 @@ def test_every_learner_from_training_to_the_device(make_run, tmp_path, learner, 
         assert len(manifest["selection"]["blocks"]) == manifest["outputs"]["prompt_weights"][1]
 
 
-@pytest.mark.quick("coda-normalised")
+@pytest.mark.slow
 @pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
 def test_a_kd_head_of_another_kind(make_run, tmp_path, learner, kd_head):
     run = make_run(learner=learner, distill="kdp", kd_head=kd_head)

@@ -139,7 +139,7 @@ def test_what_is_sent_does_not_grow_with_the_teachers_width(lab, student, learne
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.quick("coda")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", POOLS)
 def test_from_training_to_the_device_without_the_teacher(tmp_path, tiny_vit, short_training, learner):
     weights = tmp_path / "teacher.safetensors"

@@ -31,6 +31,7 @@ def test_changed_bundles(attack, make_version, tmp_path):
     assert set(found.outcomes) == {"refused", "answered"}
 
 
+@pytest.mark.slow
 def test_changed_packs(attack, make_version, tmp_path):
     old, new = make_version(1), make_version(2)
     packs.create(old, new, tmp_path / "update.pack")

@@ -165,7 +165,7 @@ def test_it_learns_nothing_more_behind_the_first_task(run_of, monkeypatch):
 # -- stopped -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("statistics-ranpac")
+@pytest.mark.slow
 @pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("moment", ["statistics", "checkpoint"])
 def test_stopped_anywhere_it_ends_in_the_same_bytes(tmp_path, run_of, make_config, monkeypatch, head, moment):

@@ -98,7 +98,7 @@ def logits(model, preprocessing):
 # -- what was learnt stays --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("coda")
+@pytest.mark.slow
 @pytest.mark.parametrize("options", KINDS, ids=name_of)
 def test_what_a_run_says_of_its_classes_is_the_same_before_the_new_task(finished, extending, options):
     run = finished(**options)
@@ -212,7 +212,7 @@ def test_training_images_of_learnt_classes_are_never_read(tmp_path, finished, ex
 # -- stopped ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("coda")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"learner": "coda"}, {"learner": "dualprompt", "distill": "cdl-prompt"}, {"learner": "apt", "distill": "fitnets"}],

@@ -162,6 +162,7 @@ def test_the_number_of_tasks_that_was_taken_is_stored(tmp_path, make_config, ima
     assert "warning: a task of one class teaches prompts nothing" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_kept_in_memory_changes_no_number(tmp_path, make_config, monkeypatch):
     kept = train(make_config(tmp_path / "kept", precision="fp32"), quiet=True)
     monkeypatch.setattr(batches, "KEPT_BYTES", 0)
@@ -417,7 +418,7 @@ def test_a_distiller_is_told_the_sizes(tmp_path, make_config, tiny_vit):
     assert (alone.teacher_width, alone.teacher_depth, alone.teacher_grid) == (0, 0, 0)
 
 
-@pytest.mark.quick("dualprompt")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda"])
 def test_without_weight_the_one_pass_regulariser_changes_no_number(tmp_path, make_config, learner):
     options = {"learner": learner, "query": "one-pass", "distill": "kd"}

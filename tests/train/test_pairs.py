@@ -44,7 +44,7 @@ def graph_of(run, folder):
     return lambda pixels: session.run(["logits"], {"images": pixels})[0]
 
 
-@pytest.mark.quick("coda-kdp")
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", DISTILLERS)
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_a_pair(tmp_path, make_config, photos, kept, learner, distill):

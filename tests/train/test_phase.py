@@ -154,6 +154,7 @@ def test_the_rate_reaches_the_optimiser(bench, monkeypatch):
 # -- what the teacher is asked ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", ["kd", "fitnets"])
 def test_all_answers_are_those_of_each_step(bench, distill, monkeypatch):
     at = bench(distill=distill, learner="coda")

@@ -183,7 +183,7 @@ def test_looking_at_ranges_changes_no_number_of_the_run(tmp_path, make_config):
     assert student == same
 
 
-@pytest.mark.quick("coda")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["coda", "dualprompt", "apt", "finetune"])
 def test_kept_ranges_stand_for_images_that_are_gone(tmp_path, make_config, learner):
     distill = "none" if learner == "finetune" else "kdp"

@@ -132,7 +132,7 @@ def test_resume_with_nothing_there_is_a_start(tmp_path, make_config, unbroken):
     assert_same(unbroken, tmp_path / "run")
 
 
-@pytest.mark.quick("fitnets-regressor.weight")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distill", "part"),
     [("fitnets", "regressor.weight"), ("reviewkd", "fusions.0.leave.weight"), ("blockwise", "connectors.2.weight")],

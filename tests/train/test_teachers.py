@@ -55,7 +55,7 @@ def reused(folder):
 # -- a kept teacher ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("l2p-reviewkd")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "other"),
     [
@@ -238,7 +238,7 @@ def test_stopped_in_the_second_task_the_first_is_kept(tmp_path, make_config, pha
     assert_same(tmp_path / "second", tmp_path / "without")
 
 
-@pytest.mark.quick("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_run_on_kept_teachers_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, lost):
     # Also where the folder has gone in between: what the checkpoint holds is enough.

@@ -74,6 +74,7 @@ def test_the_padding_of_every_layer_is_the_one_that_is_exported(published):
     assert {(0, 1), (1, 1)} <= seen  # odd and even ones are among them
 
 
+@pytest.mark.slow
 def test_names_are_of_no_account_order_is(published, tmp_path):
     network, path = published("efficientnet_lite0")
     values = [v.contiguous() for v in network.state_dict().values() if v.ndim]

@@ -63,7 +63,7 @@ def learner_state(path, prefix):
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-@pytest.mark.quick("dualprompt")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", POOLS)
 def test_a_run_leaves_a_student_that_needs_no_teacher(tmp_path, make_config, tiny_vit, learner):
     weights = tmp_path / "teacher.safetensors"
@@ -99,7 +99,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.quick("l2p")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["l2p", "coda"])
 def test_a_run_stopped_at_every_checkpoint_is_the_same_run(tmp_path, make_config, monkeypatch, learner):
     options = {"learner": learner, "distill": "cdl-prompt"}
