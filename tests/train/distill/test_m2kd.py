@@ -261,13 +261,13 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, learner
 
 def test_every_task_sees_its_images_and_those_kept_of_earlier_classes(tmp_path, make_config, monkeypatch):
     seen = []
-    real = loop.Images
+    real = loop.TaskImages
 
     def note(split, *more):
         seen.append(split)
         return real(split, *more)
 
-    monkeypatch.setattr(loop, "Images", note)
+    monkeypatch.setattr(loop, "TaskImages", note)
     train(make_config(tmp_path / "run", **options("apt"), head="learned", exemplars=2, epochs=1), quiet=True)
     trained = [
         s for s in seen if np.unique(s.labels, return_counts=True)[1].max() == 8
