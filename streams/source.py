@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import time
 from collections.abc import Callable, Generator
@@ -118,9 +119,8 @@ def kind_of(source: str) -> str:
         return "pipeline"
     if "://" in source:
         return "address"
-    path = Path(source)
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(source).st_mode
     except (OSError, ValueError) as error:
         raise InputError(
             f"{source}: no such source", got=getattr(error, "strerror", None) or str(error), expected=EXPECTED
@@ -129,6 +129,6 @@ def kind_of(source: str) -> str:
         return "folder"
     if stat.S_ISCHR(mode):  # /dev/video0
         return "camera"
-    if path.suffix.lower() in EXTENSIONS - {".gif"}:
+    if Path(source).suffix.lower() in EXTENSIONS - {".gif"}:
         raise InputError(f"{source}: one picture", expected=EXPECTED, fix=f"cdl-edge predict BUNDLE {source}")
     return "file"
