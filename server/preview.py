@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from . import listen
 from .guard import Guard
-from .metrics import Metrics
+from .request_metrics import RequestMetrics
 
 HOST = "127.0.0.1"
 LONGEST = 1280
@@ -65,7 +65,7 @@ class Preview:
         routes = [*(Route(path, static) for path in FILES), Route("/frame.jpg", self._frame)]
         config = uvicorn.Config(
             Starlette(routes=routes, middleware=[hosts]),
-            http=Guard(Metrics()).protocol(),
+            http=Guard(RequestMetrics()).protocol(),
             ws="none",
             log_level="error",
             access_log=False,
