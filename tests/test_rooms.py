@@ -185,13 +185,8 @@ def test_onnxruntime_is_imported_only_where_a_session_is_made():
         for node in tree.body:  # module level
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-<<<<<<< HEAD
-            heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn"}
-            assert not heavy or source == "calibrate/cpu_session.py", source  # that file is a session
-=======
             heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn", "cv2"}
-            assert not heavy or source == "calibrate/session.py", source  # that file is a session
->>>>>>> c0276ec (watch: answers to a camera, a video, a stream, a folder)
+            assert not heavy or source == "calibrate/cpu_session.py", source  # that file is a session
 
 
 def test_only_the_server_imports_a_server():
