@@ -4,6 +4,7 @@ const $ = (id) => document.getElementById(id);
 
 function show(answer) {
   $("label").textContent = answer.label;
+  $("frame").hidden = false;
   const known = answer.unknown === true ? "looks like none of the classes" : "known";
   $("state").textContent = known;
   $("state").className = answer.unknown === true ? "badge warn" : "badge good";

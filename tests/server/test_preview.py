@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
+import shutil
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +99,30 @@ def test_it_is_over_with_the_watching(tmp_path, bundle):
     answers.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
+
+
+@pytest.mark.slow
+def test_a_browser_shows_what_is_watched(preview):
+    playwright = pytest.importorskip("playwright.sync_api", reason="no browser driver: pip install playwright")
+    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+    if chromium is None:
+        pytest.skip("no browser: apt install chromium")
+    scene = np.random.default_rng(0).integers(0, 256, (45, 80, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, said = browser.new_page(viewport={"width": 900, "height": 700}), []
+        page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"http://127.0.0.1:{preview.port}/")
+        assert page.locator("#frame").is_hidden()
+        preview(scene, "bgr", {**ANSWER, "frame": 1})
+        page.wait_for_selector("#label:has-text('Käse')")
+        page.wait_for_function("document.getElementById('frame').naturalWidth === 1280")
+        assert "confidence 90.0 %, task 1, frame 1, prompts 1" in page.text_content("#about")
+        preview(scene, "bgr", {**ANSWER, "frame": 2, "label": "<b>Brot</b>", "unknown": True})
+        page.wait_for_selector("#state.warn:has-text('none of the classes')")
+        assert page.text_content("#label") == "<b>Brot</b>"
+        if folder := os.environ.get("CDL_EDGE_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "watch.png")
+        browser.close()
+        assert said == []
