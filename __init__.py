@@ -39,6 +39,7 @@ from cdl_edge.api import (
     train,
     validate,
     versions,
+    watch,
 )
 
 __version__ = "0.1.0"
@@ -65,5 +66,6 @@ __all__ = [
     "train",
     "validate",
     "versions",
+    "watch",
 ]
 del _calibrate, _export, _report, _sweep, _train

@@ -1,17 +1,18 @@
 """The commands of the command line as functions: `from cdl_edge import train, export, predict, ...`.
 
-Each imports what it needs when it is called. All raise InputError for bad input, and GateError where a gate is not
-passed. The command line calls these and nothing else.
+Each imports what it needs when it is called (`serve` is the server's own). All raise InputError for bad input, and
+GateError where a gate is not passed. The command line calls these and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .log import told
+from .server import serve as serve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -434,44 +435,34 @@ def doctor() -> dict[str, Any]:
     return run()
 
 
-def serve(
+def watch(
+    source: str | int | Path,
     bundle: Path | str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    policy: str = "exact",
+    task: int | None = None,
     backend: str = "auto",
-    precision: str | None = None,
     threads: int | None = None,
-    queue: int = 32,
-    runners: int = 1,
-    watch: bool = False,
-    token: str | None = None,
-    token_file: Path | None = None,
-    public_key: Path | None = None,
-    allow_unsigned: bool = False,
-    socket_path: Path | None = None,
-    limit_s: float = 10.0,
-    name: str = "",
-    say: Callable[[str], None] = print,
-) -> None:
-    """Answer over HTTP until SIGTERM or SIGINT, see server.serve."""
-    from .server import serve as run
+    precision: str | None = None,
+    frames: int | None = None,
+    on_change: bool = False,
+    take: str = "auto",
+    preview: int | None = None,
+    say: Callable[[str], None] = _silent,
+) -> Generator[dict[str, Any], None, None]:
+    """Answers to what a camera sees, one by one, see streams.watch.watch; opened when this returns.
 
-    run(
-        bundle,
-        host,
-        port,
-        backend,
-        precision,
-        threads,
-        queue,
-        runners,
-        watch,
-        token,
-        token_file,
-        public_key,
-        allow_unsigned,
-        socket_path,
-        limit_s,
-        name,
-        say,
-    )
+    source: see streams.source.EXPECTED. policy, task: as `predict`. frames: to classify, None: all. take: a key of
+    streams.watch.TAKE. preview: port of a page on this machine that shows them (extra `serve`); 0: a free one.
+    """
+    from .runtime.policy import open_policy
+    from .streams.watch import source_of
+    from .streams.watch import watch as run
+
+    found, newest = source_of(source, take, threads)
+    student = open_policy(bundle, policy, backend, threads, precision, task=task if policy == "pinned" else None)
+    show = None
+    if preview is not None:
+        from .server.preview import Preview
+
+        show = Preview(preview, say)
+    return run(student, found, found.open(), newest, task, frames, on_change, show, say)

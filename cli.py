@@ -26,6 +26,7 @@ from .cli_options import (
     say,
     threads_option,
 )
+from .cli_watch import watch
 from .errors import GateError, InputError
 from .extras import command, extra_of
 from .files import first_process
@@ -42,7 +43,7 @@ def cli() -> None:
     sweep      many trainings and their comparison          images  -> table
     export     the student as a static graph, proven equal  RUN     -> BUNDLE
     calibrate  8 bits, without the images of earlier tasks  BUNDLE  -> BUNDLE
-    predict, evaluate, profile, report, serve               BUNDLE  -> answers
+    predict, evaluate, profile, report, serve, watch        BUNDLE  -> answers
     pack       updates of a bundle, in kilobytes            BUNDLE  -> PACK -> BUNDLE
 
     Start with `cdl-edge quickstart`. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
@@ -54,9 +55,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # class names are the user's: never die of a terminal without UTF-8
             stream.reconfigure(errors="backslashreplace")
-    serves = "serve" in sys.argv[1:2]  # it waits for requests: its silence means nothing
+    waits = sys.argv[1:2] in (["serve"], ["watch"])  # for requests, for frames: silence means nothing
     try:
-        with contextlib.nullcontext() if serves else heartbeat():
+        with contextlib.nullcontext() if waits else heartbeat():
             cli(prog_name="cdl-edge")
     except GateError as error:
         say(f"failed: {error}")
@@ -363,7 +364,7 @@ def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: An
     emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
 
 
-for each in COMMANDS:
+for each in (*COMMANDS, watch):
     cli.add_command(each)
 
 

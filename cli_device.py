@@ -69,15 +69,13 @@ def predict(
     A folder stands for the pictures below it. One that cannot be read does not stop the others; exit code 1 then.
     """
     from . import api
+    from .display import prediction_line
 
     index = None if task is None else task - 1
     result = api.predict(bundle, images, index, top, backend, threads, precision, policy, say)
     lines = []
     for p in result["predictions"]:
-        known = "  looks like none of the classes" if p["unknown"] else ""
-        share = f"{p['label']} ({100 * p['probability']:.1f} %), confidence {100 * p['confidence']:.1f} %"
-        prompts = f"  prompts {selected}" if (selected := p["prompts"]["selected"]) else ""
-        lines.append(f"{p['image']}: {share}{known}  task {p['task'] + 1}{prompts}")
+        lines.append(prediction_line(p, p["image"]))
         lines += [f"    {t['label']} ({100 * t['probability']:.1f} %)" for t in p.get("top", [])[1:]]
     lines.append(f"by {result['backend']} in {result['precision']}")
     lines += [f"{name}: {text}" for name, text in result["definitions"].items()]

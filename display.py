@@ -88,6 +88,15 @@ def latency_table(profile: dict[str, Any]) -> str:
     return table(["stage (ms)", "p50", "p90", "p99", "mean", "std"], rows)
 
 
+def prediction_line(prediction: Mapping[str, Any], name: str) -> str:
+    """What a prediction says, see runtime.predict.predict, of the picture of that name."""
+    known = "  looks like none of the classes" if prediction["unknown"] else ""
+    share = f"{prediction['label']} ({100 * prediction['probability']:.1f} %)"
+    prompts = f"  prompts {selected}" if (selected := prediction["prompts"]["selected"]) else ""
+    sure = f"confidence {100 * prediction['confidence']:.1f} %"
+    return f"{name}: {share}, {sure}{known}  task {prediction['task'] + 1}{prompts}"
+
+
 def parity_line(parity: dict[str, Any]) -> str:
     """One sentence from the manifest's parity entry."""
     return (

@@ -6,6 +6,7 @@ EXTRAS = {
     "train": ("torch", "timm", "onnx", "safetensors", "sklearn", "scipy", "accelerate", "tqdm"),
     "serve": ("starlette", "uvicorn", "python_multipart"),
     "sign": ("cryptography",),
+    "watch": ("cv2",),
     "openvino": ("openvino",),
 }
 "extra -> modules; pyproject.toml lists the packages that they come from"

@@ -69,11 +69,11 @@ def test_the_package_itself_is_the_runtime_alone(root):
     assert "platform_release" not in base  # the same on every device
     for extra in EXTRAS:
         assert re.search(rf"^{extra} = \[", text, re.MULTILINE)
-    names = {"sklearn": "scikit-learn", "python_multipart": "python-multipart"}
+    names = {"sklearn": "scikit-learn", "python_multipart": "python-multipart", "cv2": "opencv-python-headless"}
     for extra, modules in EXTRAS.items():
         listed = text.split(f"\n{extra} = [", 1)[1].split("]", 1)[0]
         assert all(f'"{names.get(m, m)}>=' in listed for m in modules), extra
-    assert '"cdl-edge[train,openvino,serve,sign]"' in text  # who develops has all of it
+    assert '"cdl-edge[train,openvino,serve,sign,watch]"' in text  # who develops has all of it
 
 
 def test_no_text_installs_from_an_index_that_has_it_not(root):

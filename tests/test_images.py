@@ -373,6 +373,18 @@ def test_squash_keeps_the_sides_and_not_the_shape(decoder):
 
 
 @pytest.mark.parametrize("decoder", [1, 2])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_tall_picture_is_scaled_across_first_whatever_pillow_does(interpolation, decoder):
+    """Pillow 13 scales tall pictures down first: a grey level more or less in one pixel of seven."""
+    image = Image.fromarray(noise(59, 30))
+    how = Image.Resampling[interpolation.upper()]
+    wanted = image.resize((20, 59), how).resize((20, 20), how)
+    prepared = Preprocessing(20, 20, interpolation, resize_rule="squash", decoder=decoder)
+    assert np.array_equal(prepared.frame(np.asarray(image)), np.asarray(wanted))
+    assert np.array_equal(prepared.read(encoded(image)), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("decoder", [1, 2])
 @pytest.mark.parametrize("rule", ["cut", "pad", "squash"])
 def test_a_frame_may_be_bgr_or_a_view(decoder, rule):
     made = Preprocessing(16, 18, resize_rule=rule, decoder=decoder)

@@ -11,7 +11,7 @@ import pytest
 import cdl_edge
 
 ROOT = Path(__file__).parent.parent
-DEVICE = ("runtime", "updates", "server", "measurement")
+DEVICE = ("runtime", "updates", "server", "streams", "measurement")
 "rooms that a device installs: they never see torch"
 ROOMS = ("artefacts", "calibrate", "export", "report", "sweep", "train", *DEVICE)
 SOURCES = sorted(
@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "runtime": {"runtime", "artefacts"},
     "updates": {"updates", "runtime", "artefacts"},
     "server": {"server", "updates", "runtime", "artefacts"},
+    "streams": {"streams", "runtime", "artefacts"},
     "measurement": {"measurement", "runtime", "artefacts"},
     "calibrate": {"calibrate", "runtime", "artefacts"},
     "export": {"export", "train", "measurement", "runtime", "artefacts"},
@@ -58,7 +59,7 @@ MAY_IMPORT = {
 "room -> rooms it may import; everybody may import the root's modules but those that call rooms"
 LARGEST = 0.25
 "share of the product that a room may have"
-CALLERS = {"api", "cli", "cli_device", "quickstart"}
+CALLERS = {"api", "cli", "cli_device", "cli_watch", "quickstart"}
 "root modules that call rooms: for no room to import"
 
 
@@ -167,12 +168,13 @@ def test_a_device_needs_numpy_pillow_and_one_engine_only():
             outside, _ = imports(source)
             foreign = {n for n in outside if n not in sys.stdlib_module_names}
             if source.startswith("server/"):  # the extra `serve`; no engine, and nothing imports it unasked
-                assert foreign <= {"numpy", *SERVER}, f"{source} imports {foreign}"
+                assert foreign <= {"numpy", "PIL", *SERVER}, f"{source} imports {foreign}"
                 continue
             engines = {"onnxruntime", "openvino"} if source == "measurement/doctor.py" else {"onnxruntime"}
             allowed = {
                 "runtime/backends/openvino.py": {"openvino"},
                 "updates/signature.py": {"cryptography"},
+                "streams/video.py": {"cv2"},
             }.get(source, engines)
             assert foreign <= {"numpy", "PIL", *allowed}, f"{source} imports {foreign}"
 
@@ -183,7 +185,7 @@ def test_onnxruntime_is_imported_only_where_a_session_is_made():
         for node in tree.body:  # module level
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn"}
+            heavy = {n.split(".")[0] for n in names} & {"onnxruntime", "openvino", "sklearn", "cv2"}
             assert not heavy or source == "calibrate/cpu_session.py", source  # that file is a session
 
 
@@ -192,7 +194,7 @@ def test_only_the_server_imports_a_server():
         outside, inside = imports(source)
         if not source.startswith("server/"):
             assert not outside & SERVER, source
-            callers = ("api.py", "cli.py", "cli_device.py")
+            callers = ("api.py", "cli.py", "cli_device.py", "cli_watch.py")
             assert not any(m.startswith("server") for m in inside) or source in callers, source
 
 
@@ -260,7 +262,7 @@ def test_every_package_is_listed():
 def test_what_is_not_python_travels_too():
     text, _ = project_file()
     templates = ("report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2")
-    pages = ("server/page.html", "server/page.css", "server/page.js")
+    pages = tuple(f"server/{name}" for name in ("page.html", "page.css", "page.js", "preview.html", "preview.js"))
     for path in ("py.typed", *templates, *pages):
         assert (ROOT / path).is_file() and f'"{Path(path).name}"' in text
     for name in ("teacher", "student"):
