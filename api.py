@@ -370,6 +370,8 @@ def enrol(
     backend: str = "auto",
     threads: int | None = None,
     say: Callable[[str], None] = _silent,
+    keep_pictures: bool = False,
+    anyway: bool = False,
 ) -> dict[str, Any]:
     """A class of BUNDLE from a few pictures, without torch, see updates.enrol.enrol. Raises also: GateError.
 
@@ -378,7 +380,8 @@ def enrol(
     from .updates.enrol import MAX_DROP
     from .updates.enrol import enrol as run
 
-    return run(bundle, name, images, MAX_DROP if max_drop is None else max_drop, backend, threads, say)
+    most = MAX_DROP if max_drop is None else max_drop
+    return run(bundle, name, images, most, backend, threads, say, keep_pictures, anyway)
 
 
 def remove_enrolment(
@@ -388,6 +391,24 @@ def remove_enrolment(
     from .updates.enrol import remove as run
 
     return run(bundle, name, backend, threads)
+
+
+def rename_enrolment(
+    bundle: Path | str, old: str, new: str, backend: str = "auto", threads: int | None = None
+) -> dict[str, Any]:
+    """Another name for a class that was enrolled in BUNDLE, see updates.enrol.rename."""
+    from .updates.enrol import rename as run
+
+    return run(bundle, old, new, backend, threads)
+
+
+def export_enrolments(
+    bundle: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
+) -> dict[str, Any]:
+    """What was enrolled in BUNDLE, for others: see updates.share.export_enrolments."""
+    from .updates.share import export_enrolments as run
+
+    return run(bundle, out, key, sequence)
 
 
 def enrolments(bundle: Path | str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ class FeatureMap:
         x = np.asarray(x, np.float64)
         if self.kind == "unit":
             return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        projection = self.projection()
-        return x if projection is None else np.maximum(x @ projection, 0)
+        return np.maximum(x @ _projection(self), 0) if self.kind == "random" else x
 
     def to_json(self) -> dict[str, Any]:
         """The map as plain JSON values."""
@@ -92,6 +92,14 @@ class FeatureMap:
         if found.kind not in KINDS or found.features < 1 or not all(isinstance(p, str) for p in found.parts):
             raise ValueError(f"features {document}")
         return found
+
+
+@lru_cache(maxsize=1)
+def _projection(map: FeatureMap) -> np.ndarray:
+    """Of the map that was applied last: drawing it takes longer than applying it to a few pictures."""
+    drawn = map.projection()
+    assert drawn is not None
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -207,10 +215,11 @@ class ClassStatistics:
                 names = tuple(str(c) for c in file["classes"])
                 counts, sums, triangle = file["counts"], file["sums"], file["moment"]
                 _check_arrays(map.features, names, counts, sums, triangle)
-                rows = np.triu_indices(map.features)
-                moment = np.zeros((map.features, map.features))
-                moment[rows] = triangle
-                moment.T[rows] = triangle
+                moment, start = np.zeros((map.features, map.features)), 0
+                for i in range(map.features):
+                    row = triangle[start : start + map.features - i]
+                    moment[i, i:] = moment[i:, i] = row
+                    start += len(row)
                 return cls(map, names, counts, sums, moment)
         except DAMAGED as error:
             raise InputError(

@@ -10,7 +10,17 @@ from typing import Any, ClassVar
 import click
 
 from .artefacts.layout import MANIFEST, METRICS
-from .cli_options import backend_option, emit, json_option, pictures_option, precision_option, say, threads_option
+from .cli_enrol import enrol
+from .cli_options import (
+    Outer,
+    backend_option,
+    emit,
+    json_option,
+    pictures_option,
+    precision_option,
+    say,
+    threads_option,
+)
 from .errors import InputError
 
 
@@ -109,24 +119,6 @@ def compare(a: Path, b: Path, stage: str, floor: float | None, as_json: bool) ->
         *(f"warning: {w}" for w in result["warnings"]),
     ]
     emit(result, as_json, "\n".join(lines))
-
-
-class Outer(click.Command):
-    """A command with others inside: `profile BUNDLE`, and `profile compare A B`.
-
-    A bundle that has the name of an inner command is written `./compare`.
-    """
-
-    inner: ClassVar[dict[str, click.Command]] = {}
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        """The context of the inner command where the first word names one."""
-        if args and args[0] in self.inner:
-            name = args[0]
-            return self.inner[name].make_context(f"{info_name} {name}", args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
 
 
 class ProfileCommand(Outer):
@@ -232,6 +224,9 @@ def pack_install(
 
     result = api.install_pack(pack_file, bundle, public_key, backend, threads)
     text = f"{bundle}: {result['previous']} -> {result['version']}, signature {result['signature']}, self-test passed"
+    if carried := result["carried"]:
+        again = ", their features computed again" if carried["recomputed"] else ""
+        text += f"\nwhat was enrolled is in it: {', '.join(carried['names'])}, {carried['images']} picture(s){again}"
     emit(result, as_json, f"{text}\nback: cdl-edge pack rollback {bundle}")
 
 
@@ -267,82 +262,17 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@json_option
-def enrol_list(bundle: Path, as_json: bool) -> None:
-    """What was enrolled in a bundle, in its order."""
-    from . import api
-
-    found = api.enrolments(bundle)
-    lines = [f"{e['name']}: {e['images']} picture(s), {e['at']}" for e in found] or ["nothing was enrolled"]
-    emit({"bundle": str(bundle), "enrolments": found}, as_json, "\n".join(lines))
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("name")
-@backend_option
-@threads_option
-@json_option
-def enrol_remove(bundle: Path, name: str, backend: str, threads: int | None, as_json: bool) -> None:
-    """Take the pictures that were enrolled as a class out again; the other classes are as before."""
-    from . import api
-
-    result = api.remove_enrolment(bundle, name, backend, threads)
-    text = f"{name}: {result['images']} picture(s) taken out, {result['classes']} classes\n"
-    emit(result, as_json, f"{text}{bundle}: {result['previous']} -> {result['version']}, self-test passed")
-
-
-class EnrolCommand(Outer):
-    """`enrol BUNDLE NAME IMAGE...`, `enrol list BUNDLE`, and `enrol remove BUNDLE NAME`."""
-
-    inner: ClassVar[dict[str, click.Command]] = {"list": enrol_list, "remove": enrol_remove}
-
-
-@click.command(cls=EnrolCommand, epilog="Also: cdl-edge enrol list BUNDLE, cdl-edge enrol remove BUNDLE NAME.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("name")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE|FOLDER...")
-@click.option("--max-drop", type=click.FloatRange(0), help="points that the other classes may lose [default: 0.5]")
-@backend_option
-@threads_option
-@json_option
-def enrol(
-    bundle: Path,
-    name: str,
-    images: tuple[Path, ...],
-    max_drop: float | None,
-    backend: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Teach a bundle a class from a few pictures, on the device, or give a class more of them."""
-    from . import api
-
-    result = api.enrol(bundle, name, images, max_drop, backend, threads, say)
-    own, old = result["leave_one_out"], result["old_classes"]
-    kept, means = old["selftest"], old["means"]
-    lines = [
-        f"{name}: {result['pictures']} picture(s), {'a new class' if result['new_class'] else 'known before'}; "
-        f"{result['classes']} classes",
-        f"left out one by one: {own['accuracy']:.0f} % recognised (95 % interval {own['low']:.0f} to "
-        f"{own['high']:.0f} %)",
-        own["sentence"],
-        f"other classes: {kept['changed']} of {kept['images']} answers of the self-test changed; "
-        f"{means['recognised_after']} of {means['classes']} known by their mean, {means['recognised_before']} before",
-        f"{bundle}: {result['previous']} -> {result['version']}, self-test passed",
-        f"back: cdl-edge enrol remove {bundle} {name}",
-    ]
-    emit(result, as_json, "\n".join(lines))
-
-
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="address to listen on")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one")
 @click.option("--queue", type=click.IntRange(0), default=32, show_default=True, help="requests that may wait")
 @click.option("--runners", type=click.IntRange(1), default=1, show_default=True, help="calls at the same time")
 @click.option("--limit", "limit_s", type=float, default=10.0, show_default=True, help="seconds a call may take")
 @click.option("--name", default="", help="model name in the Open Inference Protocol [default: the bundle's folder]")
+@click.option(
+    "--collect",
+    type=click.Path(path_type=Path),
+    help="folder to keep pictures in that get no sure answer [default: none]",
+)
 @click.option("--watch", is_flag=True, help="put in every version that `pack install` makes current")
 @click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs [default: the file's]")
 @click.option(

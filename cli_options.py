@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -56,3 +56,21 @@ def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
 def say(line: str) -> None:
     """Progress goes to stderr."""
     click.echo(printable(line), err=True)
+
+
+class Outer(click.Command):
+    """A command with others inside: `profile BUNDLE`, and `profile compare A B`.
+
+    A bundle that has the name of an inner command is written `./compare`.
+    """
+
+    inner: ClassVar[dict[str, click.Command]] = {}
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of the inner command where the first word names one."""
+        if args and args[0] in self.inner:
+            name = args[0]
+            return self.inner[name].make_context(f"{info_name} {name}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)

@@ -105,12 +105,24 @@ def moderate(weight: np.ndarray, bias: np.ndarray, means: np.ndarray) -> tuple[n
 
 
 @register("ranpac", "random")
-def ranpac(statistics: ClassStatistics) -> LinearMap:
-    """Ridge regression onto one-hot labels: W = (G + ridge I)^-1 Q with G the second moment, Q the class sums."""
-    ridge = best_ridge(statistics)
-    size = len(statistics.moment)
-    weight = np.linalg.solve(statistics.moment + ridge * np.eye(size), statistics.sums.T).T
-    return LinearMap(RIDGE_SCALE * weight, np.zeros(len(weight)), ridge)
+def ranpac(statistics: ClassStatistics, ridge: float | None = None) -> LinearMap:
+    """Ridge regression onto one-hot labels: W = (G + ridge I)^-1 Q with G the second moment, Q the class sums.
+
+    ridge: None: `best_ridge`, which takes ten times as long as all the rest.
+    """
+    return ridge_regression(statistics, best_ridge(statistics) if ridge is None else ridge, statistics.sums[:0])[0]
+
+
+def ridge_regression(statistics: ClassStatistics, ridge: float, h: np.ndarray) -> tuple[LinearMap, np.ndarray]:
+    """The head of `ranpac`, and the leverages h_i^T (G + ridge I)^-1 h_i, float64 (N,), of the rows of h (N, F).
+
+    Together: what takes the time is one factorisation.
+    """
+    matrix, count = statistics.moment.copy(), len(statistics.sums)
+    matrix[np.diag_indices_from(matrix)] += ridge
+    solved = np.linalg.solve(matrix, np.concatenate([statistics.sums, h]).T).T
+    head = LinearMap(RIDGE_SCALE * solved[:count], np.zeros(count), ridge)
+    return head, (h * solved[count:]).sum(axis=1)
 
 
 def shrinkage(covariance: np.ndarray, images: int) -> float:

@@ -164,8 +164,8 @@ def record_of(tensor: memoryview) -> Record:
     """Read where an initializer's values are kept outside of the graph. Raises: what BROKEN names."""
     entries = {}
     for entry in messages_of(tensor, TENSOR_EXTERNAL):
-        keys, values = list(messages_of(entry, 1)), list(messages_of(entry, 2))
-        entries[bytes(keys[-1]).decode("utf-8")] = bytes(values[-1]).decode("utf-8")
+        fields = {number: value for number, value, _ in fields_of(entry)}
+        entries[bytes(message_of(fields[1])).decode("utf-8")] = bytes(message_of(fields[2])).decode("utf-8")
     dims = list(_numbers(tensor, TENSOR_DIMS))
     for packed in messages_of(tensor, TENSOR_DIMS):
         position = 0
@@ -246,7 +246,11 @@ def fields_of(data: memoryview) -> Iterator[tuple[int, memoryview | int | None, 
     position = 0
     while position < len(data):
         begin = position
-        key, position = _varint(data, position)
+        key = data[position]
+        if key < 0x80:  # nearly always: a graph has ten thousands of fields
+            position += 1
+        else:
+            key, position = _varint(data, position)
         kind = key & 7
         value: memoryview | int | None = None
         if kind == 0:

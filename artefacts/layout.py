@@ -2,7 +2,7 @@
 
 RUN     config.json  metrics.json  student.safetensors  teacher.safetensors  ranges.npz  report.html
 BUNDLE  manifest.json  student.onnx ...  backbone.bin  prompts.bin  selftest.npz  ranges.npz  statistics.npz
-        enrolments.npz  layers.json
+        enrolments.npz  pictures/  layers.json
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ STATISTICS = "statistics.npz"
 "class statistics that the head is made from"
 ENROLMENTS = "enrolments.npz"
 "features of the pictures that classes were enrolled from on the device"
+PICTURES = "pictures"
+"folder of those pictures themselves, where they are kept; each is named by its content"
 SELECTIONS = "selections.npz"
 "the prompts that each task selects"
 ENGINES = "engines"

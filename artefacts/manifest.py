@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from ..errors import InputError
 from ..images import Preprocessing
-from .layout import BUNDLE_SCHEMA, MANIFEST
+from .layout import BUNDLE_SCHEMA, MANIFEST, PICTURES
 from .quantisation_record import Quantisation
 from .run_record import BackboneRecord
 from .typed import MalformedField, parse
@@ -89,11 +89,15 @@ class Enrolment:
     images: int
     at: str
     "UTC"
+    pictures: tuple[str, ...] = ()
+    "the files of the bundle that they are in, in the order of their features; empty: they were not kept"
 
     def check(self) -> None:
-        """There is a picture. Raises: MalformedField."""
+        """There is a picture, and each is kept or none. Raises: MalformedField."""
         if not self.name or self.images < 1:
             raise MalformedField("images", self.images, "1 or more, of a class with a name")
+        if len(self.pictures) not in (0, self.images):
+            raise MalformedField("pictures", list(self.pictures), f"no file, or {self.images}")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ class Manifest:
     layers: str | None = None
     selections: str | None = None
     statistics: str | None = None
+    ridge: float | None = None
+    "of a ranpac head, as the workshop chose it from these statistics; see heads.ranpac"
     enrolments: tuple[Enrolment, ...] = ()
     "in their order; see updates.enrol"
     enrolled_on: str | None = None
@@ -162,7 +168,11 @@ class Manifest:
         return {name: entry for name, entry in self.files.items() if name != self.ranges}
 
     def check(self) -> None:
-        """Measured numbers are about these tasks. Raises: MalformedField."""
+        """Measured numbers are about these tasks, kept pictures are pictures. Raises: MalformedField."""
+        for i, entry in enumerate(self.enrolments):
+            odd = [n for n in entry.pictures if n not in self.files or not n.startswith(f"{PICTURES}/")]
+            if odd:
+                raise MalformedField(f"enrolments[{i}].pictures", odd, f"files of this bundle below {PICTURES}/")
         for name, scheme in (self.quantisation.flavours if self.quantisation else {}).items():
             for side in ("before", "after", "drop"):
                 found = getattr(scheme, side) if scheme.measured else None

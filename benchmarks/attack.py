@@ -1,8 +1,8 @@
 """The project's own attack: files that were changed, commands that are killed, a server that is pestered.
 
     python benchmarks/attack.py [--bundles 8000] [--packs 1000] [--pictures 1000] [--installs 200] [--exports 50]
-                                [--calibrations 50] [--trainings 100] [--seconds 600] [--clients 32] [--silent 300]
-                                [--seed 0] [--work FOLDER]
+                                [--enrolments 200] [--calibrations 50] [--trainings 100] [--seconds 600]
+                                [--clients 32] [--silent 300] [--seed 0] [--work FOLDER]
 
 Bounded and seeded: the same numbers give the same files and requests. A kind of which none are asked for is left out.
 What each attack does, and what counts as a fault, stands in attack_files.py, attack_kills.py and attack_server.py.
@@ -26,7 +26,7 @@ import attack_server
 from attack_files import Found
 
 NUMBERS = {"bundles": 8000, "packs": 1000, "pictures": 1000, "installs": 200, "exports": 50, "calibrations": 50}
-NUMBERS |= {"trainings": 100, "seconds": 600, "clients": 32, "silent": 300, "seed": 0}
+NUMBERS |= {"enrolments": 200, "trainings": 100, "seconds": 600, "clients": 32, "silent": 300, "seed": 0}
 
 
 def attacks(given: argparse.Namespace, work: Path) -> Iterator[tuple[str, Callable[[], Found]]]:
@@ -44,6 +44,9 @@ def attacks(given: argparse.Namespace, work: Path) -> Iterator[tuple[str, Callab
         yield "bad requests", lambda: attack_server.attack(old, given.seconds, given.clients, given.silent, seed=seed)
     if given.installs:
         yield "killed installs", lambda: attack_kills.kill_installs(pack, old, given.installs, work, seed, cli)
+    if given.enrolments:
+        teachable = attack_kills.prepare_enrolments(work, cli)
+        yield "killed enrolments", lambda: attack_kills.kill_enrolments(teachable, given.enrolments, work, seed, cli)
     commands = {"exports": ["export", str(run), "--images", "8"], "calibrations": ["calibrate", str(old)]}
     for name, command in commands.items():
         if count := getattr(given, name):

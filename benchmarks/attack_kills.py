@@ -19,12 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attack_files import MEMORY_MB, Found  # of this folder
 from attack_server import measure
+from PIL import Image
 
 from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
+from cdl_edge.updates.enrolments import Enrolled, base_of, statistics_of
 from cdl_edge.updates.packfile import open_pack
+from cdl_edge.updates.store import locked
 
 
 def kill(
@@ -49,7 +53,8 @@ def kill(
         code, said, peak_mb = ended(command)
         found.peak_mb = max(found.peak_mb, peak_mb)
         refused = code == 2 and "--force" in said
-        if code and not refused and "already installed" not in said:
+        done_before = "already installed" in said or "nearly the same" in said
+        if code and not refused and not done_before:
             found.faults.append(f"kill {number}: the next command ends with {code}: {said[-300:]}")
         if wrong := check(True):
             found.faults.append(f"kill {number}, after the next command: {wrong}")
@@ -117,6 +122,47 @@ def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli:
     return kill([*cli, "pack", "install", str(pack), str(device), "--threads", "1"], count, check, seed, fresh)
 
 
+def kill_enrolments(bundle: Path, count: int, work: Path, seed: int, cli: list[str]) -> Found:
+    """Of a class from eight pictures, into a fresh copy of a device's bundle each."""
+    device, name = work / "killed-enrolments", "new"
+    before = open_bundle(bundle).manifest.version
+    pictures = draw_pictures(work / "pictures", 8, seed)
+
+    def fresh() -> None:
+        shutil.rmtree(device, ignore_errors=True)
+        shutil.copytree(bundle, device)
+
+    def check(finished: bool) -> str | None:
+        try:
+            with locked(device) as store:
+                enrolled = Enrolled.of(store.bundle)
+                total = enrolled.added_to(statistics_of(base_of(store)))
+                classes = store.bundle.classes
+        except InputError as error:
+            return str(error)
+        learnt = [(entry.name, entry.images) for entry in enrolled.entries]
+        whole = total.classes == classes and total.images == held + len(enrolled.features)
+        if learnt not in [[(name, 8)], []][: 1 if finished else 2] or not whole:
+            return f"{learnt}, {len(enrolled.features)} features, {total.images} pictures, classes {classes}"
+        if not learnt and open_bundle(device).manifest.version != before:
+            return "another version without an enrolment"
+        return None
+
+    held = statistics_of(open_bundle(bundle)).images
+    command = [*cli, "enrol", str(device), name, str(pictures), "--anyway", "--max-drop", "100", "--threads", "1"]
+    return kill(command, count, check, seed, fresh)
+
+
+def draw_pictures(folder: Path, count: int, seed: int) -> Path:
+    """PNG pictures of 96 x 96 pixels that have little in common."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        cells = rng.integers(0, 256, (4 + i, 4 + i, 3), dtype=np.uint8)
+        Image.fromarray(cells).resize((96, 96), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    return folder
+
+
 def kill_trainings(command: list[str], out: Path, count: int, seed: int) -> Found:
     """Of `train`; the next command resumes, and comes to the matrix of a run that was never killed."""
     wanted: list[Any] = []
@@ -149,6 +195,15 @@ def prepare(work: Path, cli: list[str]) -> dict[str, Path]:
     old, new, out = (str(paths[name]) for name in ("old", "new", "update.pack"))
     done([*cli, "pack", "create", old, new, "--out", out, "--sequence", str(1 << 33)])
     return paths
+
+
+def prepare_enrolments(work: Path, cli: list[str]) -> Path:
+    """A bundle that a class can be enrolled in: of the backbone that is shipped, which tells pictures apart."""
+    run, bundle = work / "run-frozen", work / "teachable"
+    options = ["--data", "digits", "--learner", "frozen", "--tasks", "2", "--limit-per-class", "8", "--threads", "1"]
+    done([*cli, "train", *options, "--random-features", "64", "--out", str(run)])
+    done([*cli, "export", str(run), "--out", str(bundle), "--images", "8", "--statistics"])
+    return bundle
 
 
 def done(command: list[str]) -> None:

@@ -15,9 +15,11 @@ import onnx
 from .. import __version__
 from ..artefacts.bundle import Bundle, check_target, write_bundle
 from ..artefacts.layout import LAYERS, RANGES, SELECTIONS, SELFTEST, STATISTICS
+from ..class_statistics import ClassStatistics
 from ..data import Dataset, Fingerprint, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
+from ..heads import best_ridge
 from ..log import LOG
 from ..machine import version_of
 from ..measurement.evaluate import evaluate, fifths
@@ -88,6 +90,9 @@ def export(
         files[STATISTICS] = kept
     manifest = _manifest(opened, out.name, dialect, dynamic_batch, graphs)
     manifest["statistics"] = STATISTICS if kept is not None else None
+    if kept is not None and opened.config.head == "ranpac":
+        # A device that learns a class does not choose it again: that takes longer than all the rest.
+        manifest["ridge"] = best_ridge(ClassStatistics.load(kept))
 
     with workspace(out.parent) as folder:
         # Everything is measured on a bundle as the device will open it; only then it is written under its name.

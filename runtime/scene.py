@@ -1,13 +1,20 @@
-"""Has the scene changed? A few microseconds a frame, on its raw pixels."""
+"""Has the scene changed? A few microseconds a frame, on its raw pixels. And: are two pictures of one scene?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import sub
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 POINTS = 8
 "a frame is looked at in POINTS x POINTS places: 16 x 16 separate cuts from trembling no better"
+SAME_BITS, SAME_COLOUR, NOISE = 6, 30, 2
+"""bits of 64, and grey levels of the mean colour, by which two pictures of one scene may differ; a step of NOISE grey
+levels between two cells is none"""
 
 
 class SceneChange:
@@ -83,3 +90,36 @@ class SceneChange:
     def forget(self) -> None:
         """The next frame is a first one."""
         self._before = []
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture looks like from far away."""
+
+    bits: int
+    "64 of them: where the picture, in 8 rows of 9 cells, gets brighter to the right (dHash)"
+    colour: tuple[int, int, int]
+    "mean of red, green, blue"
+
+    @classmethod
+    def of(cls, pixels: np.ndarray) -> Scene:
+        """Of uint8 (S, S, 3)."""
+        cells = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+        bits = (np.diff(cells, axis=1) > NOISE).ravel()
+        red, green, blue = (int(c) for c in pixels.mean((0, 1)).round())
+        return cls(int.from_bytes(np.packbits(bits).tobytes(), "big"), (red, green, blue))
+
+    def same(self, other: Scene) -> bool:
+        """Whether both are likely the same thing in the same light."""
+        near = max(abs(a - b) for a, b in zip(self.colour, other.colour, strict=True)) <= SAME_COLOUR
+        return near and (self.bits ^ other.bits).bit_count() <= SAME_BITS
+
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of `from_json`."""
+        return {"bits": f"{self.bits:016x}", "colour": list(self.colour)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Scene:
+        """Raises: ValueError, KeyError or TypeError for anything but what `to_json` gives."""
+        red, green, blue = (int(c) for c in document["colour"])
+        return cls(int(document["bits"], 16), (red, green, blue))

@@ -40,6 +40,7 @@ def serve(
     allow_unsigned: bool = False,
     socket_path: Path | None = None,
     limit_s: float = 10.0,
+    collect: Path | None = None,
     name: str = "",
     say: Callable[[str], None] = print,
 ) -> None:
@@ -54,6 +55,7 @@ def serve(
         token: who has it may install packs; None: the one in token_file.
         token_file: holds the token, made there at the first start; None: `runtime.secret.default_file`.
         public_key, allow_unsigned: whose packs; see `server.admin`.
+        collect: folder to keep pictures in that get no sure answer; None: none are kept, see `server.collect`.
         socket_path: of a Unix socket, through which this user may install packs without the token.
 
     Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
@@ -61,6 +63,7 @@ def serve(
     uvicorn = _import()
     from ..runtime.secret import checked, default_file, kept
     from .app import build_app
+    from .collect import Collection
     from .guard import Guard
     from .live_model import LiveModel
     from .server import Server
@@ -74,7 +77,12 @@ def serve(
             sockets.append(stack.enter_context(listen_locally(socket_path)))
         live = LiveModel(bundle, backend, threads, precision, runners, queue, limit_s)
         packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
-        server = Server(live, Path(bundle), name=name, say=say, **packs)  # type: ignore[arg-type]
+        collection = Collection(collect, say) if collect is not None else None
+        more = {"collection": collection, "name": name, "say": say}
+        server = Server(live, Path(bundle), **packs, **more)  # type: ignore[arg-type]
+        if collection is not None:
+            stack.callback(collection.close)
+            say(f"pictures without a sure answer are kept in {collect}")
         stack.callback(server.decoders.close)
         server.decoders.start()
         config = uvicorn.Config(

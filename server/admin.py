@@ -49,7 +49,7 @@ async def install(request: Request) -> Response:
         if server.public_key is not None:
             order["public_key"] = str(server.public_key.absolute())
         try:
-            return await _answer(server, "installed", partial(_installed, server, order))
+            return await answer(server, "installed", partial(_installed, server, order))
         except InputError as error:  # the client knows nothing of this path
             text = str(error).replace(str(path), "the pack")
             raise Refused(error.status if isinstance(error, Refused) else 400, text) from error
@@ -59,10 +59,11 @@ async def rollback(request: Request) -> Response:
     """POST /packs/rollback?to=: the version before, or the kept one that is named."""
     server = server_of(request)
     check_admin(request, server.token)
-    return await _answer(server, "rolled_back", partial(_rolled_back, server, request.query_params.get("to")))
+    return await answer(server, "rolled_back", partial(_rolled_back, server, request.query_params.get("to")))
 
 
-async def _answer(server: Server, key: str, change: Change) -> Response:
+async def answer(server: Server, key: str, change: Change) -> Response:
+    """Change the bundle in a process, put the new version in, and answer {key: what was changed, and the exchange}."""
     processes: list[Popen[str]] = []
     try:
         work = partial(_changed, server, key, partial(change, processes.append))
@@ -90,7 +91,7 @@ def _rolled_back(server: Server, to: str | None, started: Callable[[Popen[str]],
 def _changed(server: Server, key: str, change: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Change the bundle on disk, then what answers; where the second fails, the first is undone."""
     if not server.changing.acquire(blocking=False):
-        raise Refused(409, "another pack is being installed", fix="wait for its end, then look at /packs")
+        raise Refused(409, "another change of the bundle is going on", fix="wait for its end, then look at /packs")
     try:
         done = change()
         try:

@@ -70,8 +70,10 @@ def _predictions(
         except UnreadableImage as error:
             raise InputError(f"{name[:200]}: {error}" if name else str(error)) from error
     result = classify(runner, pixels, task, top, decoded=True)
-    for (name, _), prediction in zip(pictures, result["predictions"], strict=True):
+    for (name, content), image, prediction in zip(pictures, pixels, result["predictions"], strict=True):
         prediction["image"] = name or prediction["image"]
+        if server.collection is not None and task is None:
+            server.collection.offer(content, image, prediction, version_name(runner.bundle))
     return result
 
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
-from . import admin, answers, request_metrics
+from . import admin, answers, gallery, request_metrics, teach
 from .live_model import Busy
 from .notify import notify, watchdog_s
 from .page import page
@@ -65,6 +65,14 @@ def build_app(server: Server, watch: bool = False) -> Starlette:
         Route("/packs", admin.listed),
         Route("/packs", admin.install, methods=["POST"]),
         Route("/packs/rollback", admin.rollback, methods=["POST"]),
+        Route("/enrolments", teach.enrolments),
+        Route("/enrolments", teach.enrol_class, methods=["POST"]),
+        Route("/enrolments/judge", teach.judge, methods=["POST"]),
+        Route("/enrolments/remove", teach.remove, methods=["POST"]),
+        Route("/collected", gallery.collected),
+        Route("/collected/picture", gallery.collected_picture),
+        Route("/collected/sort", gallery.sort_collected, methods=["POST"]),
+        Route("/collected/discard", gallery.discard_collected, methods=["POST"]),
         Route("/v2", answers.about),
         Route("/v2/health/live", answers.live),
         Route("/v2/health/ready", answers.ready),

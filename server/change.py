@@ -27,7 +27,7 @@ EXTRA_S = 10
 def in_a_process(
     order: dict[str, Any], seconds: float, started: Callable[[subprocess.Popen[str]], None]
 ) -> dict[str, Any]:
-    """Do what `order` says: {"do": "install" | "rollback", and the arguments of that function of updates.packs}.
+    """Do what `order` says: {"do": a key of `changed`, and the arguments of that function}.
 
     started: gets the process, to end it early.
 
@@ -71,9 +71,15 @@ def in_a_process(
 
 def changed(order: dict[str, Any]) -> dict[str, Any]:
     """Do it here; see `in_a_process`."""
-    from ..updates import packs
+    from ..updates import enrol, packs
 
-    changes: dict[str, Callable[..., dict[str, Any]]] = {"install": packs.install, "rollback": packs.rollback}
+    changes: dict[str, Callable[..., dict[str, Any]]] = {
+        "install": packs.install,
+        "rollback": packs.rollback,
+        "enrol": enrol.enrol,
+        "judge": enrol.judge,
+        "remove": enrol.remove,
+    }
     return changes[order["do"]](**{name: value for name, value in order.items() if name != "do"})
 
 

@@ -62,7 +62,7 @@ async function state() {
     $("name").textContent = model.name;
     document.title = `${model.name} · cdl-edge`;
     $("model").textContent =
-      `${model.learner || "student"}, ${model.classes} classes in ${model.tasks} tasks · ${model.runner.backend}, ` +
+      `${model.learner || "student"}, ${model.classes} classes in ${model.tasks} task${model.tasks === 1 ? "" : "s"} · ${model.runner.backend}, ` +
       `${model.runner.precision}, ${model.runner.threads} thread${model.runner.threads === 1 ? "" : "s"} · version ${model.version}`;
     $("p50").textContent = milliseconds(health.latency.p50_ms);
     $("p99").textContent = milliseconds(health.latency.p99_ms);

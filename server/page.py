@@ -15,11 +15,11 @@ FOLDER = Path(__file__).parent
 
 @cache
 def html() -> tuple[str, str]:
-    """(page, its Content-Security-Policy): page.html with page.css and page.js put in."""
+    """(page, its Content-Security-Policy): page.html with page.css, and page.js and teach.js, put in."""
     text = (FOLDER / "page.html").read_text(encoding="utf-8")
     sources = {}
-    for kind, name in (("style", "page.css"), ("script", "page.js")):
-        inside = "\n" + (FOLDER / name).read_text(encoding="utf-8")
+    for kind, names in (("style", ("page.css",)), ("script", ("page.js", "teach.js"))):
+        inside = "\n" + "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
         text = text.replace(f"<{kind}></{kind}>", f"<{kind}>{inside}</{kind}>")
         sources[kind] = "'sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode() + "'"
     policy = (

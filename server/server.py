@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..runtime.runner import Runner
 from ..runtime.selftest import extremes, prove_answers
 from .body import BodyReader, Limits, Uploads
+from .collect import Collection
 from .live_model import Busy, LiveModel, version_name
 from .refuse import Refused
 from .request_metrics import RequestMetrics
@@ -58,6 +59,10 @@ class Server:
     "held while the bundle on disk and the one that answers may differ"
     say: Callable[[str], None] = print
     "gets a line for each exchange, and for each version that cannot be put in"
+    judging: threading.Lock = field(default_factory=threading.Lock)
+    "held while pictures of a class are judged that nobody has taught yet"
+    collection: Collection | None = None
+    "where pictures worth keeping go, where somebody asked for it; whoever makes this closes it"
     decoders: Decoders = field(default_factory=Decoders)
     "where pictures are decoded; whoever makes this closes them"
     answered_at: float = 0.0

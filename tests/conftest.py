@@ -28,13 +28,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give every test the fixtures of tiny_bundles.py, which several folders share."""
-    path = Path(__file__).with_name("tiny_bundles.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if path.is_file() and spec is not None and spec.loader is not None:
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config.pluginmanager.register(module, path.stem)
+    """Give every test the fixtures of these files, which several folders share."""
+    for name in ("tiny_bundles.py", "teachable_bundles.py"):
+        path = Path(__file__).with_name(name)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if path.is_file() and spec is not None and spec.loader is not None:
+            module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            config.pluginmanager.register(module, path.stem)
 
 
 def choose_quick_cases(cases: list[Any]) -> None:

@@ -72,7 +72,7 @@ def test_every_command_is_a_function_of_its_own_name():
     named = {"pack create": "create_pack", "pack install": "install_pack", "pack rollback": "rollback"}
     commands = {*cli.commands} - {"pack"} | {"pack create", "pack install", "pack rollback"}
     functions = {named.get(command, command) for command in commands} | {"versions", "compare"}
-    functions |= {"enrolments", "remove_enrolment"}
+    functions |= {"enrolments", "remove_enrolment", "rename_enrolment", "export_enrolments"}
     assert all(callable(getattr(api, name)) for name in functions)
     assert {*cdl_edge.__all__} == functions - {"quickstart"}
     assert all(getattr(cdl_edge, name) is getattr(api, name) for name in cdl_edge.__all__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from ..class_statistics import ClassStatistics
 from ..errors import InputError
 from ..files import writable
 from ..folders import named_pictures, reasons
-from ..heads import CLOSED_FORM, LinearMap
-from ..runtime.loader import load
+from ..heads import LinearMap
 from ..runtime.selftest import self_test
-from .enrolments import MOST, Enrolled, answers, base_of, build, head_of, present_head, statistics_of
+from .enrolments import MOST, Enrolled, answers, base_of, build, features_of, head_of, made, present_head, statistics_of
 from .judgement import (
+    FEWEST,
     check_alike,
     check_count,
     check_duplicates,
@@ -33,6 +34,7 @@ from .judgement import (
     left_out,
     losses,
 )
+from .kept import kept_pictures
 from .packs import REFUSED
 from .store import Store, locked, read_store
 
@@ -40,18 +42,19 @@ MAX_DROP = 0.5
 "points that the classes that were there may lose"
 LONGEST = 200
 "characters of a class's name"
-CHUNK = 32
-"pictures in memory at a time"
+Source = Path | str | bytes | np.ndarray
 
 
 def enrol(
     bundle: Path | str,
     name: str,
-    images: Sequence[Path | str | bytes | np.ndarray],
+    images: Sequence[Source],
     max_drop: float = MAX_DROP,
     backend: str = "auto",
     threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    keep_pictures: bool = False,
+    anyway: bool = False,
 ) -> dict[str, Any]:
     """Teach a bundle a new class, or give a class that it knows more pictures.
 
@@ -61,63 +64,119 @@ def enrol(
         max_drop: points that the classes that were there may lose: of the pictures of the self-test, and of the
             classes that are recognised by the mean of their own statistics.
         backend, threads: of the features and of the self-test. say: gets a line for each step.
+        keep_pictures: keep the pictures themselves in the bundle, for `share.export_enrolments`.
+        anyway: learn it even from fewer than FEWEST pictures, or from such as look like another class.
 
-    Returns: {"bundle", "name", "new_class", "images", "pictures" (of the class, all together), "classes", "version",
-        "previous", "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
-        "old_classes": see judgement.losses, "self_test", "seconds": {"features", "head"}}.
+    Returns: what `judge` returns, and {"version", "previous", "self_test"}.
 
     Raises: InputError for a bundle that nothing can be enrolled in, an unreadable picture, too few of them, the same
         one twice, pictures of another class; GateError for a loss above `max_drop` or a self-test that is not passed.
         Nothing has changed then.
     """
-    _check_name(name)
     if not max_drop >= 0:
         raise InputError("--max-drop is out of range", got=max_drop, expected="0 or more points")
+    begin = time.perf_counter()
+    with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        learnt = _learn(store, name, images, backend, threads, say, anyway)
+        check_losses(name, learnt.found["old_classes"], max_drop)
+        after = learnt.enrolled
+        files = kept_pictures(learnt.sources, after.files.values()) if keep_pictures else {}
+        entry = replace(after.entries[-1], pictures=tuple(files))
+        after = replace(after, entries=(*after.entries[:-1], entry), files={**after.files, **files})
+        say("self-test of the new version")
+        swapped = swap(store, after, learnt.total.classes, learnt.head, learnt.selftest, backend, threads)
+    passes = learnt.found["seconds"]["features"] + swapped.pop("seconds")
+    seconds = {**learnt.found["seconds"], "other": time.perf_counter() - begin - passes}
+    return {**learnt.found, **swapped, "kept": len(files), "seconds": seconds}
+
+
+def judge(
+    bundle: Path | str,
+    name: str,
+    images: Sequence[Source],
+    backend: str = "auto",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """What `enrol` would answer; nothing changes. Raises: InputError as `enrol` does, but for losses.
+
+    Returns: {"bundle", "name", "new_class", "images", "pictures" (of the class, all together), "classes",
+        "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
+        "old_classes": see judgement.losses, "seconds": {"features": with the start of the engine, "head"}}.
+    """
+    return _learn(Store(Path(bundle)), name, images, backend, threads, lambda line: None, False).found
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """A version that could be made."""
+
+    found: dict[str, Any]
+    "the answers"
+    sources: Sequence[Source]
+    enrolled: Enrolled
+    "these pictures are the last entry"
+    total: ClassStatistics
+    head: LinearMap
+    selftest: np.ndarray
+    "logits on the pictures of the self-test"
+
+
+def _learn(
+    store: Store,
+    name: str,
+    images: Sequence[Source],
+    backend: str,
+    threads: int | None,
+    say: Callable[[str], None],
+    anyway: bool,
+) -> _Learnt:
+    """Compute the head with a class, and judge it. Raises: see `enrol`."""
+    check_name(name)
     sources, skipped = named_pictures(images)
     say(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
-    with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
-        base = base_of(store)
-        enrolled, kind = Enrolled.of(store.bundle), head_of(base)
-        before = enrolled.added_to(statistics_of(base))
-        counts = dict(zip(before.classes, before.counts.tolist(), strict=True))
-        check_count(name, len(sources), counts.get(name, 0))
-        if len(sources) + len(enrolled.features) > MOST:
-            raise InputError(
-                "too many pictures were enrolled in this bundle",
-                got=len(sources) + len(enrolled.features),
-                expected=f"{MOST} or fewer",
-                fix="add the class in the workshop: cdl-edge train --extend RUN",
-            )
-        begin = time.perf_counter()
-        x, tested_x = _features(store, sources, backend, threads)
-        seconds = {"features": time.perf_counter() - begin}
-        pictures = [s if isinstance(s, str | Path) else f"picture {i + 1}" for i, s in enumerate(sources)]
-        check_duplicates(x, [str(p) for p in pictures], enrolled.of_class(name))
-        begin = time.perf_counter()
-        total = before + ClassStatistics.of(before.map, x, np.zeros(len(x), np.int64), (name,))
-        head = CLOSED_FORM[kind][1](total)
-        taken_for = left_out(kind, total, head, before.map.apply(x), name)
-        seconds["head"] = time.perf_counter() - begin
+    base = base_of(store)
+    enrolled, kind = Enrolled.of(store.bundle), head_of(base)
+    workshop = statistics_of(base)
+    before = enrolled.added_to(workshop)
+    counts = dict(zip(before.classes, before.counts.tolist(), strict=True))
+    held = counts.get(name, 0)
+    check_count(name, len(sources), held, 1 if anyway else FEWEST)
+    if len(sources) + len(enrolled.features) > MOST:
+        raise InputError(
+            "too many pictures were enrolled in this bundle",
+            got=len(sources) + len(enrolled.features),
+            expected=f"{MOST} or fewer",
+            fix="add the class in the workshop: cdl-edge train --extend RUN",
+        )
+    begin = time.perf_counter()
+    x, tested = features_of(store.bundle, sources, backend, threads)
+    seconds = {"features": time.perf_counter() - begin}
+    begin = time.perf_counter()
+    pictures = [s if isinstance(s, str | Path) else f"picture {i + 1}" for i, s in enumerate(sources)]
+    check_duplicates(x, [str(p) for p in pictures], enrolled.of_class(name))
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    after = enrolled.plus(Enrolment(name, len(x), at), x)
+    total, head, leverages, target = made(base, workshop, after, name)
+    h = before.map.apply(x)
+    taken_for = left_out(kind, total, head, h, name, leverages[-len(x) :], target)
+    if not anyway:
         check_alike(name, taken_for)
-        old = present_head(store.bundle)
-        logits = [answers(h, before.map, tested_x) for h in (old, head)]
-        lost = losses(before, old, total, head, logits)
-        check_losses(name, lost, max_drop)
-        entry = Enrolment(name, len(x), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
-        say("self-test of the new version")
-        swapped = _swap(store, enrolled.plus(entry, x), total, head, logits[1], backend, threads)
-    return {
-        "bundle": str(bundle),
+    old = present_head(store.bundle)
+    logits = [answers(h, before.map, tested) for h in (old, head)]
+    lost = losses(before, old, total, head, logits)
+    seconds["head"] = time.perf_counter() - begin
+    found = {
+        "bundle": str(store.path),
         "name": name,
         "new_class": name not in counts,
         "images": len(x),
-        "pictures": len(x) + counts.get(name, 0),
+        "pictures": len(x) + held,
         "classes": len(total.classes),
-        **swapped,
         "leave_one_out": {**enough(taken_for.count(name), len(x)), "taken_for": dict(Counter(taken_for))},
         "old_classes": lost,
         "seconds": seconds,
     }
+    return _Learnt(found, sources, after, total, head, logits[1])
 
 
 def remove(bundle: Path | str, name: str, backend: str = "auto", threads: int | None = None) -> dict[str, Any]:
@@ -130,76 +189,105 @@ def remove(bundle: Path | str, name: str, backend: str = "auto", threads: int | 
     Raises: InputError for a class that was not enrolled here, GateError for a self-test that is not passed.
     """
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
-        known = list(dict.fromkeys(entry.name for entry in store.bundle.manifest.enrolments))
-        if name not in known:
-            raise InputError(
-                f"{bundle}: no class {name!r} was enrolled here",
-                got=", ".join(known) or "nothing was enrolled",
-                expected="one of the names of `cdl-edge enrol list`",
-            )
-        base = base_of(store)
-        enrolled = Enrolled.of(store.bundle)
-        images = len(enrolled.of_class(name))
+        enrolled = _known(store, name)
+        base, images = base_of(store), len(enrolled.of_class(name))
         left = enrolled.without(name)
         if left.entries:
-            total = left.added_to(statistics_of(base))
-            head = CLOSED_FORM[head_of(base)][1](total)
-            _, tested_x = _features(store, [], backend, threads)
-            logits = answers(head, total.map, tested_x)
-            swapped = _swap(store, left, total, head, logits, backend, threads)
+            total, head, *_ = made(base, statistics_of(base), left)
+            _, tested = features_of(store.bundle, [], backend, threads)
+            logits = answers(head, total.map, tested)
+            swapped = swap(store, left, total.classes, head, logits, backend, threads)
+            del swapped["seconds"]
         else:
             store.clean()
-            previous, tested = store.state.current, self_test(base, backend, threads)
+            previous, tested_now = store.state.current, self_test(base, backend, threads)
             store.rollback(base)
-            swapped = {"version": base.manifest.version, "previous": previous, "self_test": tested}
+            swapped = {"version": base.manifest.version, "previous": previous, "self_test": tested_now}
         classes = len(base.classes) + len(set(left.names) - set(base.classes))
     return {"bundle": str(bundle), "name": name, "images": images, "classes": classes, **swapped}
 
 
-def enrolments(bundle: Path | str) -> list[dict[str, Any]]:
-    """What was enrolled, in its order: [{"name", "images", "at" (UTC)}]. Raises: InputError for no bundle."""
-    opened, _ = read_store(Path(bundle))
-    return [vars(entry) for entry in opened.manifest.enrolments]
+def rename(bundle: Path | str, old: str, new: str, backend: str = "auto", threads: int | None = None) -> dict[str, Any]:
+    """Give a class that was enrolled here another name; what it has learnt stays.
 
+    Returns: {"bundle", "name", "before", "images", "version", "previous", "self_test"}.
 
-def _features(
-    store: Store, sources: Sequence[Path | str | bytes | np.ndarray], backend: str, threads: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (n, D) of pictures, and (m, D) of those of the self-test; in fp32, as the statistics are.
-
-    Raises: InputError for a picture that cannot be read.
+    Raises: InputError for a class that was not enrolled here or that the workshop named, and for a name that another
+        class has; GateError for a self-test that is not passed.
     """
-    opened = store.bundle
-    with load(opened, backend, threads, precision="fp32") as runner:
-        images, parts = runner.signature.images, []
-        for start in range(0, len(sources), CHUNK):
-            pixels = np.stack([opened.preprocessing.read(source) for source in sources[start : start + CHUNK]])
-            parts.append(runner.compute({images: pixels})["features"])
-        tested = runner.compute({images: opened.selftest()[0]})["features"]
-    return np.concatenate([np.zeros((0, tested.shape[1]), np.float32), *parts]), tested
+    check_name(new)
+    with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        enrolled, base = _known(store, old), base_of(store)
+        if old in base.classes:
+            raise InputError(
+                f"{bundle}: the class {old!r} was named in the workshop; only its pictures from here could go",
+                got=f"{len(enrolled.of_class(old))} picture(s) that were enrolled as {old!r}",
+                expected="a class that was enrolled here",
+                fix=f"cdl-edge enrol remove {bundle} {old}, then enrol them under the other name",
+            )
+        if new in store.bundle.classes:
+            raise InputError(
+                f"{bundle}: there is a class {new!r} already",
+                expected="a new name",
+                fix=f"to give it these pictures too: cdl-edge enrol remove {bundle} {old}, then enrol them as {new!r}",
+            )
+        classes = tuple(new if c == old else c for c in store.bundle.classes)
+        logits = store.bundle.selftest()[1]
+        head, images = present_head(store.bundle), len(enrolled.of_class(old))
+        swapped = swap(store, enrolled.renamed(old, new), classes, head, logits, backend, threads)
+        del swapped["seconds"]
+    return {"bundle": str(bundle), "name": new, "before": old, "images": images, **swapped}
 
 
-def _swap(
+def enrolments(bundle: Path | str) -> list[dict[str, Any]]:
+    """What was enrolled, in its order. Raises: InputError for no bundle.
+
+    Returns: [{"name", "images", "at" (UTC), "kept": how many of the pictures are kept in the bundle}].
+    """
+    opened, _ = read_store(Path(bundle))
+    entries = opened.manifest.enrolments
+    return [{"name": e.name, "images": e.images, "at": e.at, "kept": len(e.pictures)} for e in entries]
+
+
+def swap(
     store: Store,
     enrolled: Enrolled,
-    total: ClassStatistics,
+    classes: tuple[str, ...],
     head: LinearMap,
     logits: np.ndarray,
     backend: str,
     threads: int | None,
 ) -> dict[str, Any]:
-    """Make, prove and install the version with these enrolments: {"version", "previous", "self_test"}."""
+    """Make, prove and install the version with these enrolments.
+
+    Returns: {"version", "previous", "self_test", "seconds": of the self-test}.
+    """
     base, previous = base_of(store), store.state.current
     store.clean()
     with store.stage() as folder:
-        build(base, enrolled, total.classes, head, logits, folder)
+        build(base, enrolled, classes, head, logits, folder)
         proven = open_bundle(folder)
+        begin = time.perf_counter()
         tested = self_test(proven, backend, threads)
+        seconds = time.perf_counter() - begin
         state = store.install(proven, store.state.sequence, store.state.public_key)
-    return {"version": state.current, "previous": previous, "self_test": tested}
+    return {"version": state.current, "previous": previous, "self_test": tested, "seconds": seconds}
 
 
-def _check_name(name: str) -> None:
+def _known(store: Store, name: str) -> Enrolled:
+    """What was enrolled. Raises: InputError where `name` is not among it."""
+    enrolled = Enrolled.of(store.bundle)
+    if name not in enrolled.names:
+        raise InputError(
+            f"{store.path}: no class {name!r} was enrolled here",
+            got=", ".join(enrolled.names) or "nothing was enrolled",
+            expected="one of the names of `cdl-edge enrol list`",
+        )
+    return enrolled
+
+
+def check_name(name: str) -> None:
+    """Raises: InputError for what cannot be the name of a class."""
     if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST:
         raise InputError(
             "this cannot be the name of a class",

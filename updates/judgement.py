@@ -25,13 +25,13 @@ ENOUGH = 0.7
 10 of 10, 19 of 20, 26 of 30"""
 
 
-def check_count(name: str, count: int, held: int) -> None:
+def check_count(name: str, count: int, held: int, fewest: int = FEWEST) -> None:
     """Raises: InputError for a class of too few pictures. held: those that it has already."""
-    if count + held < FEWEST or count == 0:
+    if count + held < fewest or count == 0:
         raise InputError(
             f"class {name!r}: too few pictures",
             got=count + held,
-            expected=f"{FEWEST} or more, better 10",
+            expected=f"{fewest} or more, better 10",
             fix="take more, from other sides and in other light",
         )
 
@@ -56,22 +56,30 @@ def check_duplicates(x: np.ndarray, pictures: Sequence[str], known: np.ndarray) 
         )
 
 
-def left_out(kind: str, total: ClassStatistics, head: LinearMap, h: np.ndarray, name: str) -> list[str]:
+def left_out(
+    kind: str,
+    total: ClassStatistics,
+    head: LinearMap,
+    h: np.ndarray,
+    name: str,
+    leverages: np.ndarray,
+    target: float = 1.0,
+) -> list[str]:
     """What each picture of a class is taken for by the head that the other pictures make.
 
     For ranpac in closed form, the ridge being that of all pictures; for the others by making the head again.
 
     Args:
         kind: of the head. total, head: with the pictures. h: float64 (n, F), what the head reads of them.
+        leverages: for ranpac: float64 (n,), see heads.ridge_regression; of a picture that counts w times, w times that.
+        target: for ranpac: what the regression of the class was to give; of all others 1.
     """
     label = total.classes.index(name)
     if kind == "ranpac":
-        # Of ridge regression: (f - y s) / (1 - s), s = h^T (G + ridge I)^-1 h (Allen, "PRESS", Technometrics 1974).
-        solved = np.linalg.solve(total.moment + head.chosen * np.eye(len(total.moment)), h.T)
-        own = (h * solved.T).sum(axis=1)
+        # Of ridge regression: (f - y s) / (1 - s), s the leverage (Allen, "PRESS", Technometrics 1974).
         logits = h @ head.weight.T + head.bias
-        logits[:, label] -= RIDGE_SCALE * own
-        logits /= np.maximum(1 - own, 1e-9)[:, None]
+        logits[:, label] -= RIDGE_SCALE * target * leverages
+        logits /= np.maximum(1 - leverages, 1e-9)[:, None]
     else:
         rows = []
         for x in h:

@@ -27,7 +27,9 @@ from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names,
 from ..errors import InputError
 from ..files import UNWRITABLE, check_out, writable
 from ..runtime.selftest import self_test
+from .carry import carry
 from .delta import apply, by_location, difference
+from .enrolments import base_of
 from .packfile import Pack, open_pack, write_pack
 from .signature import read_public_key
 from .store import Store, link, locked, read_store, sequence_of, write_file
@@ -64,6 +66,12 @@ def create(
             got=f"both bundles are {target[:16]}",
             expected="OLD, which devices run, and NEW, which they shall run",
             fix="check both paths; after learning run: cdl-edge export RUN --out NEW",
+        )
+    if kept := sum(len(entry.pictures) for entry in after.manifest.enrolments):
+        raise InputError(
+            f"{new}: {kept} pictures are kept in it: a pack of it would give them to every device",
+            expected="a bundle without them",
+            fix=f"cdl-edge enrol export {new} OUT, which makes a pack without pictures",
         )
     backbones = [_backbone(b) for b in (before, after)]
     if backbones[0] != backbones[1] or backbones[0] is None:
@@ -121,7 +129,8 @@ def install(
         backend, threads: for the self-test.
 
     Returns: {"bundle", "from", "to", "version", "previous", "sequence", "signature": "verified", "not checked" or
-        "none", "self_test"}.
+        "none", "self_test", "carried": what was enrolled on the version before and is in this one too, see carry.carry,
+        or None}.
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """
@@ -138,15 +147,21 @@ def install(
         key = given or pinned
         if key is not None:
             opened.check_signature(key)
-        _check_base(opened, store)
+        base = _check_base(opened, store)
         _check_size(opened, store)
         store.clean()
-        with store.stage() as folder:
-            _build(opened, store.bundle, folder)
+        sequence, previous, carried = opened.document["sequence"], store.state.current, None
+        with store.stage() as folder, store.stage() as above:
+            _build(opened, base, folder)
             proven = open_bundle(folder)
             tested = self_test(proven, backend, threads)
-            previous = store.state.current
-            state = store.install(proven, opened.document["sequence"], key)
+            if base is store.bundle:
+                state = store.install(proven, sequence, key)
+            else:
+                carried = carry(store.bundle, base, proven, above, backend, threads)
+                whole = open_bundle(above)
+                tested = self_test(whole, backend, threads)
+                state = store.install(whole, sequence, key, beneath=proven)
     signed = opened.document["signature"] is not None
     return {
         "bundle": str(bundle),
@@ -157,6 +172,7 @@ def install(
         "sequence": opened.document["sequence"],
         "signature": "verified" if key is not None else "not checked" if signed else "none",
         "self_test": tested,
+        "carried": carried,
     }
 
 
@@ -252,10 +268,13 @@ def records(folder: Path, manifest: Manifest) -> Mapping[str, list[Record]]:
     return by_location([record for name in graphs if "/" not in name for record in external_records(folder / name)])
 
 
-def _check_base(pack: Pack, store: Store) -> None:
-    """Raises: InputError unless the pack is made for the version that runs, and newer than all that were installed."""
-    at, document = f"{pack.path}", pack.document
-    own, installed = _backbone(store.bundle), store.bundle.manifest.manifest_sha256
+def _check_base(pack: Pack, store: Store) -> Bundle:
+    """What the pack is made for: the version that runs, or the one that classes were enrolled on there.
+
+    Raises: InputError unless it is one of them, and the pack is newer than all that were installed.
+    """
+    at, document, running = f"{pack.path}", pack.document, store.bundle
+    own, installed = _backbone(running), running.manifest.manifest_sha256
     if document["backbone"] != own:
         raise InputError(
             f"{at}: for another backbone",
@@ -263,8 +282,11 @@ def _check_base(pack: Pack, store: Store) -> None:
             expected=f"{own!s:.16}, that of {store.path}",
             fix="use a pack made for this bundle, or copy the whole bundle",
         )
-    if document["to"] == installed:
-        raise InputError(f"{at}: already installed", got=installed[:16], fix="nothing")
+    direct = running.manifest.enrolled_on is None or document["from"] == installed
+    base = running if direct else base_of(store)
+    known = {installed, base.manifest.manifest_sha256}
+    if document["to"] in known:
+        raise InputError(f"{at}: already installed", got=document["to"][:16], fix="nothing")
     if document["sequence"] <= store.state.sequence:
         raise InputError(
             f"{at}: older than what was installed, or rolled back from (a replay?)",
@@ -273,17 +295,15 @@ def _check_base(pack: Pack, store: Store) -> None:
             fix="`cdl-edge pack rollback BUNDLE --to VERSION` goes to a kept version; or make the pack anew with "
             f"--sequence {store.state.sequence + 1}",
         )
-    if document["from"] != installed:
-        enrolled = store.bundle.manifest.enrolled_on
-        fix = "install the packs in between first, or make one: pack create OLD NEW, OLD being what runs"
-        if enrolled is not None and document["from"].startswith(enrolled):
-            fix = "classes were enrolled on that version: cdl-edge enrol remove them, install, and enrol them again"
+    if document["from"] not in known:
+        enrolled = "" if base is running else f", with classes that were enrolled on {base.manifest.version}"
         raise InputError(
             f"{at}: made for another version than the one that runs",
-            got=f"{installed[:16]} runs in {store.path}",
+            got=f"{installed[:16]} runs in {store.path}{enrolled}",
             expected=f"{document['from']:.16}, which the pack needs",
-            fix=fix,
+            fix="install the packs in between first, or make one: pack create OLD NEW, OLD being what runs",
         )
+    return base
 
 
 def _check_size(pack: Pack, store: Store) -> None:

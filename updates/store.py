@@ -122,13 +122,17 @@ class Store:
             if self.plain and not any(versions.iterdir()):
                 versions.rmdir()
 
-    def install(self, proven: Bundle, sequence: int, public_key: str | None) -> State:
-        """Make a bundle in a folder of `stage`, opened and proven, the version that runs."""
-        staged, target = proven.path, proven.manifest.version
-        _sync_folders(staged)
-        if self.folder(target).exists():  # kept after a rollback
-            os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
-        os.replace(staged, self.folder(target))
+    def install(self, proven: Bundle, sequence: int, public_key: str | None, beneath: Bundle | None = None) -> State:
+        """Make a bundle in a folder of `stage`, opened and proven, the version that runs.
+
+        beneath: what its classes were enrolled on, in another such folder: it is kept too, and never runs by itself.
+        """
+        for bundle in (beneath, proven) if beneath is not None else (proven,):
+            target = bundle.manifest.version
+            _sync_folders(bundle.path)
+            if self.folder(target).exists():  # kept after a rollback
+                os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
+            os.replace(bundle.path, self.folder(target))
         left: tuple[str, ...] = ()
         if self.plain:
             own = self.folder(self.state.current)
@@ -139,19 +143,34 @@ class Store:
                 _sync_folders(folder)
                 os.replace(folder, own)
             left = (*self.bundle.manifest.files, MANIFEST)
-        names = [v.version for v in self.state.versions]
-        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version != target]
+        names, made = [v.version for v in self.state.versions], {b.manifest.version for b in (proven, beneath) if b}
+        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version not in made]
+        if beneath is not None:  # in front of what ran: a rollback goes to that
+            past.insert(max(0, len(past) - 1), Installed(beneath.manifest.version, sequence, _now()))
         # What classes were enrolled on stays: every later version with enrolments is made from it.
-        past = [v for i, v in enumerate(past) if i >= len(past) - KEEP or v.version == proven.manifest.enrolled_on]
+        recent = past[-KEEP:]
+        needed = {proven.manifest.enrolled_on, *(self._enrolled_on(v.version) for v in recent)}
         after = State(
-            current=target,
-            versions=(*past, Installed(target, sequence, _now())),
+            current=proven.manifest.version,
+            versions=(
+                *(v for v in past if v in recent or v.version in needed),
+                Installed(proven.manifest.version, sequence, _now()),
+            ),
             sequence=max(sequence, self.state.sequence),
             public_key=public_key,
             left=left,
         )
         self._swap(after)
         return after
+
+    def _enrolled_on(self, version: str) -> str | None:
+        """What the classes of a kept version were enrolled on; None also for one that is damaged."""
+        if version == self.bundle.manifest.version:
+            return self.bundle.manifest.enrolled_on
+        try:
+            return open_bundle(self.folder(version), verify=False).manifest.enrolled_on
+        except InputError:
+            return None
 
     def rollback(self, proven: Bundle) -> State:
         """Make a kept version, opened and proven, run again."""

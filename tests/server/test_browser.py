@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from cdl_edge.runtime import load
+from cdl_edge.server.collect import Collection
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -41,7 +42,7 @@ def open_page(browser):
 
     def make(port, **options):
         context = browser.new_context(permissions=["camera"], **{"viewport": WIDE, **options})
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         page, said = context.new_page(), []
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -82,7 +83,9 @@ def test_upload_then_install_a_pack_and_see_the_new_class(
 ):
     colour = colour_of(make_version(1), "class 4")  # which version 0 has not learnt
     pack = pack_between(0, 1).read_bytes()
-    page = open_page(listen(make_server()))
+    server = make_server()
+    page = open_page(listen(server))
+    page.fill("#token", server.token)
     assert page.text_content("#name") == "tiny"
     assert "4 classes in 4 tasks" in page.text_content("#model")
 
@@ -127,7 +130,8 @@ def test_a_token_is_asked_for(open_page, make_server, listen, pack_between):
     pack = file("update.pack", pack_between(0, 1).read_bytes(), "application/octet-stream")
     page = open_page(listen(make_server(token="secret")))
     page.set_input_files("#pack", pack)
-    page.wait_for_selector("#token-row:not([hidden])")
+    page.wait_for_selector("#pack-problem:has-text('a token is needed')")
+    assert page.evaluate("document.activeElement.id") == "token"
     page.fill("#token", "secret")
     page.set_input_files("#pack", pack)
     page.wait_for_selector("#packs tr:nth-child(2)")
@@ -164,3 +168,121 @@ def test_the_keyboard_is_enough(open_page, make_server, listen):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id"))
     assert {"file", "camera", "top", "task", "pack"} <= reached
+
+
+@pytest.mark.slow
+def test_teach_a_class_see_it_recognised_and_undo(open_page, make_server, listen, make_teachable, colours):
+    yellow = (230, 210, 20)
+    frames = [colours.png(frame) for frame in colours.different(yellow, 10, side=96)]
+    unseen = colours.png(colours.different(yellow, 1, seed=5, side=96)[0])
+    server = make_server(make_teachable(head="ranpac"))
+    page = open_page(listen(server))
+    page.set_input_files("#file", file("unseen.png", unseen))
+    page.wait_for_selector("#classes li")
+    assert "yellow" not in page.text_content("#label")
+
+    page.click("#tab-teach")
+    page.fill("#teach-name", "yellow")
+    page.fill("#teach-token", server.token)
+    page.set_input_files("#teach-files", [file(f"{i}.png", frame) for i, frame in enumerate(frames[:4])])
+    page.wait_for_selector("#teach-sentence:has-text('recognised by what the others teach')")
+    look(page, "teach-4")
+    page.set_input_files("#teach-files", [file(f"{i}.png", frame) for i, frame in enumerate(frames[4:])])
+    page.wait_for_selector("#teach-count:has-text('10 of 10')")
+    page.wait_for_selector("#teach-sentence:has-text('of 10 are recognised')")
+    look(page, "teach-10")
+    page.click("#teach-go")
+    page.wait_for_selector("#teach-state:has-text('yellow is learnt')")
+    page.wait_for_selector("#taught:has-text('yellow, 10 pictures')")
+    look(page, "taught")
+
+    page.click("#tab-look")
+    page.set_input_files("#file", file("unseen.png", unseen))
+    page.wait_for_selector("#label:has-text('yellow')")
+    assert "4 classes" in page.text_content("#model")
+    look(page, "recognised")
+
+    page.click("#tab-teach")
+    page.click("#teach-undo")
+    page.wait_for_selector("#teach-state:has-text('yellow is taken out')")
+    assert page.is_hidden("#teach-undo")
+    page.click("#tab-look")
+    page.set_input_files("#file", file("unseen.png", unseen))
+    page.wait_for_selector("#model:has-text('3 classes')")
+    page.wait_for_selector("#label:not(:has-text('yellow'))")
+    look(page, "undone")
+
+
+@pytest.mark.slow
+def test_ten_frames_of_the_camera(open_page, make_server, listen, make_teachable):
+    server = make_server(make_teachable())
+    page = open_page(listen(server))
+    page.click("#tab-teach")
+    page.click("#teach-camera")
+    page.wait_for_selector("#teach-ten:not([disabled])")
+    page.click("#teach-ten")
+    page.wait_for_selector("#teach-tray li:nth-child(10)")
+    look(page, "teach-camera")
+    page.click("#teach-tray li:nth-child(10) button")
+    assert page.locator("#teach-tray li").count() == 9
+    page.click("#teach-clear")
+    assert page.locator("#teach-tray li").count() == 0
+    page.click("#tab-look")
+    assert page.is_hidden("#teach-video")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_taught_is_told(open_page, make_server, listen, make_teachable, colours):
+    page = open_page(listen(make_server(make_teachable())))
+    page.click("#tab-teach")
+    page.fill("#teach-name", "scarlet")
+    red = [colours.png(f) for f in colours.different(colours.CLASSES["red"], 4, side=96)]
+    page.set_input_files("#teach-files", [file(f"{i}.png", frame) for i, frame in enumerate(red)])
+    page.wait_for_selector("#teach-sentence:has-text('the token')")
+    page.click("#teach-go")
+    page.wait_for_selector("#teach-problem:has-text('a token is needed')")
+    look(page, "teach-denied")
+
+
+@pytest.mark.slow
+def test_the_gallery_is_sorted_and_taught(
+    open_page, make_server, listen, make_teachable, colours, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cdl_edge.server.collect.UNSURE", 2.0)
+    collection = Collection(tmp_path / "kept", lambda line: None)
+    server = make_server(make_teachable(), collection=collection)
+    page = open_page(listen(server))
+    for frame in colours.different((230, 210, 20), 5, side=96):
+        page.set_input_files("#file", file("seen.png", colours.png(frame)))
+        page.wait_for_selector("#classes li")
+        page.wait_for_timeout(300)
+    page.click("#tab-teach")
+    page.fill("#teach-token", server.token)
+    page.dispatch_event("#teach-token", "change")
+    page.wait_for_selector("#gallery-pictures li:nth-child(5)")
+    look(page, "gallery")
+    for i in range(4):
+        page.check(f"#gallery-pictures li:nth-child({i + 1}) input")
+    page.fill("#gallery-name", "yellow")
+    page.click("#gallery-teach")
+    page.wait_for_selector("#teach-tray li:nth-child(4)")
+    page.wait_for_selector("#gallery-sorted:has-text('yellow 4')")
+    page.check("#gallery-pictures li:nth-child(1) input")
+    page.click("#gallery-discard")
+    page.wait_for_selector("#gallery-pictures li", state="detached")
+    page.click("#teach-go")
+    page.wait_for_selector("#taught:has-text('yellow, 4 pictures')")
+    look(page, "gallery-taught")
+    collection.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_teach_tab_fits(open_page, make_server, listen, make_teachable, colours, scheme):
+    page = open_page(listen(make_server(make_teachable())), viewport=NARROW, color_scheme=scheme)
+    page.click("#tab-teach")
+    frames = colours.different((230, 210, 20), 7, side=96)
+    page.set_input_files("#teach-files", [file(f"{i}.png", colours.png(f)) for i, f in enumerate(frames)])
+    page.wait_for_selector("#teach-tray li:nth-child(7)")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    look(page, f"teach-{scheme}")
