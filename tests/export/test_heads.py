@@ -104,7 +104,7 @@ def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learne
     train(more, quiet=True)
     for name, source in (("old", run), ("new", tmp_path / "more")):
         export(source, tmp_path / f"{name}-fp32", images=20, statistics=True)
-        calibrate(tmp_path / f"{name}-fp32", tmp_path / name, flavours=["int8-x86"], searching=False)
+        calibrate(tmp_path / f"{name}-fp32", tmp_path / name, schemes=["int8-x86"], searching=False)
         assert np.abs(answers(tmp_path / name) - truth(source)).max() < TOLERANCE
         assert statistics_of(tmp_path / name)[0].manifest.document["statistics"] == "statistics.npz"
     new, expected = tmp_path / "new", truth(tmp_path / "more")

@@ -177,7 +177,7 @@ def test_the_workshop_version_is_kept_however_many_follow(device):
 def test_other_graphs_get_the_class_too(taught, tmp_path, monkeypatch):
     monkeypatch.setattr(judgement, "DUPLICATE", 1 - 1e-9)
     monkeypatch.setitem(selftest.LIMITS, "int8", 0.6)  # of 16 channels, 8 bits are coarse
-    calibrate(taught(), tmp_path / "device", flavours=["int8-x86"], searching=False)
+    calibrate(taught(), tmp_path / "device", schemes=["int8-x86"], searching=False)
     enrol(tmp_path / "device", "stripes", frames(8), threads=1)
     opened = open_bundle(tmp_path / "device")
     int8 = [name for name in opened.manifest.graphs if "int8" in name]
