@@ -342,12 +342,12 @@ def pretrain(job: dict[str, Any], notes: Notes) -> None:
             probe = PretrainConfig(
                 f"folder:{data}", arch, str(convnet.with_name(f"{arch}-probe.safetensors")), epochs=1
             )
-            first = run(PretrainConfig(**{**vars(probe), **behind, **batch}), say=lambda line: None)
+            first = run(PretrainConfig(**{**vars(probe), **behind, **batch}))
             spent = time.perf_counter() - begun
             epochs = 1 if job["tiny"] else max(1, int((budget - spent) / max(float(first["seconds"]), 1e-3)))
             out = str(convnet.with_name(f"{arch}.safetensors"))
             config = PretrainConfig(**{**vars(probe), **behind, **batch, "out": out, "epochs": epochs})
-            found = run(config, say=lambda line: None)
+            found = run(config)
             curve = json.loads(Path(out).with_suffix(".curve.json").read_text())["curve"]
             images = sum(1 for _ in (Path(data) / "train").glob("*/*"))
             rate = images * int(found["epochs"]) / float(found["seconds"])
