@@ -77,5 +77,4 @@ def trusted_keys(bundle: Path | str) -> dict[str, Any]:
     """The public keys of BUNDLE, in hex: {"trusted", "revoked"}; where none is trusted signatures are not checked."""
     from .updates.packs import trusted as run
 
-    keys = run(bundle)
-    return {"trusted": list(keys.trusted), "revoked": list(keys.revoked)}
+    return run(bundle).document

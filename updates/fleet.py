@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +62,14 @@ def way(steps: Iterable[Step], version: str, sequence: int) -> list[Step]:
 
     sequence: the highest that was installed; a step has to be above the one before it.
     """
-    ways: dict[Step, list[Step]] = {}
+    ways: dict[str, list[list[Step]]] = {}
+    "from each version"
 
     def best(base: str, above: int) -> list[Step]:
-        return max((w for s, w in ways.items() if s.base == base and s.sequence > above), key=_rank, default=[])
+        return max((way for way in ways.get(base, []) if way[0].sequence > above), key=_rank, default=[])
 
     for step in sorted(set(steps), key=lambda s: s.sequence, reverse=True):
-        ways[step] = [step, *best(step.target, step.sequence)]
+        ways.setdefault(step.base, []).append([step, *best(step.target, step.sequence)])
     return best(version, sequence)
 
 
@@ -111,8 +110,8 @@ def push(pack: Path | str, to: str, plain_http: bool = False, replace: bool = Fa
         )
     empty = {"mediaType": "application/vnd.oci.empty.v1+json", "size": len(EMPTY)}
     empty |= {"digest": f"sha256:{hashlib.sha256(EMPTY).hexdigest()}"}
-    registry.put_blob(str(empty["digest"]), len(EMPTY), partial(io.BytesIO, EMPTY))
-    sent = registry.put_blob(str(layer["digest"]), path.stat().st_size, partial(open, path, "rb"))
+    registry.put_blob(str(empty["digest"]), EMPTY)
+    sent = registry.put_blob(str(layer["digest"]), path)
     manifest = {"schemaVersion": 2, "mediaType": MANIFEST_TYPE, "artifactType": PACK_TYPE, "config": empty}
     title = {"org.opencontainers.image.title": f"{step.tag}.pack"}
     digest = registry.put_manifest(step.tag, {**manifest, "layers": [{**layer, "annotations": title}]})

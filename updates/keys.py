@@ -25,6 +25,11 @@ class Keys:
     "none: packs are not checked for signatures"
     revoked: tuple[str, ...] = ()
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {"trusted": list(self.trusted), "revoked": list(self.revoked)}
+
     def pinned(self, given: Iterable[str], at: object) -> Keys:
         """With the keys that the user gives: they are pinned where none was; later they have to be known here.
 

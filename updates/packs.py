@@ -19,7 +19,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def install(
         "previous": previous,
         "sequence": sequence,
         "signature": "verified" if checked else "not checked" if signed else "none",
-        "keys": asdict(keys),
+        "keys": keys.document,
         "self_test": tested,
         "carried": carried,
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import re
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,8 @@ class Registry:
         with self._send("PUT", self.place.url("manifests", tag), {"Content-Type": MANIFEST_TYPE}, text, ok=(201,)):
             return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
-    def put_blob(self, digest: str, size: int, opened: Callable[[], IO[bytes]]) -> bool:
-        """Send a blob, unless the registry has it. opened: its content. Returns: whether it was sent."""
+    def put_blob(self, digest: str, content: Path | bytes) -> bool:
+        """Send a blob, unless the registry has it. content: a file, or itself. Returns: whether it was sent."""
         with self._send("HEAD", self.place.url("blobs", digest), ok=(200, 404)) as response:
             if response.status == 200:
                 return False
@@ -128,8 +129,10 @@ class Registry:
         with self._send("POST", start, {"Content-Length": "0"}, b"", ok=(202,)) as response:
             target = urljoin(start, response.headers.get("Location") or "")
         url = f"{target}{'&' if urlsplit(target).query else '?'}{urlencode({'digest': digest})}"
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-        with opened() as stream, self._send("PUT", url, headers, stream, ok=(201,)):
+        stream = io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")  # noqa: SIM115 (closed below)
+        with stream, self._send("PUT", url, headers, stream, ok=(201,)):
             return True
 
     def get_blob(self, digest: str, size: int, part: Path) -> int:
@@ -198,11 +201,10 @@ class Registry:
         """An answer whose status is one of `ok`; logs in where the registry asks for it, follows to where blobs lie."""
         response = self._try(method, url, headers or {}, data)
         if response.status == 401:
-            with response:
-                challenge = response.headers.get("WWW-Authenticate", "")
-            self._authorization = None
+            challenge, self._authorization = response.headers.get("WWW-Authenticate", ""), None
             self._authorization = login.authorization(self.place.registry, challenge, self._token)
             if self._authorization is not None:
+                response.close()
                 if data is not None and not isinstance(data, bytes):
                     data.seek(0)
                 response = self._try(method, url, headers or {}, data)

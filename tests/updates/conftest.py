@@ -117,11 +117,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, json.dumps({"name": name, "tags": page}).encode(), **more)
 
     def on_manifests(self, name: str, tag: str, query: dict[str, str], body: bytes) -> None:
-        tags = self.server.manifests.setdefault(name, {}) if self.command == "PUT" else self.server.manifests[name]
+        tags = self.server.manifests.get(name, {})
         if self.command == "PUT":
             document = json.loads(body)
             assert {entry["digest"] for entry in (document["config"], *document["layers"])} <= set(self.server.blobs)
-            tags[tag] = body
+            self.server.manifests.setdefault(name, {})[tag] = body
             return self.reply(201)
         if tag not in tags:
             return self.reply(404)

@@ -227,7 +227,7 @@ def test_a_registry_that_fails(small, chain, status):
 
 
 @pytest.mark.parametrize(
-    "answer", [(200, {}, b"<html>"), (200, {}, b'{"tags": 3}'), (200, {}, b"[]"), (200, {"Content_Length": "5"}, b"{}")]
+    "answer", [(200, {}, b"<html>"), (200, {}, b'{"tags": 3}'), (200, {}, b"[]"), (418, {}, b"{}"), (204, {}, b"")]
 )
 def test_something_that_is_no_registry(small, chain, answer):
     small.server.answer["/tags/list?n=1000"] = answer

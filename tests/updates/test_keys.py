@@ -48,7 +48,7 @@ def refused(contents, device, pack: Path, *words: str, **options) -> None:
 def test_one_key_after_the_other(device, contents):
     first, second, third = device.keys
     done = install(device.pack(0, 1, 0, add=[1]), device.bundle, first.public, threads=1)
-    assert done["keys"] == {"trusted": (first.hex, second.hex), "revoked": ()}
+    assert done["keys"] == {"trusted": [first.hex, second.hex], "revoked": []}
     install(device.pack(1, 2, 1, revoke=[0]), device.bundle, threads=1)
     assert trusted(device.bundle) == Keys((second.hex,), (first.hex,))
     refused(contents, device, device.pack(2, 3, 0), "signed by a revoked key", first.hex[:16], second.hex[:16])
@@ -106,7 +106,7 @@ def test_keys_alone(device, contents, plain):
 
 def test_where_no_key_is_known_none_is_learnt(device):
     done = install(device.pack(0, 1, 0, add=[1]), device.bundle, threads=1)
-    assert done["signature"] == "not checked" and done["keys"] == {"trusted": (), "revoked": ()}
+    assert done["signature"] == "not checked" and done["keys"] == {"trusted": [], "revoked": []}
 
 
 def test_a_change_that_nobody_signed(device, contents, tmp_path):
