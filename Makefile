@@ -3,6 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The oldest Python, as JetPack 6 has it, and with it ONNX Runtime 1.23: looked for in the path, at pyenv and at uv.
+OLD := 3.10
+OLD_VENV ?= .venv-old
+OLD_TESTS ?= tests/artefacts tests/runtime tests/updates tests/server tests/calibrate
+OLD_PLACES = "$(OLD_PYTHON)" python$(OLD) $$HOME/.pyenv/versions/$(OLD).*/bin/python "$$(uv python find $(OLD) 2>/dev/null)"
+IS_OLD = import sys; sys.exit(sys.version_info[:2] != tuple(map(int, "$(OLD)".split("."))))
 
 # Two processes; the tests of a file stay in one of them, where they share what its fixtures have made. Bytecode is kept,
 # whatever the environment says: without it each process rewrites the assertions of all tests anew, 20 seconds long.
@@ -12,7 +18,7 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loa
 LOCK := $(BIN)/uv pip compile --no-config --universal --python-version 3.10 --generate-hashes --no-header --no-annotate -q
 LOCK_SAYS = \# Made by 'make lock'. Every file by its hash, for Linux and any Python from 3.10 on: pip install --require-hashes -r
 
-.PHONY: quickstart test test-all check audit lock bench attack clean
+.PHONY: quickstart test test-all test-old check audit lock bench attack clean
 
 quickstart: $(READY)   ## environment, install, then the whole way once on bundled data
 	rm -rf quickstart
@@ -23,6 +29,13 @@ test: $(READY)         ## no network, no GPU; a quarter of an hour on two cores
 
 test-all: $(READY)     ## the same and all that is marked slow: whole grids, kills, torchrun
 	$(PYTEST) -m ""
+
+test-old:              ## what a device runs, on Python 3.10 with ONNX Runtime 1.23; says so where there is none
+	@for python in $(OLD_PLACES); do \
+		if "$$python" -c '$(IS_OLD)' 2>/dev/null; then \
+			PYTEST_ADDOPTS="$(OLD_TESTS)" $(MAKE) --no-print-directory test PYTHON="$$python" VENV=$(OLD_VENV); exit; \
+		fi; \
+	done; echo "no Python $(OLD) here: nothing was tested; where there is one: make test-old OLD_PYTHON=/path/to/python$(OLD)"; false
 
 check: $(READY) audit  ## style, types, and known weaknesses of what deploy/ installs
 	$(BIN)/ruff check .
@@ -53,4 +66,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:                 ## everything that make made
-	rm -rf $(VENV) quickstart build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLD_VENV) quickstart build *.egg-info .mypy_cache .ruff_cache .pytest_cache

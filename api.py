@@ -11,6 +11,13 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .api_packs import create_pack as create_pack
+from .api_packs import install_pack as install_pack
+from .api_packs import pull_packs as pull_packs
+from .api_packs import push_pack as push_pack
+from .api_packs import rollback as rollback
+from .api_packs import trusted_keys as trusted_keys
+from .api_packs import versions as versions
 from .log import told
 from .server import serve as serve
 
@@ -322,44 +329,6 @@ def compare(a: Path | str, b: Path | str, stage: str = "end_to_end_ms", floor: f
     from .measurement.compare import compare as run
 
     return run(a, b, stage, floor)
-
-
-def create_pack(
-    old: Path | str, new: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
-) -> dict[str, Any]:
-    """BUNDLE, BUNDLE -> PACK, see updates.packs.create."""
-    from .updates.packs import create as run
-
-    return run(old, new, out, key, sequence)
-
-
-def install_pack(
-    pack: Path | str,
-    bundle: Path | str,
-    public_key: Path | None = None,
-    backend: str = "auto",
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """PACK into BUNDLE, see updates.packs.install; backend, threads: of the self-test."""
-    from .updates.packs import install as run
-
-    return run(pack, bundle, public_key, backend, threads)
-
-
-def rollback(
-    bundle: Path | str, to: str | None = None, backend: str = "auto", threads: int | None = None
-) -> dict[str, Any]:
-    """A kept version of BUNDLE again, see updates.packs.rollback; backend, threads: of the self-test."""
-    from .updates.packs import rollback as run
-
-    return run(bundle, to, backend, threads)
-
-
-def versions(bundle: Path | str) -> list[dict[str, Any]]:
-    """The versions of BUNDLE that are kept, oldest first, see updates.packs.listed."""
-    from .updates.packs import listed as run
-
-    return run(bundle)
 
 
 def enrol(

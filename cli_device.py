@@ -21,6 +21,7 @@ from .cli_options import (
     say,
     threads_option,
 )
+from .cli_pack import pack
 from .errors import InputError
 
 
@@ -183,81 +184,6 @@ def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -
 
     result = api.validate(bundle, backend, precision)
     emit(result, as_json, f"{bundle}: valid ({'; '.join(result['checks'])})")
-
-
-@click.group()
-def pack() -> None:
-    """Updates of a bundle on a device: only what learning changed, all or nothing."""
-
-
-@pack.command("create")
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="file to write")
-@click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign with")
-@click.option("--sequence", type=click.IntRange(1), help="order among packs [default: when NEW was exported]")
-@json_option
-def pack_create(old: Path, new: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
-    """What turns bundle OLD into bundle NEW, on the same backbone."""
-    from . import api
-
-    result = api.create_pack(old, new, out, key, sequence)
-    lines = [f"    {n}: {e['bytes']} of {e['of']} bytes, {e['encoding']}" for n, e in result["files"].items()]
-    size = f"{result['bytes']} bytes, {100 * result['share']:.2f} % of the bundle"
-    end = "signed" if result["signed"] else "not signed"
-    text = [f"{out}: {size}, {end}", *lines, f"next: cdl-edge pack install {out} BUNDLE"]
-    emit(result, as_json, "\n".join(text))
-
-
-@pack.command("install")
-@click.argument("pack_file", metavar="PACK", type=click.Path(path_type=Path))
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--public-key", type=click.Path(path_type=Path), help="Ed25519 key (PEM) that must have signed; pinned")
-@backend_option
-@threads_option
-@json_option
-def pack_install(
-    pack_file: Path, bundle: Path, public_key: Path | None, backend: str, threads: int | None, as_json: bool
-) -> None:
-    """Verify, self-test, then swap BUNDLE's version atomically; the old one is kept."""
-    from . import api
-
-    result = api.install_pack(pack_file, bundle, public_key, backend, threads)
-    text = f"{bundle}: {result['previous']} -> {result['version']}, signature {result['signature']}, self-test passed"
-    if carried := result["carried"]:
-        again = ", their features computed again" if carried["recomputed"] else ""
-        text += f"\nwhat was enrolled is in it: {', '.join(carried['names'])}, {carried['images']} picture(s){again}"
-    emit(result, as_json, f"{text}\nback: cdl-edge pack rollback {bundle}")
-
-
-@pack.command("rollback")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--to", help="version, its first digits [default: the one before]")
-@backend_option
-@threads_option
-@json_option
-def pack_rollback(bundle: Path, to: str | None, backend: str, threads: int | None, as_json: bool) -> None:
-    """Run a kept version again."""
-    from . import api
-
-    result = api.rollback(bundle, to, backend, threads)
-    emit(result, as_json, f"{bundle}: {result['previous']} -> {result['version']}, self-test passed")
-
-
-@pack.command("list")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@json_option
-def pack_list(bundle: Path, as_json: bool) -> None:
-    """The versions that are kept, oldest first."""
-    from . import api
-
-    versions = api.versions(bundle)
-    lines = [
-        f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, "
-        f"sequence {v['sequence']}, since {v['installed']}"
-        for v in versions
-    ]
-    emit({"bundle": str(bundle), "versions": versions}, as_json, "\n".join(lines))
 
 
 @click.command()

@@ -74,7 +74,7 @@ async def answer(server: Server, key: str, change: Change) -> Response:
 
 
 def _installed(server: Server, order: dict[str, Any], started: Callable[[Popen[str]], None]) -> dict[str, Any]:
-    if server.public_key is None and not server.allow_unsigned and read_store(server.source)[1].public_key is None:
+    if server.public_key is None and not server.allow_unsigned and not read_store(server.source)[1].keys.trusted:
         raise Refused(
             403,
             "packs have to be signed, and this server knows no key",

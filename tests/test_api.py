@@ -70,8 +70,9 @@ def test_every_command_is_a_function_of_its_own_name():
     from cdl_edge.cli import cli
 
     named = {"pack create": "create_pack", "pack install": "install_pack", "pack rollback": "rollback"}
-    commands = {*cli.commands} - {"pack"} | {"pack create", "pack install", "pack rollback"}
-    functions = {named.get(command, command) for command in commands} | {"versions", "compare"}
+    named |= {"pack push": "push_pack", "pack pull": "pull_packs"}
+    commands = {*cli.commands} - {"pack"} | {*named}
+    functions = {named.get(command, command) for command in commands} | {"versions", "trusted_keys", "compare"}
     functions |= {"enrolments", "remove_enrolment", "rename_enrolment", "export_enrolments"}
     assert all(callable(getattr(api, name)) for name in functions)
     assert {*cdl_edge.__all__} == functions - {"quickstart"}

@@ -270,7 +270,7 @@ def swap(
         begin = time.perf_counter()
         tested = self_test(proven, backend, threads)
         seconds = time.perf_counter() - begin
-        state = store.install(proven, store.state.sequence, store.state.public_key)
+        state = store.install(proven, store.state.sequence, store.state.keys)
     return {"version": state.current, "previous": previous, "self_test": tested, "seconds": seconds}
 
 

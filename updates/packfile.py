@@ -1,6 +1,6 @@
 """The file of a pack: a zip whose every byte is under a hash, read as if it came from an enemy.
 
-    pack.json       what it is: base, target, order, hash of every member, signature (canonical text)
+    pack.json       what it is: base, target, order, hash of every member, keys, signature (canonical text)
     manifest.json   of the bundle that it makes
     ...             the files that differ, whole or as a difference (see delta.py)
     <64 hex digits> SHA-256 of all bytes before them; to zip programs this is the archive's comment
@@ -28,9 +28,11 @@ from ..artefacts.layout import MANIFEST
 from ..artefacts.manifest import canonical, check_names
 from ..errors import InputError
 from ..files import atomic_file
+from .keys import KeyChange, Keys, named
 from .signature import is_signed, sign
 
-SCHEMA = 1
+SCHEMA = 2
+"2: packs that change keys. A program that does not know them must not install those; all others are of schema 1."
 HEADER = "pack.json"
 ENCODINGS = ("whole", "delta")
 MAX_BYTES = 1 << 30
@@ -83,22 +85,33 @@ class Pack:
         """Bytes of all members once unpacked, as pack.json declares them."""
         return sum(int(entry["bytes"]) for entry in self.document["files"].values())
 
-    def check_signature(self, public_key: str) -> None:
-        """Raises: InputError unless the owner of `public_key` (hex) signed it."""
+    @property
+    def keys(self) -> KeyChange:
+        """What it does to the keys of the bundle; to be believed after `check_signature` alone."""
+        return KeyChange.of(self.document.get("keys"))
+
+    def check_signature(self, keys: Keys) -> None:
+        """Raises: InputError unless the owner of a trusted key signed it."""
         signature = self.document.get("signature")
+        wanted = f"one of the keys {named(keys.trusted)}" if len(keys.trusted) > 1 else f"the key {named(keys.trusted)}"
         if signature is None:
             raise InputError(
                 f"{self.path}: not signed",
-                expected=f"a signature by the key {public_key[:16]}...",
+                expected=f"a signature by {wanted}",
                 fix="make it with: cdl-edge pack create OLD NEW --out PACK --key PRIVATE.pem",
             )
-        if not is_signed(_signed(self.document), signature, public_key):
-            by = signature.get("public_key") if isinstance(signature, dict) else signature
+        by = signature.get("public_key") if isinstance(signature, dict) else signature
+        reason = "wrong signature"
+        if by in keys.revoked:
+            reason = "signed by a revoked key"
+        elif by not in keys.trusted:
+            reason = "signed by an unknown key"
+        if reason != "wrong signature" or not is_signed(_signed(self.document), signature, str(by)):
             raise InputError(
-                f"{self.path}: wrong signature",
+                f"{self.path}: {reason}",
                 got=f"said to be by the key {by!s:.16}...",
-                expected=f"by the key {public_key[:16]}...",
-                fix="do not use this pack; ask its maker for one signed with that key",
+                expected=f"by {wanted}",
+                fix="do not use this pack; ask its maker for one signed with a key that this bundle trusts",
             )
 
 
@@ -108,7 +121,7 @@ def write_pack(
     """Write a pack, whole or not at all.
 
     Args:
-        document: the fields "name", "from", "to", "sequence", "backbone" of pack.json.
+        document: the fields "name", "from", "to", "sequence", "backbone" of pack.json, and "keys" where it changes any.
         members: name -> encoding and content. key: private key to sign with.
 
     Returns: name -> bytes that it takes in the file.
@@ -117,7 +130,8 @@ def write_pack(
         name: {"encoding": encoding, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, (encoding, content) in members.items()
     }
-    header: dict[str, Any] = {"schema": SCHEMA, "kind": "pack", **document, "files": entries}
+    schema = SCHEMA if "keys" in document else 1
+    header: dict[str, Any] = {"schema": schema, "kind": "pack", **document, "files": entries}
     header |= {"pack_sha256": "", "signature": None}
     header["pack_sha256"] = hashlib.sha256(_signed(header)).hexdigest()
     if key is not None:
@@ -279,6 +293,16 @@ def _header(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
     if digest != document.get("pack_sha256") or wrong:
         got = f"without {', '.join(wrong)}" if wrong else f"sha256 {digest}"
         raise InputError(f"{path}: {HEADER} has been changed", got=got, fix=_AGAIN)
+    try:
+        change = KeyChange.of(document.get("keys"))
+    except ValueError as error:
+        raise InputError(f"{path}: {HEADER} is no pack's", got=str(error), fix=_AGAIN) from error
+    if change and document["signature"] is None:
+        raise InputError(
+            f"{path}: changes keys and is not signed",
+            expected="a signature by a trusted key",
+            fix="make it with: cdl-edge pack create OLD NEW --out PACK --key PRIVATE.pem",
+        )
     files = document["files"]
     if set(files) | {HEADER} != set(archive.namelist()) or MANIFEST not in files or HEADER in files:
         raise InputError(

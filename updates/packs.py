@@ -2,8 +2,9 @@
 
 What is refused, before anything is written where a reader looks (nothing changes then):
 - a file that is cut, changed or unsafe to unpack (packfile.py);
-- a pack that is not signed by the key that is given or was pinned. The first pack that is installed with a key pins
-  it: from then on this store takes no other;
+- a pack that is not signed by a key that is trusted (keys.py). The first pack that is installed with keys pins them:
+  from then on this store takes packs of those, and of the keys that such packs add;
+- a pack that would leave no key, or bring a revoked one back;
 - a pack for another backbone, or for another version than the one that runs: its difference would not fit;
 - a replayed pack: sequence numbers only rise. A version that was rolled back from comes back by `rollback` to it, or
   by a pack with a higher number; there is no switch to override this;
@@ -15,8 +16,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from ..runtime.selftest import self_test
 from .carry import carry
 from .delta import apply, by_location, difference
 from .enrolments import base_of
+from .keys import MOST, KeyChange, Keys, named
 from .packfile import Pack, open_pack, write_pack
 from .signature import read_public_key
 from .store import Store, link, locked, read_store, sequence_of, write_file
@@ -41,26 +44,36 @@ calibration adds is a quarter of it."""
 
 
 def create(
-    old: Path | str, new: Path | str, out: Path | str, key: Path | str | None = None, sequence: int | None = None
+    old: Path | str,
+    new: Path | str,
+    out: Path | str,
+    key: Path | str | None = None,
+    sequence: int | None = None,
+    add_keys: Sequence[Path | str] = (),
+    revoke_keys: Sequence[Path | str] = (),
 ) -> dict[str, Any]:
     """Write what turns bundle `old` into bundle `new`.
 
     Args:
         key: Ed25519 private key (PEM) to sign with. sequence: above that of every pack before; None: when `new` was
-            exported, in seconds.
+            exported, in seconds; of a pack that changes keys alone: now.
+        add_keys, revoke_keys: public keys (PEM) that devices shall trust, and trust no more; `key` has to sign then,
+            and `old` and `new` may be the same bundle.
 
     Returns: {"pack", "bytes", "bundle_bytes" (of `new` on the device), "share", "from", "to", "sequence", "signed",
-        "files": {name: {"encoding", "bytes" in the pack, "of": bytes in the bundle}}, "self_test"}.
+        "keys": {"add", "revoke"} (hex), "files": {name: {"encoding", "bytes" in the pack, "of": bytes in the
+        bundle}}, "self_test"}.
 
     Raises: InputError for bundles that cannot be opened, have another backbone or are the same, a `new` that is not
         newer or fails its own self-test, a key that cannot be read.
     """
+    change = _key_change(key, add_keys, revoke_keys)
     before, after, out = open_bundle(old), open_bundle(new), Path(out)
     if out.is_dir():
         raise InputError(f"{out}: is a folder", expected="a file to write, as update.pack", fix="choose another path")
     check_out(out, "a pack", _foreign, replace=True)
     source, target = (b.manifest.manifest_sha256 for b in (before, after))
-    if source == target:
+    if source == target and not change:
         raise InputError(
             f"{new}: nothing has changed",
             got=f"both bundles are {target[:16]}",
@@ -81,7 +94,7 @@ def create(
             expected=f"{backbones[0]!s:.16}",
             fix="copy the whole bundle to the device",
         )
-    number = sequence_of(after.manifest) if sequence is None else sequence
+    number = sequence if sequence is not None else int(time.time()) if source == target else sequence_of(after.manifest)
     floor = sequence_of(before.manifest)
     if sequence is None and number == floor:
         number += 1  # both were exported within a second
@@ -95,6 +108,7 @@ def create(
     tested = self_test(after)
     members = {MANIFEST: ("whole", (after.path / MANIFEST).read_bytes()), **_changed(before, after)}
     header = {"name": after.name, "from": source, "to": target, "sequence": number, "backbone": backbones[0]}
+    header |= {"keys": change.document} if change else {}
     packed = write_pack(out, header, members, Path(key) if key is not None else None)
     entries = after.manifest.files
     on_device = sum(entry.bytes for entry in after.manifest.shipped.values())
@@ -107,6 +121,7 @@ def create(
         "to": target,
         "sequence": number,
         "signed": key is not None,
+        "keys": change.document,
         "files": {
             n: {"encoding": encoding, "bytes": packed[n], "of": entries[n].bytes if n in entries else len(content)}
             for n, (encoding, content) in members.items()
@@ -118,50 +133,50 @@ def create(
 def install(
     pack: Path | str,
     bundle: Path | str,
-    public_key: Path | str | None = None,
+    public_key: Path | str | Sequence[Path | str] | None = None,
     backend: str = "auto",
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Install a pack; a plain bundle folder becomes a store (see store.py). Readers see the old or the new version.
 
     Args:
-        public_key: Ed25519 public key (PEM) that has to have signed the pack; pinned from then on.
+        public_key: Ed25519 public keys (PEM), of which one has to have signed the pack. They are pinned where no key
+            was; later the keys of the bundle decide, and these have to be among them, or among the revoked ones.
         backend, threads: for the self-test.
 
     Returns: {"bundle", "from", "to", "version", "previous", "sequence", "signature": "verified", "not checked" or
-        "none", "self_test", "carried": what was enrolled on the version before and is in this one too, see carry.carry,
-        or None}.
+        "none", "keys": {"trusted", "revoked"} (hex), "self_test", "carried": what was enrolled on the version before and
+        is in this one too, see carry.carry, or None}; "to" is "from" for a pack that changes keys alone.
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """
-    given = read_public_key(Path(public_key)) if public_key is not None else None
+    files = () if public_key is None else (public_key,) if isinstance(public_key, str | Path) else public_key
+    given = [read_public_key(Path(file)) for file in files]
     with open_pack(Path(pack)) as opened, writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
-        pinned = store.state.public_key
-        if given is not None and pinned is not None and given != pinned:
-            raise InputError(
-                f"{bundle}: trusts another key",
-                got=f"{given[:16]}...",
-                expected=f"{pinned[:16]}..., pinned by the first pack that was installed with a key",
-                fix="use that key; for another one start from a new copy of the bundle",
-            )
-        key = given or pinned
-        if key is not None:
-            opened.check_signature(key)
+        keys = store.state.keys.pinned(given, bundle)
+        checked = bool(keys.trusted)
+        if checked:
+            opened.check_signature(keys)
+            keys = keys.after(opened.keys, opened.path)
         base = _check_base(opened, store)
         _check_size(opened, store)
         store.clean()
         sequence, previous, carried = opened.document["sequence"], store.state.current, None
-        with store.stage() as folder, store.stage() as above:
-            _build(opened, base, folder)
-            proven = open_bundle(folder)
-            tested = self_test(proven, backend, threads)
-            if base is store.bundle:
-                state = store.install(proven, sequence, key)
-            else:
-                carried = carry(store.bundle, base, proven, above, backend, threads)
-                whole = open_bundle(above)
-                tested = self_test(whole, backend, threads)
-                state = store.install(whole, sequence, key, beneath=proven)
+        if opened.document["to"] == opened.document["from"]:
+            tested: dict[str, Any] = {}
+            state = store.trust(sequence, keys)
+        else:
+            with store.stage() as folder, store.stage() as above:
+                _build(opened, base, folder)
+                proven = open_bundle(folder)
+                tested = self_test(proven, backend, threads)
+                if base is store.bundle:
+                    state = store.install(proven, sequence, keys)
+                else:
+                    carried = carry(store.bundle, base, proven, above, backend, threads)
+                    whole = open_bundle(above)
+                    tested = self_test(whole, backend, threads)
+                    state = store.install(whole, sequence, keys, beneath=proven)
     signed = opened.document["signature"] is not None
     return {
         "bundle": str(bundle),
@@ -169,8 +184,9 @@ def install(
         "to": opened.document["to"],
         "version": state.current,
         "previous": previous,
-        "sequence": opened.document["sequence"],
-        "signature": "verified" if key is not None else "not checked" if signed else "none",
+        "sequence": sequence,
+        "signature": "verified" if checked else "not checked" if signed else "none",
+        "keys": keys.document,
         "self_test": tested,
         "carried": carried,
     }
@@ -226,6 +242,27 @@ def listed(bundle: Path | str) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def trusted(bundle: Path | str) -> Keys:
+    """The keys that a bundle trusts, and those that it has revoked. Raises: InputError for no bundle."""
+    return read_store(Path(bundle))[1].keys
+
+
+def _key_change(key: Path | str | None, add: Sequence[Path | str], revoke: Sequence[Path | str]) -> KeyChange:
+    """Of public keys in PEM files. Raises: InputError for keys that cannot be read, or that contradict each other."""
+    added, revoked = ([read_public_key(Path(file)) for file in files] for files in (add, revoke))
+    change = KeyChange(tuple(dict.fromkeys(added)), tuple(dict.fromkeys(revoked)))
+    if change and key is None:
+        raise InputError(
+            "a pack that changes keys has to be signed",
+            expected="--key with the private half of a key that devices trust",
+        )
+    if both := set(change.add) & set(change.revoke):
+        raise InputError("a key cannot be added and revoked by the same pack", got=named(sorted(both)))
+    if max(len(change.add), len(change.revoke)) > MOST:
+        raise InputError("too many keys", got=max(len(change.add), len(change.revoke)), expected=f"{MOST} or fewer")
+    return change
 
 
 def _backbone(bundle: Bundle) -> str | None:
@@ -285,7 +322,7 @@ def _check_base(pack: Pack, store: Store) -> Bundle:
     direct = running.manifest.enrolled_on is None or document["from"] == installed
     base = running if direct else base_of(store)
     known = {installed, base.manifest.manifest_sha256}
-    if document["to"] in known:
+    if document["to"] in known and document["from"] != document["to"]:  # else it changes keys
         raise InputError(f"{at}: already installed", got=document["to"][:16], fix="nothing")
     if document["sequence"] <= store.state.sequence:
         raise InputError(

@@ -2,7 +2,7 @@
 
     BUNDLE/versions/<first 16 digits of manifest_sha256>/   whole bundle folders; equal files are hard links
     BUNDLE/current -> versions/...                          replaced by one rename: the only moment that counts
-    BUNDLE/store.json                                       order of installs, highest sequence number, pinned key
+    BUNDLE/store.json                                       order of installs, highest sequence number, keys
 
 A plain bundle folder becomes a store in place: its files are linked into versions/ beside the new version, and from
 the moment `current` appears that is what readers open; before, they open the plain files. The next command removes
@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from ..artefacts.layout import MANIFEST
 from ..artefacts.manifest import Manifest, canonical
 from ..errors import InputError
 from ..files import atomic_file
+from .keys import Keys
 
-SCHEMA = 1
+SCHEMA = 2
+"2: several keys, and revoked ones; of schema 1 are stores with one key"
 STATE = "store.json"
 KEEP = 2
 "versions before the one that runs"
@@ -61,8 +63,8 @@ class State:
     "oldest first"
     sequence: int
     "the highest that was ever installed; it never falls, also not by a rollback"
-    public_key: str | None = None
-    "hex; packs have to be signed by it"
+    keys: Keys = field(default_factory=Keys)
+    "packs have to be signed by one of them; like `sequence` they do not go back in a rollback"
     left: tuple[str, ...] = ()
     "files of the plain bundle that this store was, not removed yet"
 
@@ -122,7 +124,7 @@ class Store:
             if self.plain and not any(versions.iterdir()):
                 versions.rmdir()
 
-    def install(self, proven: Bundle, sequence: int, public_key: str | None, beneath: Bundle | None = None) -> State:
+    def install(self, proven: Bundle, sequence: int, keys: Keys, beneath: Bundle | None = None) -> State:
         """Make a bundle in a folder of `stage`, opened and proven, the version that runs.
 
         beneath: what its classes were enrolled on, in another such folder: it is kept too, and never runs by itself.
@@ -133,16 +135,7 @@ class Store:
             if self.folder(target).exists():  # kept after a rollback
                 os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
             os.replace(bundle.path, self.folder(target))
-        left: tuple[str, ...] = ()
-        if self.plain:
-            own = self.folder(self.state.current)
-            with self.stage() as folder:
-                for name in (*self.bundle.manifest.files, MANIFEST):
-                    if (self.path / name).is_file():
-                        link(self.path / name, folder / name)
-                _sync_folders(folder)
-                os.replace(folder, own)
-            left = (*self.bundle.manifest.files, MANIFEST)
+        left = self._adopt() if self.plain else ()
         names, made = [v.version for v in self.state.versions], {b.manifest.version for b in (proven, beneath) if b}
         past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version not in made]
         if beneath is not None:  # in front of what ran: a rollback goes to that
@@ -157,7 +150,7 @@ class Store:
                 Installed(proven.manifest.version, sequence, _now()),
             ),
             sequence=max(sequence, self.state.sequence),
-            public_key=public_key,
+            keys=keys,
             left=left,
         )
         self._swap(after)
@@ -171,6 +164,26 @@ class Store:
             return open_bundle(self.folder(version), verify=False).manifest.enrolled_on
         except InputError:
             return None
+
+    def _adopt(self) -> tuple[str, ...]:
+        """Link the files of the plain bundle that this is into a version. Returns: their names."""
+        files = (*self.bundle.manifest.files, MANIFEST)
+        with self.stage() as folder:
+            for name in files:
+                if (self.path / name).is_file():
+                    link(self.path / name, folder / name)
+            _sync_folders(folder)
+            os.replace(folder, self.folder(self.state.current))
+        return files
+
+    def trust(self, sequence: int, keys: Keys) -> State:
+        """Change what is trusted, and the sequence number, alone: the same version runs on."""
+        after = replace(self.state, sequence=max(sequence, self.state.sequence), keys=keys)
+        if self.plain:  # a store from now on: a plain folder remembers nothing
+            self._swap(replace(after, left=self._adopt()))
+        else:
+            self._settle(after)
+        return self.state
 
     def rollback(self, proven: Bundle) -> State:
         """Make a kept version, opened and proven, run again."""
@@ -307,7 +320,12 @@ def _state(fields: dict[str, Any] | None) -> State | None:
     if fields is None:
         return None
     versions = tuple(Installed(**v) for v in fields["versions"])
-    return State(**{**fields, "versions": versions, "left": tuple(fields["left"])})
+    known = {name: fields[name] for name in ("current", "sequence")}
+    if "public_key" in fields:  # schema 1
+        keys = Keys(() if fields["public_key"] is None else (fields["public_key"],))
+    else:
+        keys = Keys(*(tuple(fields["keys"][name]) for name in ("trusted", "revoked")))
+    return State(**known, versions=versions, keys=keys, left=tuple(fields["left"]))
 
 
 def _write(path: Path, now: State, then: State | None) -> None:

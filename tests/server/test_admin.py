@@ -202,6 +202,14 @@ def test_unsigned_packs_only_where_they_are_allowed(
     assert answer.status_code == 400 and "sign" in answer.json()["error"]
     answer = client.post("/packs", content=(tmp_path / "signed.pack").read_bytes(), headers=admin)
     assert answer.status_code == 200 and answer.json()["installed"]["signature"] == "verified"
+    # Keys alone: the next key is trusted, the same version answers on.
+    second = tmp_path / "second.pem"
+    raw = cryptography.Ed25519PrivateKey.generate().public_key()
+    second.write_bytes(raw.public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
+    create(make_version(1), make_version(1), tmp_path / "keys.pack", private, add_keys=[second])
+    answer = client.post("/packs", content=(tmp_path / "keys.pack").read_bytes(), headers=admin)
+    assert answer.status_code == 200 and raw.public_bytes_raw().hex() in answer.json()["installed"]["keys"]["trusted"]
+    assert answer.json()["version"] == answer.json()["previous"] and classes(client) == 5
 
 
 class Unix(HTTPConnection):

@@ -252,25 +252,14 @@ def test_only_what_changed_travels_and_ranges_stay_in_the_workshop(make_version,
     install(tmp_path / "c.pack", old, threads=1)
 
 
-def test_signatures(device, contents, tmp_path):
-    pytest.importorskip("cryptography")
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-
-    def pair(name: str) -> tuple[Path, Path]:
-        key = Ed25519PrivateKey.generate()
-        files = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
-        files[0].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        files[1].write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-        return files
-
-    (ours, public), (theirs, foreign) = pair("ours"), pair("theirs")
+def test_signatures(device, contents, make_key, tmp_path):
+    (ours, public), (theirs, foreign) = ((key.private, key.public) for key in (make_key("ours"), make_key("theirs")))
     signed, by_others = [tmp_path / f"s{i}.pack" for i in range(2)], tmp_path / "theirs.pack"
     for i in range(2):
         create(device.v[i], device.v[i + 1], signed[i], key=ours)
     create(device.v[0], device.v[1], by_others, key=theirs)
     refused(contents, device.packs[0], device.bundle, "not signed", public_key=public)
-    refused(contents, by_others, device.bundle, "wrong signature", public_key=public)
+    refused(contents, by_others, device.bundle, "signed by an unknown key", public_key=public)
     with open_pack(signed[0]) as pack:
         signature = pack.document["signature"]
     # A signature glued to another pack, and to the same one with another order.
