@@ -13,7 +13,7 @@ import pytest
 
 VERBS = (
     *("quickstart", "pretrain", "train", "sweep", "export", "calibrate", "build", "evaluate", "predict"),
-    *("profile", "inspect", "validate", "report", "pack", "enrol", "serve", "doctor"),
+    *("profile", "inspect", "validate", "report", "pack", "enrol", "serve", "watch", "doctor"),
 )
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "sklearn", "numpy", "PIL", "safetensors", "jinja2")
 

@@ -145,8 +145,8 @@ def install(
         backend, threads: for the self-test.
 
     Returns: {"bundle", "from", "to", "version", "previous", "sequence", "signature": "verified", "not checked" or
-        "none", "keys": {"trusted", "revoked"} (hex), "self_test", "carried": what was enrolled on the version before and
-        is in this one too, see carry.carry, or None}; "to" is "from" for a pack that changes keys alone.
+        "none", "keys": {"trusted", "revoked"} (hex), "self_test", "carried": what was enrolled on the version before
+        and is in this one too, see carry.carry, or None}; "to" is "from" for a pack that changes keys alone.
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """

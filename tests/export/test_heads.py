@@ -93,7 +93,7 @@ def test_the_graph_answers_as_torch_does(tmp_path, run_of, profile, learner, hea
     assert sha256(opened.path / "statistics.npz") == sha256(run / "statistics" / "student-2.npz")
 
 
-@pytest.mark.quick("apt-ranpac")
+@pytest.mark.slow
 @pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_from_int8_and_a_pack_to_what_is_served(tmp_path, run_of, photos, learner, head):
