@@ -25,7 +25,7 @@ import torch
 from cdl_edge.errors import InputError
 from cdl_edge.files import write_json
 from cdl_edge.train.config import TrainConfig
-from cdl_edge.train.devices import Engine
+from cdl_edge.train.devices import Devices
 from cdl_edge.train.loop import train
 from cdl_edge.train.phase import Phase
 
@@ -184,20 +184,20 @@ def torchrun(job: dict[str, Any], notes: Notes) -> None:
 
 def joined(job: dict[str, Any], notes: Notes) -> None:
     """The run of one process, made to join a group of one: by itself a single process sums nothing."""
-    begin = Engine.__init__
+    begin = Devices.__init__
 
-    def joining(self: Engine, devices: str, precision: str) -> None:
+    def joining(self: Devices, devices: str, precision: str) -> None:
         begin(self, devices, precision)
         self._join(self.device.type == "cuda")
 
     backends = []
-    leave = Engine.close
+    leave = Devices.close
 
-    def leaving(self: Engine) -> None:
+    def leaving(self: Devices) -> None:
         backends.append(torch.distributed.get_backend() if torch.distributed.is_initialized() else None)
         leave(self)
 
-    Engine.__init__, Engine.close = joining, leaving  # type: ignore[method-assign]
+    Devices.__init__, Devices.close = joining, leaving  # type: ignore[method-assign]
     with notes.part("joined"):
         notes.put({**short(config_of(job, "joined")), "backend": (backends or [None])[0]}, "joined")
 
