@@ -58,6 +58,10 @@ def test_a_pair(tmp_path, make_config, photos, kept, learner, distill):
         "learning_rate": 0.003,
     }
     kind = DISTILLERS[distill]
+    if learner == "frozen" and distill != "none":
+        with pytest.raises(InputError, match="nothing that could be taught"):
+            make_config(tmp_path / "run", **options)
+        return
     if kind.learners is not None and learner not in kind.learners:
         with pytest.raises(InputError, match=f"--distill {distill}.*--learner {learner}"):
             make_config(tmp_path / "run", **options)
