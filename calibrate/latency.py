@@ -45,8 +45,9 @@ class TimedCandidate:
 
 
 def time_candidates(bundle: Bundle, images: np.ndarray, threads: int | None = 1) -> list[TimedCandidate]:
-    """Every candidate on one image, one call of each in turn, and its answers to images, uint8 (N, S, S, 3).
+    """Time every candidate on the first of the images, uint8 (N, S, S, 3), and take its answers to all of them.
 
+    A turn is one call of each, in an order that is drawn anew for every turn (seed 0).
     What cannot run here is left out: another processor, no OpenVINO, no graph of that precision. Answers come from the
     session that was timed: each candidate is loaded once.
     """
@@ -58,12 +59,13 @@ def time_candidates(bundle: Bundle, images: np.ndarray, threads: int | None = 1)
             except InputError:
                 continue
         times: dict[tuple[str, str], list[float]] = {key: [] for key in runners}
+        keys, rng = list(runners), np.random.default_rng(0)
         for turn in range(CALLS + 3):
-            for key, runner in runners.items():
+            for at in rng.permutation(len(keys)):  # a fixed order would let one candidate always follow the same other
                 begin = time.perf_counter()
-                runner.run(images[:1])
+                runners[keys[at]].run(images[:1])
                 if turn >= 3:
-                    times[key].append((time.perf_counter() - begin) * 1e3)
+                    times[keys[at]].append((time.perf_counter() - begin) * 1e3)
         answers = {key: runner.infer(images) for key, runner in runners.items()}
     first = next(iter(times.values()))
     return [

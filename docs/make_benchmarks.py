@@ -56,7 +56,7 @@ def end_to_end(document: dict[str, Any]) -> str:
     ways = list(dict.fromkeys(way for rows in cases.values() for way in rows))
     lines = ["| | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
     for way in ways:
-        cells = [cell(rows.get(way)) for rows in cases.values()]
+        cells = [cell(rows[way]) if way in rows else "-" for rows in cases.values()]
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
