@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give every test the fixtures of these files, which several folders share."""
-    for name in ("tiny_bundles.py", "teachable_bundles.py"):
+    for name in ("tiny_bundles.py", "teachable_bundles.py", "command_lines.py"):
         path = Path(__file__).with_name(name)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if path.is_file() and spec is not None and spec.loader is not None:

@@ -21,6 +21,7 @@ RATE = 1e-2
 "Adam's peak, half a cosine"
 
 
+@torch.enable_grad()
 def align(statistics: ClassStatistics, seed: int) -> LinearMap:
     """Start from the head of linear discriminant analysis, then cross entropy on drawn features, balanced."""
     start, scatter = slda(statistics), statistics.scatter()

@@ -189,11 +189,12 @@ class TrainConfig:
                 "--learner frozen has nothing that could be taught", got=f"--distill {self.distill}", expected="none"
             )
         distiller = DISTILLERS[self.distill]
-        if distiller.learners is not None and self.learner not in distiller.learners:
+        if not distiller.works_with(LEARNERS[self.learner]):
+            others = (name for name, kind in LEARNERS.items() if name != "frozen" and distiller.works_with(kind))
             raise InputError(
                 f"--distill {self.distill} does not work with --learner {self.learner}: {distiller.refusal}",
                 got=self.learner,
-                expected=" | ".join(distiller.learners),
+                expected=" | ".join(others),
             )
         if distiller.maps_prompts and self.query != "two-pass":
             raise InputError(

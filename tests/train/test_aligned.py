@@ -66,3 +66,11 @@ def test_little_data(counts):
     held, _ = drawn(counts)
     made = align(held, 0)
     assert made.weight.shape == (len(counts), WIDTH) and np.isfinite(made.weight).all() and np.isfinite(made.bias).all()
+
+
+def test_it_learns_where_nothing_else_does():
+    """What measures a run at its end computes no gradients."""
+    held, _ = drawn([20] * CLASSES)
+    with torch.no_grad():
+        found = align(held, 0)
+    assert np.array_equal(found.weight, align(held, 0).weight)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from command_lines import train_options
 from safetensors.torch import load_file
 
 from cdl_edge.train.checkpoint import load_state
@@ -27,16 +28,12 @@ OPTIONS = {"limit_per_class": 7, "batch_size": 17, "learning_rate": 0.005, "prec
 
 def start(config, *more):
     """`torchrun --nproc_per_node 2 -m cdl_edge.cli train ...`."""
-    options = []
-    for key, value in config.to_json().items():
-        if key not in ("compat", "compat_schema") and value is not None:
-            options += [f"--{key.replace('_', '-')}", str(value)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = dict(os.environ)
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # no network, no names
     return subprocess.Popen(
-        [*launcher, "-m", "cdl_edge.cli", "train", *options, "--threads", "1", "--json", *more],
+        [*launcher, "-m", "cdl_edge.cli", "train", *train_options(config), "--threads", "1", "--json", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -120,7 +117,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, make_config, together, 
 def test_one_of_them_writes_and_talks(together):
     folder, _, out, err = together
     assert sorted(p.name for p in folder.iterdir()) == [
-        *("config.json", "metrics.json", "ranges.npz", "report.html"),
+        *("config.json", "metrics.json", "ranges.npz", "report.html", "statistics"),
         *("student.safetensors", "student_matrix.csv", "teacher.safetensors", "teacher_matrix.csv"),
     ]
     assert len(out.strip().splitlines()) == 1 and json.loads(out)["run"] == str(folder)
@@ -129,13 +126,13 @@ def test_one_of_them_writes_and_talks(together):
 
 def test_a_refusal_is_said_once(make_config, together):
     folder = together[0]
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     code, out, err = finish(start(make_config(folder, learner="coda", distill="kdp", **OPTIONS)))
     assert code != 0 and out == ""
     assert err.count("error: ") == 1 and err.count("a run is there already") == 1
     assert re.search(r"exitcode\s*:\s*2\b", err), err  # of the process; torchrun's own is always 1
     assert "the first process has stopped" not in err
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_killed_and_resumed(tmp_path, make_config, counts):

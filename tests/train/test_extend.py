@@ -199,7 +199,7 @@ def test_training_images_of_learnt_classes_are_never_read(tmp_path, finished, ex
     shutil.copytree(photos / "more", data)
     for name in OLD:
         for path in (data / "train" / name).iterdir():
-            path.write_bytes(b"")
+            path.write_bytes(b"no picture")
         if not there:
             shutil.rmtree(data / "train" / name)
     metrics = train(extending(run, data=f"folder:{data}"), quiet=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_lines import train_options
 from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
@@ -175,14 +176,8 @@ def test_a_damaged_checkpoint_is_one_message(tmp_path, make_config, monkeypatch)
 
 
 def command(config, *more):
-    options = []
-    for key, value in config.to_json().items():
-        if key in ("compat", "compat_schema", "query_regulariser"):
-            continue
-        if value is not None:
-            options += [f"--{key.replace('_', '-')}", str(value)]
     code = "from cdl_edge.cli import main; main()"
-    return [sys.executable, "-c", code, "train", *options, "--threads", "1", "--json", *more]
+    return [sys.executable, "-c", code, "train", *train_options(config), "--threads", "1", "--json", *more]
 
 
 def kill_when(config, condition, *more):

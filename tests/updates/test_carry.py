@@ -17,7 +17,7 @@ from cdl_edge.data import load_dataset
 from cdl_edge.errors import GateError, InputError
 from cdl_edge.updates import enrolments, judgement, store
 from cdl_edge.updates.enrol import enrol, judge, remove, rename
-from cdl_edge.updates.enrolments import present_head
+from cdl_edge.updates.enrolments import LIFT, present_head
 from cdl_edge.updates.packs import create, install, listed, rollback
 from cdl_edge.updates.share import export_enrolments
 
@@ -156,7 +156,7 @@ def expected_head(held, frames, colours, ridge=None):
     total = held + ClassStatistics.of(held.map, colours.features(frames), np.zeros(count, int), ("yellow",))
     times = 20 / count
     sums = total.sums.copy()
-    sums[-1] *= times**1.1
+    sums[-1] *= times ** (1 + LIFT)
     weighted = dataclasses.replace(total, sums=sums, moment=held.moment + times * h.T @ h)
     return heads.ranpac(weighted, heads.best_ridge(total) if ridge is None else ridge)
 
@@ -362,12 +362,12 @@ def test_a_class_of_few_is_judged_as_the_head_without_each_picture_would(make_te
     enrolled = enrolments.Enrolled((), x[:0]).plus(entry, x)
     made = enrolments.made(bundle, held, enrolled, "yellow")
     h, times = held.map.apply(x), 20 / 6
-    assert made.target == pytest.approx(times**0.1)
+    assert made.target == pytest.approx(times**LIFT)
     expected, own = [], []
     for i in range(6):
         rest = np.arange(6) != i
         moment = held.moment + times * h[rest].T @ h[rest]
-        sums = np.concatenate([held.sums, times**1.1 * h[rest].sum(0, keepdims=True)])
+        sums = np.concatenate([held.sums, times ** (1 + LIFT) * h[rest].sum(0, keepdims=True)])
         weight = np.linalg.solve(moment + made.head.chosen * np.eye(len(moment)), sums.T).T
         expected.append(made.total.classes[int((h[i] @ weight.T).argmax())])
         own.append(6.0 * h[i] @ weight[-1])

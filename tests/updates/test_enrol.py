@@ -28,7 +28,7 @@ from cdl_edge.train.loop import train
 from cdl_edge.updates import enrol as module
 from cdl_edge.updates import judgement
 from cdl_edge.updates.enrol import enrol, enrolments, remove
-from cdl_edge.updates.enrolments import Enrolled, present_head
+from cdl_edge.updates.enrolments import LIFT, Enrolled, present_head
 from cdl_edge.updates.packs import listed, rollback
 
 PICTURES = np.random.default_rng(5).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
@@ -129,7 +129,7 @@ def test_the_new_head_is_that_of_all_pictures_together(device):
     more = np.concatenate([[12 / 10 - 1] * 6, [12 / 5 - 1] * 5, [12 / 10 - 1] * 4])
     h = kept.map.apply(x)
     sums = total.sums + np.stack([(more * (labels == c)) @ h for c in range(5)])
-    sums *= np.array([[1], [1], [1], [(12 / 10) ** 0.1], [(12 / 5) ** 0.1]])
+    sums *= np.array([[1], [1], [1], [(12 / 10) ** LIFT], [(12 / 5) ** LIFT]])
     weighted = dataclasses.replace(total, sums=sums, moment=total.moment + (h.T * more) @ h)
     made = heads.ranpac(weighted, heads.best_ridge(total))
     assert np.abs(present_head(opened).weight - made.weight).max() < 1e-6

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..learners import Learner
 from ..student import PromptedViT, StudentOutput
 
 
@@ -116,14 +117,17 @@ class Distiller(nn.Module):
     "whether later tasks need what only checkpoints hold: a finished run cannot be extended then"
     tau: ClassVar[float] = 2.0
     "temperature unless the user gives one"
-    learners: ClassVar[tuple[str, ...] | None] = None
-    "names of the learners it works with; None: every one"
     refusal: ClassVar[str] = ""
-    "why not the others"
+    "why it does not work with some learners, see `works_with`"
 
     def __init__(self, spec: DistillSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    @classmethod
+    def works_with(cls, learner: type[Learner]) -> bool:
+        """Whether it makes sense with this kind of learner."""
+        return True
 
     def loss(self, batch: DistillationBatch) -> Tensor:
         """Scalar, the mean over the batch."""

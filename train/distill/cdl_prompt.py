@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from ..learners import Learner
 from ..student import PromptedViT
 from .kd import KD
 
@@ -19,11 +20,15 @@ class CDLPrompt(KD):
     """
 
     maps_prompts: ClassVar[bool] = True
-    learners: ClassVar[tuple[str, ...] | None] = ("l2p", "dualprompt", "coda")
     refusal: ClassVar[str] = (
         "it lets the teacher's prompt rows attend to each other; apt has a single row that is added to the class "
         "token's, finetune has none"
     )
+
+    @classmethod
+    def works_with(cls, learner: type[Learner]) -> bool:
+        """With all that select from a pool of prompts."""
+        return learner.selection["kind"] != "none"
 
     def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
         """The teacher as it answers during this task."""

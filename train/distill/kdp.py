@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..learners import Learner
 from .base import DistillationBatch, Distiller, divergence
 
 
@@ -13,8 +14,12 @@ class KDToken(Distiller):
     """A KD token alone (DeiT, arXiv 2012.12877, in the CDL paper's tables): KDP without key and value rows."""
 
     kd_token: ClassVar[bool] = True
-    learners: ClassVar[tuple[str, ...] | None] = ("l2p", "dualprompt", "coda", "apt")
     refusal: ClassVar[str] = "the KD token is a prompt of a frozen backbone; where all weights learn there is none"
+
+    @classmethod
+    def works_with(cls, learner: type[Learner]) -> bool:
+        """With all whose backbone is frozen."""
+        return not learner.whole_network
 
     def loss(self, batch: DistillationBatch) -> Tensor:
         """(1 - a) CE(head(CLS), y) + a tau^2 KL(teacher || kd_head(KD token)); inference mixes both heads by a."""

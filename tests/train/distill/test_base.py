@@ -10,6 +10,7 @@ import torch
 from cdl_edge.train.backbone import load_backbone
 from cdl_edge.train.distill import DISTILLERS
 from cdl_edge.train.distill.base import divergence, regrid
+from cdl_edge.train.learners import LEARNERS
 from cdl_edge.train.student import ModelSpec, PromptedViT
 
 CLS = [[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]]
@@ -118,7 +119,7 @@ def test_what_each_needs():
         "m2kd": (False, False, False, True, False),
     }
     assert {n: d.tau for n, d in DISTILLERS.items()} == {n: 4.0 if n == "dkd" else 2.0 for n in DISTILLERS}
-    assert all((d.learners is None) == (d.refusal == "") for d in DISTILLERS.values())
+    assert all((not d.refusal) == all(map(d.works_with, LEARNERS.values())) for d in DISTILLERS.values())
 
 
 @pytest.mark.parametrize("name", DISTILLERS)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_lines import train_options
 from safetensors.torch import load_file
 from torch import nn
 
@@ -335,10 +336,8 @@ def test_killed_in_the_middle_of_a_task(tmp_path, make_config):
     """By SIGKILL, as soon as there is a checkpoint of an epoch of the second task."""
     train(make_config(tmp_path / "unbroken", **options("finetune"), epochs=6), quiet=True)
     broken = make_config(tmp_path / "broken", **options("finetune"), epochs=6)
-    unnamed = ("compat", "compat_schema")
-    given = {k.replace("_", "-"): str(v) for k, v in broken.to_json().items() if k not in unnamed and v is not None}
-    line = [part for key, value in given.items() for part in (f"--{key}", value)]
-    program = [sys.executable, "-c", "from cdl_edge.cli import main; main()", "train", *line, "--threads", "1"]
+    code = "from cdl_edge.cli import main; main()"
+    program = [sys.executable, "-c", code, "train", *train_options(broken), "--threads", "1"]
     checkpoint = Path(broken.out) / "checkpoint.safetensors"
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     position = None
