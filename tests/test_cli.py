@@ -230,6 +230,7 @@ def test_config_files(cli, tmp_path, fast_options):
     cli("train", "--data", "digits", "--out", "x", "--config", path).assert_refused("not JSON")
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(cli, tmp_path, fast_options):
     # Trap 11: YAML values silently overridden by command-line defaults.
     path = tmp_path / "c.json"
@@ -298,6 +299,7 @@ def test_train_json(trained):
     assert "task 1/2 student" in answer.err
 
 
+@pytest.mark.slow
 def test_train_for_people(cli, tmp_path, fast_options):
     answer = cli("train", *fast_options, "--distill", "none", "--learner", "apt", "--out", tmp_path / "run")
     assert answer.code == 0
@@ -609,6 +611,7 @@ def test_a_gate_that_is_not_passed_is_a_failure_not_wrong_usage(cli, monkeypatch
     assert answer.code == 1 and "failed: the self-test fails" in answer.err and "Traceback" not in answer.err
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_trace(monkeypatch):
     code = (
         "import sys, cdl_edge.measurement.doctor as d\nfrom cdl_edge.cli import main\n"
@@ -619,6 +622,7 @@ def test_a_bug_keeps_its_trace(monkeypatch):
     assert done.returncode == 1 and "Traceback" in done.stderr and "a bug" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_two_and_one_message(tmp_path):
     # Once in a process of its own, as a shell sees it.
     code = "from cdl_edge.cli import main; main()"
@@ -665,6 +669,7 @@ def test_ctrl_c_where_nothing_is_kept(cli, monkeypatch, tmp_path, verb):
     assert "stopped: nothing was written; start the same command again" in answer.err
 
 
+@pytest.mark.slow
 def test_training_and_export_say_what_they_do(cli, trained, tmp_path):
     assert "images/s, about " in trained[1].err and " left" in trained[1].err
     said = cli("export", trained[0], "--out", tmp_path / "bundle", "--images", 20, "--json").err

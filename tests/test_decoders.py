@@ -70,6 +70,7 @@ def test_a_process_that_does_nothing_at_all_is_ended(decoders):
     assert decoders.read(MADE, PICTURE).shape == (16, 16, 3)
 
 
+@pytest.mark.slow
 def test_a_crash_ends_one_picture(decoders, slow_jpeg):
     """What a broken decoder, or a system without memory, does to the process."""
     decoders.read(MADE, PICTURE)
@@ -116,6 +117,7 @@ def test_signals_for_all_do_not_stop_it(decoders):
     assert decoders.processes() == before
 
 
+@pytest.mark.slow
 def test_many_threads_have_a_process_each():
     with Decoders() as decoders:
         pictures = [encoded(Image.new("RGB", (40, 40), (40 * i, 0, 0))) for i in range(4)]

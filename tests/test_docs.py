@@ -201,6 +201,7 @@ def matches(shown, real):
 SHOWING = [p for p in PAGES if "\n```sh\n" in (DOCS / p).read_text("utf-8")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow) if p in SECONDS else p for p in SHOWING])
 def test_what_a_page_shows(page, place, cli):
     found = blocks(DOCS / page)

@@ -212,6 +212,7 @@ def test_nothing_is_pickled():
                 assert "allow_pickle" in {k.arg for k in node.keywords}, f"{source}: np.load without allow_pickle=False"
 
 
+@pytest.mark.slow
 def test_no_error_is_swallowed():
     for source in SOURCES:
         for node in ast.walk(tree_of(source)):

@@ -99,6 +99,7 @@ def test_a_toy_head(way):
     assert metrics["config"]["head"] == "toy" and len(found["predictions"]) == 3
 
 
+@pytest.mark.slow
 def test_a_learner_that_does_not_say_what_its_prompts_are_made_of(way, monkeypatch):
     class Silent(Toy):
         def entries(self, block):

@@ -101,6 +101,7 @@ def test_one_changed_byte_of_a_file(tmp_path, manifest, name):
     open_bundle(bundle.path)
 
 
+@pytest.mark.slow
 def test_one_changed_byte_anywhere_in_the_manifest(tmp_path, manifest):
     path = write_bundle(tmp_path / "b", manifest(), CONTENT).path
     good = (path / MANIFEST).read_bytes()

@@ -135,6 +135,7 @@ def test_the_device_runs_it(kept_only, source, exported):
         assert np.abs(apart - got.logits).max() <= 0.05 * np.ptp(got.logits)
 
 
+@pytest.mark.slow
 def test_openvino_agrees(kept_only, source):
     pytest.importorskip("openvino")
     out, _ = kept_only
@@ -431,6 +432,7 @@ def test_four_pictures_are_said_to_be_few(exported, tmp_path, lines):
     assert "warning: int8-x86: the answers of 4 images are compared; give more with --data" in lines
 
 
+@pytest.mark.slow
 def test_a_scheme_of_another_processor_has_a_floor_of_its_own(kept_only, tmp_path):
     """What x86 is recommended says nothing about a graph of ARM's that answers otherwise."""
     opened = open_bundle(kept_only[0])
@@ -598,6 +600,7 @@ def test_latency_of_what_runs_here(kept_only):
     assert result["recommended"] == {"backend": fastest["backend"], "precision": fastest["precision"]}
 
 
+@pytest.mark.slow
 def test_calibrating_again_replaces_the_earlier_calibration(kept_only, tmp_path):
     """Also in its own place. The earlier schemes' graphs would read constants that are no longer theirs."""
     shutil.copytree(kept_only[0], tmp_path / "out")

@@ -41,6 +41,7 @@ def assert_near(tools, graphs, folder, tolerance=0.15):
     assert np.abs(got - expected).max() <= tolerance * np.ptp(expected), np.abs(got - expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_linear_in_every_scheme(tools, graphs, name, scheme):
@@ -50,6 +51,7 @@ def test_every_linear_in_every_scheme(tools, graphs, name, scheme):
     assert_near(tools, made, made.write(made.quantise(scheme)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RoPE, gated MLP", "norms in attention and MLP"])
 def test_smoothing_leaves_the_norms_alone_whose_channels_are_not_known(tools, graphs, name):
     made = graphs(name, "apt")

@@ -40,7 +40,7 @@ def test_of_every_depth(tools, depth):
     assert set(graphs.whole()) == whole("prompted", range(depth - 1)) | last("prompted", depth - 1)
 
 
-@pytest.mark.quick("coda-kd0")
+@pytest.mark.slow
 @pytest.mark.parametrize(("learner", "kd"), [("coda", (12, 6)), ("apt", None), ("l2p", None)])
 def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, kd):
     graphs = tools.make(learner, kd=kd, patch=4)
@@ -254,7 +254,7 @@ def test_each_pass_has_its_own_ranges(tools):
             assert scale == pytest.approx((max(histogram.high, 0) - min(histogram.low, 0)) / 255, rel=1e-5)
 
 
-@pytest.mark.quick("0.5-int8-x86", "1.0-int8-trt")
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
 def test_a_smoothed_graph_is_the_same_function(tools, strength, scheme):
@@ -306,6 +306,7 @@ def test_smoothed_scales_cover_the_smoothed_tensor(tools):
         assert high - low <= 1.5 * np.ptp(x), name
 
 
+@pytest.mark.slow
 def test_half_precision_around_the_bytes(tools):
     """int8-trt on the fp16 graphs: what is not in 8 bits is in half precision."""
     for profile in ("trt10", "trt11"):

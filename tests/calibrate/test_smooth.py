@@ -11,6 +11,7 @@ from cdl_edge.calibrate.smooth import smoothing
 from cdl_edge.ranges import TensorRange
 
 
+@pytest.mark.slow
 def test_the_formula(tools):
     """s_j = a_j^t / w_j^(1 - t), over its geometric mean; a over both passes, w over Q, K and V."""
     graphs = tools.make("coda")

@@ -143,8 +143,6 @@ def test_the_frozen_file_does_not_depend_on_what_learns(lab, many_tokens, learne
 @pytest.mark.quick(
     "l2p-last_rows",
     "dualprompt-last_products",
-    "coda-shared_stem",
-    "coda-coda_products",
     "l2p-tables",
     "apt-input",
     "apt-scale",
@@ -169,7 +167,7 @@ def test_every_rewrite_is_exact(lab, learner, switch):
     assert changed == (learner not in nothing_to_do.get(switch, ()))
 
 
-@pytest.mark.quick("coda-two-pass", "apt-one-pass")
+@pytest.mark.quick("apt-one-pass")
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two-pass", "one-pass"])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_no_rewrite_at_all(lab, learner, one_pass):
@@ -178,7 +176,7 @@ def test_no_rewrite_at_all(lab, learner, one_pass):
     close(lab.export(student, rewrites=none).each(pixels), lab.truth(student, pixels))
 
 
-@pytest.mark.quick("coda-normalised-trt10", "apt-linear-ort")
+@pytest.mark.quick("apt-linear-ort")
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(("learner", "kd_head"), [("coda", "normalised"), ("apt", "linear")])
 def test_heads_of_two_kinds(lab, many_tokens, learner, kd_head, profile):

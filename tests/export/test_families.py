@@ -70,12 +70,13 @@ def test_every_family(lab, family, name, learner, kd, profile):
     assert_equal(lab, lab.student(learner, kd, backbone=family(name)), profile=PROFILES[profile])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["registers, DINOv2", "RoPE, DINOv3"])
 def test_patches_that_ask_are_without_registers(lab, family, name):
     assert_equal(lab, lab.student("coda", (12, 6), True, query_of="patches", backbone=family(name)))
 
 
-@pytest.mark.quick("registers, DINOv2", "RoPE, DINOv3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["registers, DINOv2", "norm in front, CLIP", "q/k norm", "RoPE, DINOv3"])
 def test_many_tokens_and_any_batch(lab, family, name):
     """From LAST_TOKENS on the last block makes no keys, where it is linear."""

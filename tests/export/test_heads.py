@@ -77,7 +77,7 @@ def statistics_of(bundle):
     return opened, ClassStatistics.load(opened.path / opened.manifest.document["statistics"])
 
 
-@pytest.mark.quick("ort-coda-kdp-ranpac", "trt10-frozen-slda")
+@pytest.mark.slow
 @pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("profile", PROFILES)

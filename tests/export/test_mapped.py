@@ -54,7 +54,7 @@ def assert_equal(got, expected):
         assert difference.max() <= TOLERANCE, f"{name}: max {difference.max():.2e}, mean {difference.mean():.2e}"
 
 
-@pytest.mark.quick("l2p-kd", "coda-no-kd")
+@pytest.mark.quick("l2p-kd")
 @pytest.mark.parametrize("kd", [None, (12, 6)], ids=["no-kd", "kd"])
 @pytest.mark.parametrize("learner", POOLS)
 def test_the_graph_is_the_student(lab, student, learner, kd):
@@ -68,7 +68,7 @@ def test_the_graph_is_the_student(lab, student, learner, kd):
     assert np.abs(lab.truth(model, pixels)["logits"] - expected["logits"]).max() > 100 * TOLERANCE
 
 
-@pytest.mark.quick("dualprompt-dynamic", "coda-static")
+@pytest.mark.quick("dualprompt-dynamic")
 @pytest.mark.parametrize("batch", [None, 3], ids=["dynamic", "static"])
 @pytest.mark.parametrize("learner", POOLS)
 def test_batches(lab, student, learner, batch):
@@ -76,7 +76,7 @@ def test_batches(lab, student, learner, batch):
     assert_equal(lab.export(model, batch=batch).run(pixels), lab.truth(model, pixels))
 
 
-@pytest.mark.quick("l2p-narrower", "dualprompt-deeper", "coda-shallower")
+@pytest.mark.quick("l2p-narrower", "dualprompt-deeper")
 @pytest.mark.parametrize("teacher", [(16, 6), (32, 12), (40, 3)], ids=["narrower", "deeper", "shallower"])
 @pytest.mark.parametrize("learner", POOLS)
 def test_other_teachers(lab, student, learner, teacher):
@@ -84,7 +84,7 @@ def test_other_teachers(lab, student, learner, teacher):
     assert_equal(lab.export(model).each(lab.pixels(3)), lab.truth(model, lab.pixels(3)))
 
 
-@pytest.mark.quick("l2p-1", "coda-4")
+@pytest.mark.quick("l2p-1")
 @pytest.mark.parametrize("learnt", [1, 4])
 @pytest.mark.parametrize("learner", POOLS)
 def test_other_numbers_of_tasks(lab, student, learner, learnt):

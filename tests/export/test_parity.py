@@ -52,6 +52,7 @@ def test_the_tolerance_is_the_promised_one():
     assert TOLERANCE == 1e-4
 
 
+@pytest.mark.slow
 def test_equal_passes_and_says_what_was_compared(lab, run):
     parity = check(run, FakeRunner(run, 5e-5), lab.pixels(40))
     assert parity.to_json().keys() == {

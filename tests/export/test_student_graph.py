@@ -42,7 +42,7 @@ def test_every_learner(lab, learner, kd, one_pass):
     assert ("prompt_weights" in graph.outputs) == (learner != "apt")
 
 
-@pytest.mark.quick("l2p-kdp-1", "coda-no-kd-None")
+@pytest.mark.quick("l2p-kdp-1")
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize("kd", [None, KD], ids=["no-kd", "kdp"])
 @pytest.mark.parametrize("learner", POOLS)
@@ -202,6 +202,7 @@ def kinds(proto: onnx.ModelProto) -> Counter:
     return Counter(node.op_type for node in proto.graph.node)
 
 
+@pytest.mark.slow
 def test_the_expensive_operators_are_there_once(lab):
     """Two passes share what is in front of block 0's attention; the graph uses fused operators only."""
     depth = 6

@@ -24,7 +24,7 @@ def hybrid(lab):
     return make
 
 
-@pytest.mark.quick("96-ort", "75-trt10")
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("size", [96, 75])
 def test_profiles(lab, hybrid, size, profile):

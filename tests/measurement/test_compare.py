@@ -51,6 +51,7 @@ def test_the_same_numbers_twice():
     assert compare(report(constant), report(constant * 1.1))["verdict"] == "slower"
 
 
+@pytest.mark.slow
 def test_a_difference_below_the_floor_is_none():
     a = waves(5000, 0, 0, spread=0.01)
     assert compare(report(a), report(a * 1.015))["verdict"] == "no difference"

@@ -14,6 +14,7 @@ from cdl_edge.errors import InputError
 from cdl_edge.report.model_page import write_report
 
 
+@pytest.mark.slow
 def test_full_page(
     tmp_path: Path,
     metrics: dict[str, Any],
@@ -129,6 +130,7 @@ def test_lone_surrogates_of_file_names_are_replaced(
     assert "b?e" in read_page(write_report(tmp_path / "r.html", save_run(tmp_path / "run", metrics))).text
 
 
+@pytest.mark.slow
 def test_failed_write_leaves_the_old_page(
     tmp_path: Path, metrics: dict[str, Any], monkeypatch: pytest.MonkeyPatch, save_run: Callable[..., Path]
 ) -> None:

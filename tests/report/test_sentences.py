@@ -16,6 +16,7 @@ from cdl_edge.report.words import value_text
 CONFIDENCE = {"images": 91, "temperature": 1.4, "unknown": {"below": 0.5, "share": 0.05}, "task": {"scale": 1.0}}
 
 
+@pytest.mark.slow
 def test_a_calibrated_bundle_is_not_called_uncalibrated(tmp_path, metrics, save_bundle, read_page):
     old = save_bundle(tmp_path / "old", metrics)
     text = read_page(write_report(tmp_path / "old.html", bundle=old)).text

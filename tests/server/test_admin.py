@@ -61,6 +61,7 @@ def test_install_list_and_go_back(make_server, make_client, make_version, pack_b
     assert version_name(open_bundle(server.source)) == names[1]
 
 
+@pytest.mark.slow
 def test_a_pack_as_the_body(client, pack_between, admin, apart):
     content = pack_between(0, 1).read_bytes()
     assert client.post("/packs", content=content, headers={**admin, "content-type": "application/octet-stream"}).json()[
@@ -69,6 +70,7 @@ def test_a_pack_as_the_body(client, pack_between, admin, apart):
     assert classes(client) == 5
 
 
+@pytest.mark.slow
 def test_installs_under_load(make_server, make_client, make_version, pack_between, tiny, admin):
     sizes = {version_name(open_bundle(make_version(i))): 4 + i for i in range(4)}
     client = make_client(make_server(runners=2))
@@ -178,6 +180,7 @@ def test_without_any_token_nobody(make_server, make_client):
         assert client.post("/packs", content=b"", headers=header).status_code == 403
 
 
+@pytest.mark.slow
 def test_unsigned_packs_only_where_they_are_allowed(
     make_server, make_client, make_version, pack_between, admin, tmp_path
 ):
@@ -262,6 +265,7 @@ def test_a_socket_is_taken_over_only_from_the_dead(tmp_path):
 # -- what a pack may do to the server ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pack_that_never_ends_or_crashes_stops_nothing(make_server, make_client, pack_between, admin, apart):
     server = make_server()
     client = make_client(server)

@@ -112,6 +112,7 @@ def test_upload_then_install_a_pack_and_see_the_new_class(
     assert "class 4" not in page.text_content("#label")
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_told_on_the_page(open_page, make_server, listen, tiny):
     page = open_page(listen(make_server()))
     page.set_input_files("#file", file("broken.png", b"nothing"))
@@ -148,6 +149,7 @@ def test_the_camera(open_page, make_server, listen):
     assert page.is_hidden("#video") and page.is_visible("#hint")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
 def test_it_fits(open_page, make_server, listen, tiny, viewport, scheme):

@@ -70,6 +70,7 @@ def test_many_addresses_share_the_room(make_server, listen, connect, tiny):
     assert len(held) == 30
 
 
+@pytest.mark.slow
 def test_the_head_has_a_time(make_server, listen, connect):
     port = listen(make_server(), Bounds(head_s=0.2))
     status, document = answer(connect(port), b"GET /health HTTP/1.1\r\nHo")

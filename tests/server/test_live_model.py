@@ -164,6 +164,7 @@ def test_every_runner_is_warm_before_it_answers(make_version, monkeypatch):
 # -- swap --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_swaps_under_load_lose_no_call_and_mix_no_versions(make_version, images):
     versions = [open_bundle(make_version(number)) for number in range(3)]
     expected = {}

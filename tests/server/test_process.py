@@ -92,6 +92,7 @@ def test_a_stop_finishes_what_is_in_flight(start, make_version, tiny, number):
         socket.create_connection(("127.0.0.1", port), 1)
 
 
+@pytest.mark.slow
 def test_systemd_hears_of_it(start, make_version, tmp_path, monkeypatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))

@@ -70,6 +70,7 @@ def test_learners_by_distillers_by_heads(run_sweep, tmp_path):
     assert len(more["cells"]) == 3 * (1 + 5 + 5)
 
 
+@pytest.mark.slow
 def test_class_orders_of_each_seed(run_sweep):
     document = run_sweep(**SMALL)
     orders = document["class_orders"]
@@ -151,6 +152,7 @@ def test_the_grid_may_grow_and_the_baseline_change(run_sweep, fakes):
     assert document["grid"]["baseline"] == "kdp"
 
 
+@pytest.mark.slow
 def test_files_are_written_after_every_cell(run_sweep, fakes, tmp_path):
     seen = []
 
@@ -210,6 +212,7 @@ def refused(call, *words):
         assert word in str(caught.value), str(caught.value)
 
 
+@pytest.mark.slow
 def test_other_options_are_refused(run_sweep, fakes, tmp_path):
     run_sweep(epochs=3, **SMALL)
     before = {p: p.read_bytes() for p in (tmp_path / "sweep").rglob("*") if p.is_file()}
@@ -366,6 +369,7 @@ def test_every_option_of_train_is_one_of_sweep():
     assert len(given) == len(group.commands["sweep"].params)
 
 
+@pytest.mark.slow
 def test_from_python(fakes, tmp_path):
     code = "import cdl_edge, cdl_edge.sweep.processes\nfrom cdl_edge import sweep\nassert callable(sweep)\n"
     subprocess.run([sys.executable, "-c", code], check=True)

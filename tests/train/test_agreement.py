@@ -259,7 +259,7 @@ def numbers(module):
     return {k: v.detach().clone().double() for k, v in module.state_dict().items()}
 
 
-@pytest.mark.quick("l2p-kdp-two-pass", "coda-kdp-one-pass-patches")
+@pytest.mark.slow
 @pytest.mark.parametrize(("learner", "distill", "query"), CASES)
 def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, query):
     monkeypatch.setattr(Tensor, "float", lambda self: self)  # losses are cast to float32: stay in double here
@@ -315,7 +315,7 @@ def test_forward_and_steps_agree(student, scene, monkeypatch, learner, distill, 
         assert (start[name] - value).abs().max() > RATE / 10, name
 
 
-@pytest.mark.quick("l2p-kdp-two-pass", "coda-kdp-one-pass-patches")
+@pytest.mark.quick("l2p-kdp-two-pass")
 @pytest.mark.parametrize(("learner", "distill", "query"), CASES)
 def test_float32_gives_the_same_logits_in_training(student, backbone, scene, learner, distill, query):
     # As it is trained: single precision, the forward pass of a step.

@@ -111,6 +111,7 @@ def test_the_pair_that_is_shipped(name):
         assert torch.isfinite(got.model(torch.zeros(1, 3, side, side))).all()
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_larger_one():
     teacher, student = load_backbone("builtin:teacher"), load_backbone("builtin:student")
     assert teacher.width > student.width and teacher.depth == student.depth == 4
@@ -207,6 +208,7 @@ def test_what_is_supported(name, part):
             refused(f"random:{name}", "not supported", part, "a plain timm ViT")
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_every_time():
     # A run on `random:` is exported by another process.
     torch.manual_seed(1)

@@ -13,6 +13,7 @@ def metrics_of(run):
     return json.loads((run / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["slda", "ranpac"])
 def test_it_is_the_frozen_learner_with_that_head(tmp_path, make_config, head):
     run = tmp_path / head

@@ -167,6 +167,7 @@ def test_a_network_whose_stem_learns_is_given_images(backbone, split):
     assert torch.allclose(before.inputs["student"], after.inputs["student"], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compat", "low", "expected"), [(False, 0.5, 0.75), (True, 0.08, 0.54)])
 def test_the_area_of_random_crops(sides, split, monkeypatch, compat, low, expected):
     images = TaskImages(split, {"student": sides["student"]}, CPU)

@@ -91,6 +91,7 @@ def test_a_failing_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert load_state(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere_never_comes_back_as_something_else(tmp_path):
     path = tmp_path / "a"
     state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16), "n": 3, "flag": True}

@@ -84,7 +84,7 @@ def test_the_module_is_the_numpy_head(head, kd):
 # -- in the loop -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("apt-none-aligned", "coda-kdp-slda")
+@pytest.mark.slow
 @pytest.mark.parametrize("head", statistics_heads())
 @pytest.mark.parametrize(("learner", "distill"), [("apt", "none"), ("coda", "kdp"), ("l2p", "two-heads")])
 def test_a_run_keeps_what_its_head_is_made_from(run_of, learner, distill, head):
@@ -101,6 +101,7 @@ def test_a_run_keeps_what_its_head_is_made_from(run_of, learner, distill, head):
     assert set(files(run)) == names | ({"teacher-2.npz"} if distill == "kdp" else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", list(CLOSED_FORM))
 def test_the_order_of_tasks_changes_neither_statistics_nor_answers(run_of, monkeypatch, head):
     real = loop.make_scenario
@@ -145,6 +146,7 @@ def test_prompts_learn_in_the_first_tasks_only(run_of):
         assert np.array_equal(held[0].sums[held[0].classes.index(name)], held[1].sums[held[1].classes.index(name)])
 
 
+@pytest.mark.slow
 def test_it_learns_nothing_more_behind_the_first_task(run_of, monkeypatch):
     states = []
     real = loop._Training._collect
@@ -215,7 +217,7 @@ def extending(tmp_path, photos):
     return config
 
 
-@pytest.mark.quick("ranpac")
+@pytest.mark.slow
 @pytest.mark.parametrize("head", statistics_heads())
 def test_extended_it_is_the_run_that_learnt_all_at_once(tmp_path, run_of, extending, photos, head):
     run = run_of("run", data=f"folder:{photos / 'old'}", head=head)
@@ -266,6 +268,7 @@ def test_an_extension_that_was_stopped(tmp_path, run_of, extending, photos, monk
     assert files(tmp_path / "whole") == files(tmp_path / "more")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_run_of_an_earlier_version_is_extended_without_a_baseline(
     tmp_path, run_of, extending, photos, monkeypatch, capfd, stopped

@@ -24,6 +24,7 @@ def finished(tmp_path_factory, make_config, photos):
     return out, metrics
 
 
+@pytest.mark.slow
 def test_the_numbers_of_training_are_found_again(finished, photos):
     out, metrics = finished
     got = evaluate_run(out, f"folder:{photos}")
@@ -96,6 +97,7 @@ def test_corrupt_validation_images_are_named(finished, photos, tmp_path):
     assert got["images"] == 15 and len(got["skipped"]) == 1 and "b/000.png" in got["skipped"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3, 40])
 def test_processes_count_each_image_once(backbone, make_model, processes):
     from cdl_edge.data import Split

@@ -159,6 +159,7 @@ def test_codas_share_of_the_pool_stays_through_a_chain(tmp_path, finished, exten
     assert torch.equal(pools[2].key["0"][:100], pools[0].key["0"])  # what is not a current task's is frozen
 
 
+@pytest.mark.slow
 def test_where_it_comes_from_is_recorded(finished, extending):
     from cdl_edge.files import sha256
 
@@ -192,7 +193,7 @@ def test_ranges_go_on(finished, extending, tmp_path):
 # -- images of what is learnt -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick("gone")
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["damaged", "gone"])
 def test_training_images_of_learnt_classes_are_never_read(tmp_path, finished, extending, photos, there):
     run, data = finished(learner="coda"), tmp_path / "data"
@@ -319,6 +320,7 @@ def test_a_distiller_that_remembers(tmp_path, finished, extending):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_without_some_of_its_files(tmp_path, finished, extending):
     for name, words in (("teacher.safetensors", "no teacher.safetensors"), ("ranges.npz", "--range-images 0")):
         run = tmp_path / name

@@ -137,6 +137,7 @@ def test_positions_are_resampled_and_the_view_stays():
     assert torch.equal(smaller.model.pos_embed, expected)
 
 
+@pytest.mark.slow
 def test_blockwise_needs_a_teacher_without_registers(tmp_path, tiny_vit):
     options = {"teacher": "random:vit_small_patch14_reg4_dinov2", "teacher_image_size": 28}
     options |= {"student": tiny_vit(), "distill": "blockwise", "learner": "apt"}

@@ -106,6 +106,7 @@ def test_a_run_goes_on_with_its_own_images_only(config, photos, stop, change, fi
     assert contents(config().out) == found
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_images_have_moved(config, photos, stop, tmp_path, monkeypatch):
     train(config("whole"), quiet=True)
     monkeypatch.chdir(photos.parent)
@@ -143,6 +144,7 @@ def as_of_an_early_version(run):
     loop.save_state(path, state)
 
 
+@pytest.mark.slow
 def test_a_run_that_an_early_version_has_begun(config, photos, stop, tmp_path, image_folder):
     stop(config())
     as_of_an_early_version(tmp_path / "run")
@@ -158,6 +160,7 @@ def test_a_run_that_an_early_version_has_begun(config, photos, stop, tmp_path, i
 # -- one training at a time -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder(config, tmp_path):
     one = _Training(config(), False, True)
     for resume, words in ((True, "another training works there now"), (False, "a run is there already")):
@@ -169,6 +172,7 @@ def test_two_trainings_in_one_folder(config, tmp_path):
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_goes_with_its_process(config, tmp_path):
     # A process that holds the lock and is killed: nothing of it stays in the way.
     (tmp_path / "run").mkdir()
@@ -209,6 +213,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, stop, tmp_path, capfd):
     train(config("whole"), quiet=True)
     stop(config(), at=(2, "", 0))
@@ -261,6 +266,7 @@ def test_validation_images_are_kept_as_far_as_the_memory_goes():
     assert read == [0, 1, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_run_measures_the_same_without_memory(config, monkeypatch):
     kept = train(config("kept"), quiet=True)
     real = loop.Validation

@@ -144,6 +144,7 @@ def test_an_unreadable_picture_is_named_each_time(config, photos):
         assert sum("broken.png" in line for line in said) == 1 and made["data"]["unreadable"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["trunk", "distill_from"])
 def test_a_wrong_checkpoint_is_one_message(config, tmp_path, which):
     wrong = tmp_path / "wrong.safetensors"

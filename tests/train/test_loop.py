@@ -88,7 +88,7 @@ def test_a_run_writes_its_folder(usual):
     assert metrics["teacher"]["tasks_reused"] == [] and metrics["distiller"] == {}
 
 
-@pytest.mark.quick("l2p")
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learner):
     metrics = train(make_config(tmp_path / "run", learner=learner, distill="none", teacher="builtin:none"), quiet=True)
@@ -109,6 +109,7 @@ def test_it_learns(tmp_path, make_config, image_folder, learner):
         assert metrics[side]["average_accuracy"] > 70  # 33 by chance
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_another(tmp_path, make_config):
     runs = [train(make_config(tmp_path / str(i), seed=s), quiet=True) for i, s in enumerate((3, 3, 4))]
     assert runs[0]["student"]["loss"] == runs[1]["student"]["loss"] != runs[2]["student"]["loss"]
@@ -126,6 +127,7 @@ def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
         assert all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
 
 
+@pytest.mark.slow
 def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
     train(make_config(tmp_path / "run"))
     out, err = capfd.readouterr()
@@ -133,7 +135,7 @@ def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
     assert "task 1/2 teacher: loss" in err and "task 2/2 student: average accuracy" in err and "images/s" in err
 
 
-@pytest.mark.quick("bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precision_is_recorded_and_evaluation_is_fp32(tmp_path, make_config, precision, monkeypatch):
     seen = []
@@ -177,6 +179,7 @@ def test_limit_per_class_is_of_training_images_only(tmp_path, make_config):
     assert len(made.dataset.val) > 300
 
 
+@pytest.mark.slow
 def test_one_bar_a_phase_with_its_loss_and_its_end(tmp_path, make_config, monkeypatch):
     made = []
 
@@ -208,6 +211,7 @@ def test_one_bar_a_phase_with_its_loss_and_its_end(tmp_path, make_config, monkey
     assert metrics["student"]["loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_own_number_of_threads(tmp_path, make_config, monkeypatch):
     """Sums in another order end in other numbers."""
     counts = []
@@ -243,6 +247,7 @@ def test_an_existing_run_is_left_untouched(usual, make_config):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_left_untouched(tmp_path, make_config, monkeypatch):
     out = tmp_path / "run"
     real = loop.save_state
@@ -279,6 +284,7 @@ def test_another_backbone_under_the_same_name_is_refused_on_resume(tmp_path, mak
     refused(config, "other student weights", resume=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, make_config):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_text("x")
@@ -314,6 +320,7 @@ def test_a_device_that_is_not_there_is_said_not_replaced(tmp_path, make_config):
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_skipped_named_and_counted(tmp_path, make_config, image_folder, capfd):
     root = image_folder(tmp_path / "p", train=dict.fromkeys("abcd", 5), val=dict.fromkeys("abcd", 3))
     (root / "train" / "b" / "002.png").write_bytes(b"no image")
@@ -349,6 +356,7 @@ def test_photographs_are_augmented_and_digits_are_not(tmp_path, make_config, ima
 # -- compat -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compat_is_the_authors_behaviour(tmp_path, make_config, monkeypatch):
     monkeypatch.setattr(devices_module, "native_bf16", lambda device: True)  # what auto would take
     metrics = train(make_config(tmp_path / "run", compat=True), quiet=True)

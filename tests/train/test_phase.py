@@ -170,6 +170,7 @@ def test_all_answers_are_those_of_each_step(bench, distill, monkeypatch):
     assert not whole.logits.requires_grad
 
 
+@pytest.mark.slow
 def test_answers_that_do_not_fit_into_memory_are_asked_again_at_each_step(bench, monkeypatch):
     losses = []
     for kept in (module.KEPT_BYTES, 10):
@@ -233,6 +234,7 @@ def test_an_epoch_counts_each_image_once_in_its_mean(bench, monkeypatch):
     assert done.loss == pytest.approx((4 * 1.0 + 4 * 2.0 + 3 * 4.0) / 11) and done.epoch == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", ["none", "kdp"])
 def test_an_epoch_that_is_resumed_sees_the_same_steps(bench, distill, monkeypatch):
     orders = []

@@ -41,6 +41,7 @@ def quiet(line):
     pass
 
 
+@pytest.mark.slow
 def test_the_real_student_trains_and_loads(tmp_path, photos):
     # Sizes as shipped; everything below is narrower.
     out = tmp_path / "s.safetensors"
@@ -86,6 +87,7 @@ def test_a_stopped_run_ends_in_the_same_file(tmp_path, photos, small, monkeypatc
     ]
 
 
+@pytest.mark.slow
 def test_seeds_differ(tmp_path, photos, small):
     files = []
     for seed in (0, 1):
@@ -95,6 +97,7 @@ def test_seeds_differ(tmp_path, photos, small):
     assert not torch.equal(files[0]["head.weight"], files[1]["head.weight"])
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_overwritten_without_resume(tmp_path, photos, small):
     config = PretrainConfig(photos, "student-plain", str(tmp_path / "vit.safetensors"), epochs=1, batch_size=8)
     pretrain(config)
@@ -117,6 +120,7 @@ def test_a_file_of_another_origin_is_not_overwritten_with_resume_either(tmp_path
     assert out.read_bytes() == b"years of work"
 
 
+@pytest.mark.slow
 def test_resume_with_other_options_is_refused(tmp_path, photos, small):
     out = tmp_path / "w.safetensors"
     pretrain(PretrainConfig(photos, "student-plain", str(out), epochs=1, batch_size=8))
@@ -126,7 +130,7 @@ def test_resume_with_other_options_is_refused(tmp_path, photos, small):
     assert out.read_bytes() == before
 
 
-@pytest.mark.quick("teacher-True")
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "freeze"), [("student", False), ("teacher", False), ("teacher", True)])
 def test_learning_from_a_convnet(tmp_path, photos, small, arch, freeze):
     net, out = tmp_path / "net.safetensors", tmp_path / "w.safetensors"
@@ -143,6 +147,7 @@ def test_learning_from_a_convnet(tmp_path, photos, small, arch, freeze):
     assert float(notes["val_accuracy"]) == pytest.approx(result["val_accuracy"], abs=0.006)
 
 
+@pytest.mark.slow
 def test_a_frozen_stem_is_the_convnets(tmp_path, photos, small):
     from cdl_edge.train.backbone import fold_batch_norm
     from cdl_edge.train.checkpoint import load_state

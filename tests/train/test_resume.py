@@ -103,6 +103,7 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, moment,
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_stopped_while_the_results_are_written(tmp_path, make_config, monkeypatch, unbroken):
     def write(run, document):
         raise Stopped

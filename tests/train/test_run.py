@@ -46,6 +46,7 @@ def test_a_run_comes_back_whole(run):
     assert sum(v.numel() for v in stored.values()) == sum(v.numel() for v in got.student.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_student_answers_as_it_did_in_training(run, make_config, tmp_path, monkeypatch):
     from cdl_edge.train import loop
 
@@ -83,6 +84,7 @@ def test_a_run_from_before_there_was_a_choice_of_kd_head(run, make_config):
     assert torch.equal(again.kd_head.weight, student.kd_head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["apt", "dualprompt"])
 def test_a_compat_run_of_before_opens_as_it_was(tmp_path, make_config, backbone, learner):
     """Its heads were those of today's default, its entries were masked, its test images were the backbone's."""
@@ -138,6 +140,7 @@ def test_damaged_weights(run):
     refused(run, "student.safetensors", "not a checkpoint")
 
 
+@pytest.mark.slow
 def test_other_backbone_weights(tmp_path, make_config, tiny_vit):
     weights = tmp_path / "w.safetensors"
     shutil.copy(tiny_vit().removeprefix("file:"), weights)

@@ -45,6 +45,7 @@ def state_of(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("learner", "one_pass"),
     [("finetune", False), ("l2p", False), ("l2p", True), ("dualprompt", False), ("coda", False), ("apt", False)],

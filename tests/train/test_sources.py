@@ -95,6 +95,7 @@ def test_a_file_with_its_config_beside_it(folder, model):
     assert got.preprocessing == load_backbone(f"local-dir:{folder}").preprocessing
 
 
+@pytest.mark.slow
 def test_a_file_and_the_name_of_its_model(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=12)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
@@ -242,6 +243,7 @@ def test_a_network_that_is_gone_is_no_harm_once_it_is_cached(hub):
     refused("hf-hub:org/other", "could not be fetched", "check the network", "HF_ENDPOINT", hub.url)
 
 
+@pytest.mark.slow
 def test_a_full_tag_from_the_hub(hub):
     tag = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     model = timm.create_model(NAME, depth=12)

@@ -298,6 +298,7 @@ def test_inference_knows_no_regulariser(make_model, tokens, learner):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_teachers_keys_have_the_students_width(tiny_vit, backbone, make_model, tokens, pixels):
     from cdl_edge.train.backbone import load_backbone
 

@@ -82,6 +82,7 @@ def test_a_kept_teacher_changes_no_number(tmp_path, make_config, phases, options
     assert times[0] == times[1]  # what its training took
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_small_and_says_whose_it_is(tmp_path, make_config):
     config = make_config(tmp_path / "run", teachers=str(tmp_path / "kept"), learner="l2p", distill="kd")
     train(config, quiet=True)
@@ -108,6 +109,7 @@ def test_progress_says_where_the_teacher_comes_from(tmp_path, make_config, capfd
     assert f"task 1/2 teacher: kept, from {tmp_path / 'kept'}" in err
 
 
+@pytest.mark.slow
 def test_without_a_teacher_nothing_is_kept(tmp_path, make_config):
     train(make_config(tmp_path / "run", teachers=str(tmp_path / "kept"), distill="none"), quiet=True)
     assert not (tmp_path / "kept").exists()
@@ -162,6 +164,7 @@ def test_the_seed_counts_where_the_class_order_does_not_show_it(key):
     assert one.classes == two.classes and one.name != two.name
 
 
+@pytest.mark.slow
 def test_backbones_are_known_by_their_weights(key, tiny_vit, tmp_path):
     base = key()
     assert key(teacher=tiny_vit("teacher", 24, seed=1)).name != base.name
@@ -175,6 +178,7 @@ def test_backbones_are_known_by_their_weights(key, tiny_vit, tmp_path):
     assert key(**other, learner="finetune").name == key(learner="finetune").name
 
 
+@pytest.mark.slow
 def test_the_regulariser_belongs_to_one_pass_teachers(key):
     assert key(query="one-pass", query_regulariser=0.1).name != key(query="one-pass").name
 
@@ -324,6 +328,7 @@ def refused(config, *words):
     assert not (Path(config.out) / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_file(kept):
     config, path = kept
     path.write_bytes(path.read_bytes()[:-9])

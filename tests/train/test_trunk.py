@@ -40,7 +40,7 @@ def published(tmp_path_factory):
     return make
 
 
-@pytest.mark.quick("64-efficientnet_lite0", "75-efficientnet_lite0")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRUNKS)
 @pytest.mark.parametrize("size", [64, 65, 75, 96, 128, 160])
 @torch.no_grad()

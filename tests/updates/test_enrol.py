@@ -151,6 +151,7 @@ def test_removed_is_as_never_enrolled(device):
     assert np.array_equal(logits(device), answers)
 
 
+@pytest.mark.slow
 def test_one_of_two_is_removed(device, tmp_path):
     other = Path(shutil.copytree(device, tmp_path / "other"))
     enrol(device, "stripes", frames(6), threads=1)
@@ -172,6 +173,7 @@ def test_a_known_class_gets_more_pictures(device):
     assert remove(device, "r", threads=1)["classes"] == 3
 
 
+@pytest.mark.slow
 def test_the_workshop_version_is_kept_however_many_follow(device):
     workshop = open_bundle(device).manifest.version
     for i in range(4):

@@ -70,6 +70,7 @@ def test_round_trip_and_the_same_bytes_again(tmp_path):
     assert zipfile.ZipFile(tmp_path / "a").testzip() is None, "any zip program can look into it"
 
 
+@pytest.mark.slow
 def test_every_changed_byte_is_refused(tmp_path):
     content = made(tmp_path / "a").read_bytes()
     for i in range(len(content)):

@@ -54,6 +54,7 @@ def answers(bundle: Path) -> np.ndarray:
         return runner.infer(np.full((1, 8, 8, 3), 40, np.uint8))
 
 
+@pytest.mark.slow
 def test_from_version_to_version(device, contents):
     first = install(device.packs[0], device.bundle, threads=1)
     assert (first["previous"], first["version"]) == (version(device.v[0]), version(device.v[1]))
@@ -76,6 +77,7 @@ def test_from_version_to_version(device, contents):
     assert len(list((device.bundle / "versions").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_rollback_and_what_may_come_after(device, contents, make_version, tmp_path):
     with pytest.raises(InputError, match="nothing to go back to") as caught:
         rollback(device.bundle)
@@ -130,6 +132,7 @@ def test_packs_for_something_else(device, contents, make_version, tmp_path):
     refused(contents, device.bundle / STATE, device.bundle, "truncated, changed, or no pack")
 
 
+@pytest.mark.slow
 def test_every_part_of_a_pack_and_of_a_store_is_under_a_hash(device, contents, tmp_path):
     install(device.packs[0], device.bundle, threads=1)
     packs.rollback(device.bundle, threads=1)
@@ -164,6 +167,7 @@ def forged(pack: Path, out: Path, files=None, drop=(), **changes) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_packs_that_contradict_themselves(device, contents, tmp_path):
     pack, out = device.packs[0], tmp_path / "forged.pack"
     manifest = open_bundle(device.v[1]).manifest.document
@@ -252,6 +256,7 @@ def test_only_what_changed_travels_and_ranges_stay_in_the_workshop(make_version,
     install(tmp_path / "c.pack", old, threads=1)
 
 
+@pytest.mark.slow
 def test_signatures(device, contents, make_key, tmp_path):
     (ours, public), (theirs, foreign) = ((key.private, key.public) for key in (make_key("ours"), make_key("theirs")))
     signed, by_others = [tmp_path / f"s{i}.pack" for i in range(2)], tmp_path / "theirs.pack"

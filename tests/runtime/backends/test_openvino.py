@@ -164,6 +164,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_runners_are_gone(bundle):
     """A Core that is freed while another lives leaves a dangling signal stack: SIGSEGV instead of KeyboardInterrupt."""
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(bundle.path)], capture_output=True, text=True)
@@ -242,7 +243,7 @@ def narrow(width):
     return onnx.ModelProto(ir_version=9, graph=graph, opset_import=[helper.make_opsetid("", 20)]).SerializeToString()
 
 
-@pytest.mark.quick("64")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [32, 64, 96])
 def test_one_thread_and_a_narrow_backbone(tiny, tmp_path, width):
     """In a process of its own: OpenVINO's compiler dies of such a graph unless its fused kernels are off."""

@@ -25,6 +25,7 @@ def test_without_a_gpu_the_driver_s_answer_is_the_message(bundle, name):
     assert cuda_driver().detail in str(caught.value) and "--backend cpu" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda_driver().devices > 0, reason="there is a GPU")
 def test_without_a_gpu_nothing_of_nvidia_s_is_imported(bundle):
     code = (

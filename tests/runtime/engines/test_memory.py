@@ -48,6 +48,7 @@ def test_bytes_go_there_and_back(opened):
     found.close()
 
 
+@pytest.mark.slow
 def test_the_primary_context_is_current_only_inside(kit):
     driver = kit.FakeDriver()
     found = memory.PyCuda(driver)

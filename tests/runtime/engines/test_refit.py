@@ -49,7 +49,7 @@ def learnt_more(student):
     return other
 
 
-@pytest.mark.quick("coda-fp16")
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("learner", ["l2p", "dualprompt", "coda", "apt"])
 def test_a_student_that_learnt_more(fake, lab, make_student, capsys, learner, precision):

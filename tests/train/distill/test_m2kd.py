@@ -81,6 +81,7 @@ def by_hand(answer, old, distill_batch, alpha, tau):
     return (1 - alpha) * hard + alpha * soft
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["finetune", "l2p", "apt"])
 @pytest.mark.parametrize(("alpha", "tau"), [(0.3, 2.0), (0.5, 4.0)])
 def test_the_loss(backbone, learner, alpha, tau):
@@ -102,6 +103,7 @@ def test_the_loss(backbone, learner, alpha, tau):
             old[1].append(distiller.auxiliary(middle).tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["finetune", "dualprompt", "coda", "apt"])
 def test_a_snapshot_answers_as_the_model_did(backbone, learner):
     model, distiller = make(backbone, learner), M2KD(spec())
@@ -214,7 +216,7 @@ def test_the_registry():
         "blockwise",
         "m2kd",
     ]
-    assert not M2KD.needs_teacher and M2KD.needs_hidden and not M2KD.kd_token and M2KD.learners is None
+    assert not M2KD.needs_teacher and M2KD.needs_hidden and not M2KD.kd_token and M2KD.works_with(LEARNERS["apt"])
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -260,6 +262,7 @@ def test_stopped_at_every_checkpoint(tmp_path, make_config, monkeypatch, learner
     assert_same(tmp_path / "unbroken", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_every_task_sees_its_images_and_those_kept_of_earlier_classes(tmp_path, make_config, monkeypatch):
     seen = []
     real = loop.TaskImages

@@ -13,6 +13,7 @@ def make(width=16, key_width=12, tasks=4, seed=0):
     return CODAPrompt(LearnerSpec(width, 12, key_width, tasks, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learnt", [1, 3])
 @pytest.mark.parametrize("training", [True, False])
 def test_weights_and_rows_follow_the_formula(learnt, training):
@@ -51,6 +52,7 @@ def test_components_are_split_evenly_over_the_tasks():
     assert extended.per_task == 25 and extended.key["0"].shape == (150, 12)  # those that came first keep theirs
 
 
+@pytest.mark.slow
 def test_new_components_are_orthonormal():
     learner = make(width=128, key_width=110)  # wider than the 100 components
     for task in range(4):

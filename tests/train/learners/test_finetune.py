@@ -82,7 +82,7 @@ def test_the_frozen_backbone_is_not_touched(backbone):
     assert not torch.equal(model.backbone.pos_embed, backbone.model.pos_embed)
 
 
-@pytest.mark.quick("kd", "kdp")
+@pytest.mark.quick("kdp")
 @pytest.mark.parametrize("distill", DISTILLERS)
 def test_it_works_with_every_distiller_or_says_why_not(tmp_path, config, distill):
     if distill not in ABLE:
@@ -145,6 +145,7 @@ def test_a_run_comes_back_whole(finished):
     assert evaluated["forgetting"] == stored["student"]["forgetting"]
 
 
+@pytest.mark.slow
 def test_other_pretrained_weights_are_refused(tmp_path, make_config, tiny_vit):
     weights = tmp_path / "w.safetensors"
     shutil.copy(tiny_vit().removeprefix("file:"), weights)
@@ -155,6 +156,7 @@ def test_other_pretrained_weights_are_refused(tmp_path, make_config, tiny_vit):
         load_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic_batch", [False, True])
 def test_its_export_is_equal(finished, tmp_path, dynamic_batch):
     result = export(finished, tmp_path / "bundle", dynamic_batch=dynamic_batch, images=20)
