@@ -21,6 +21,7 @@ from cdl_edge.train import loop
 from cdl_edge.train.checkpoint import load_state, save_state
 from cdl_edge.train.distill import DISTILLERS, DistillationBatch, DistillSpec
 from cdl_edge.train.distill.m2kd import AUXILIARY, M2KD
+from cdl_edge.train.learners import LEARNERS
 from cdl_edge.train.loop import train
 from cdl_edge.train.student import ModelSpec, PromptedViT
 
