@@ -374,8 +374,8 @@ def rename_enrolment(
 def export_enrolments(
     bundle: Path | str, out: Path | str, key: Path | None = None, sequence: int | None = None
 ) -> dict[str, Any]:
-    """What was enrolled in BUNDLE, for others: see updates.share.export_enrolments."""
-    from .updates.share import export_enrolments as run
+    """What was enrolled in BUNDLE, for others: see updates.enrol.export_enrolments."""
+    from .updates.enrol import export_enrolments as run
 
     return run(bundle, out, key, sequence)
 

@@ -26,7 +26,8 @@ from PIL import Image
 
 from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.updates.enrolments import Enrolled, base_of, statistics_of
+from cdl_edge.updates.enrolment_record import Enrolled
+from cdl_edge.updates.enrolment_version import base_of, statistics_of
 from cdl_edge.updates.packfile import open_pack
 from cdl_edge.updates.store import locked
 

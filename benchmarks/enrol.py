@@ -31,7 +31,8 @@ from cdl_edge.files import atomic_folder
 from cdl_edge.folders import class_folders, pictures_below
 from cdl_edge.runtime import load
 from cdl_edge.updates import enrol as room
-from cdl_edge.updates import enrolments
+from cdl_edge.updates.enrolment_version import answers, base_of, present_head, statistics_of
+from cdl_edge.updates.store import Store
 
 SAME = 1e-3
 "difference of two features, as a share of the largest, below which they are called the same"
@@ -90,9 +91,9 @@ class Validation:
         own = features(bundle, [self.pictures[i] for i in few])
         if np.abs(own - self.x[few]).max() > SAME * np.abs(own).max():
             raise InputError(f"{bundle}: other features", fix="--learner frozen: features depend on no task then")
-        store_ = room.Store(bundle)
-        map_ = enrolments.statistics_of(enrolments.base_of(store_)).map
-        logits = enrolments.answers(enrolments.present_head(opened), map_, self.x)
+        store_ = Store(bundle)
+        map_ = statistics_of(base_of(store_)).map
+        logits = answers(present_head(opened), map_, self.x)
         right = np.array([opened.classes[i] for i in logits.argmax(axis=1)]) == np.array(self.labels)
         is_new = np.array([label in self.new for label in self.labels])
         parts = {"old": right[~is_new], "new": right[is_new]}

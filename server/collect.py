@@ -27,8 +27,7 @@ import numpy as np
 from ..errors import InputError
 from ..files import writable
 from ..runtime.scene import Scene
-from ..updates.enrol import check_name
-from ..updates.share import check_folder
+from ..updates.enrolment_record import check_folder, check_name
 
 UNSURE = 0.5
 "confidence below which an answer is worth a look"

@@ -158,9 +158,9 @@ def make_teachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
     Mean colours are more alike than features of photographs: only the same picture is called a duplicate.
     """
-    from cdl_edge.updates import judgement
+    from cdl_edge.updates import enrolment_checks as checks
 
-    monkeypatch.setattr(judgement, "DUPLICATE", 1 - 1e-7)
+    monkeypatch.setattr(checks, "DUPLICATE", 1 - 1e-7)
 
     def make(name: str = "device", *arguments: Any, **options: Any) -> Path:
         return teachable(tmp_path / name, *arguments, **options)

@@ -6,6 +6,7 @@ and the version with it is proven and swapped in as a pack is: all or nothing, t
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ..artefacts.bundle import open_bundle
+from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.manifest import Enrolment
-from ..class_statistics import ClassStatistics
+from ..class_statistics import ClassStatistics, FeatureMap, merged
 from ..errors import InputError
-from ..files import writable
+from ..files import atomic_folder, writable
 from ..folders import named_pictures, reasons
 from ..heads import LinearMap
 from ..runtime.selftest import self_test
-from .enrolments import MOST, Enrolled, answers, base_of, build, features_of, head_of, made, present_head, statistics_of
-from .judgement import (
+from .enrolment_checks import (
     FEWEST,
     check_alike,
     check_count,
@@ -34,15 +34,17 @@ from .judgement import (
     left_out,
     losses,
 )
-from .kept import kept_pictures
-from .packs import REFUSED
+from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures
+from .enrolment_version import answers, base_of, build, features_of, head_of, made, present_head, statistics_of
+from .packs import REFUSED, create
 from .store import Store, locked, read_store
 
 MAX_DROP = 0.5
 "points that the classes that were there may lose"
-LONGEST = 200
-"characters of a class's name"
-Source = Path | str | bytes | np.ndarray
+PACK, STATISTICS, PHOTOS = "enrolments.pack", "statistics.npz", "photos"
+"what `export_enrolments` writes"
+HELD_OUT = 5
+"every so many-th picture of a class is one for validation"
 
 
 def enrol(
@@ -64,7 +66,7 @@ def enrol(
         max_drop: points that the classes that were there may lose: of the pictures of the self-test, and of the
             classes that are recognised by the mean of their own statistics.
         backend, threads: of the features and of the self-test. say: gets a line for each step.
-        keep_pictures: keep the pictures themselves in the bundle, for `share.export_enrolments`.
+        keep_pictures: keep the pictures themselves in the bundle, for `export_enrolments`.
         anyway: learn it even from fewer than FEWEST pictures, or from such as look like another class.
 
     Returns: what `judge` returns, and {"version", "previous", "self_test"}.
@@ -101,7 +103,7 @@ def judge(
 
     Returns: {"bundle", "name", "new_class", "images", "pictures" (of the class, all together), "classes",
         "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
-        "old_classes": see judgement.losses, "seconds": {"features": with the start of the engine, "head"}}.
+        "old_classes": see enrolment_checks.losses, "seconds": {"features": with the start of the engine, "head"}}.
     """
     return _learn(Store(Path(bundle)), name, images, backend, threads, lambda line: None, False).found
 
@@ -286,11 +288,76 @@ def _known(store: Store, name: str) -> Enrolled:
     return enrolled
 
 
-def check_name(name: str) -> None:
-    """Raises: InputError for what cannot be the name of a class."""
-    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST:
+def export_enrolments(
+    bundle: Path | str, out: Path | str, key: Path | str | None = None, sequence: int | None = None
+) -> dict[str, Any]:
+    """Write what was enrolled in a bundle into a new folder.
+
+    It holds `enrolments.pack`, which teaches the same to every device that runs the version on which the classes were
+    enrolled; `statistics.npz`, class statistics of the enrolled pictures alone; and, of the pictures that were kept,
+    `photos/train/<class>/*` and `photos/val/<class>/*`, as `train` reads them. The pack holds the features of the
+    pictures, never the pictures.
+
+    Args:
+        out: a new or empty folder. key, sequence: of the pack, see packs.create.
+
+    Returns: {"bundle", "out", "classes": {name: {"images", "kept"}}, "photos": number of files, "pack": see
+        packs.create}.
+
+    Raises: InputError for a bundle in which nothing was enrolled, a class whose name no folder can have, an `out` that
+        is there already, and what packs.create refuses.
+    """
+    store = Store(Path(bundle))
+    enrolled = Enrolled.of(store.bundle)
+    if not enrolled.entries:
         raise InputError(
-            "this cannot be the name of a class",
-            got=repr(name)[:LONGEST],
-            expected=f"1 to {LONGEST} printable characters, no blank at either end",
+            f"{bundle}: nothing was enrolled here",
+            expected="a bundle that has learnt a class on the device",
+            fix="cdl-edge enrol BUNDLE NAME IMAGE...",
         )
+    pictures = {name: _pictures(enrolled, name) for name in enrolled.names}
+    for name in pictures:
+        check_folder(name)
+    base, out = base_of(store), Path(out)
+    photos = 0
+    with atomic_folder(out) as folder:
+        _statistics(enrolled, statistics_of(base).map).save(folder / STATISTICS)
+        for name, files in pictures.items():
+            photos += _copy(files, folder / PHOTOS, name)
+        pack = _pack(store.bundle, base, enrolled, folder / PACK, key, sequence)
+    counts = {name: {"images": len(enrolled.of_class(name)), "kept": len(files)} for name, files in pictures.items()}
+    shown = {**pack, "pack": str(out / PACK)}
+    return {"bundle": str(bundle), "out": str(out), "classes": counts, "photos": photos, "pack": shown}
+
+
+def _pictures(enrolled: Enrolled, name: str) -> list[Path]:
+    """Those that were kept of a class, in their order."""
+    names = [picture for entry in enrolled.entries if entry.name == name for picture in entry.pictures]
+    return [Path(file) for picture in names if isinstance(file := enrolled.files[picture], Path)]
+
+
+def _statistics(enrolled: Enrolled, map: FeatureMap) -> ClassStatistics:
+    """Of the enrolled pictures alone."""
+    found = {name: enrolled.of_class(name) for name in enrolled.names}
+    return merged(ClassStatistics.of(map, x, np.zeros(len(x), np.int64), (name,)) for name, x in found.items())
+
+
+def _copy(files: Sequence[Path], folder: Path, name: str) -> int:
+    """Into folder/train/name and folder/val/name; returns how many."""
+    for i, file in enumerate(files):
+        held_out = i % HELD_OUT == HELD_OUT - 1 or (len(files) < HELD_OUT and i == len(files) - 1 and i > 0)
+        target = folder / ("val" if held_out else "train") / name / f"{i:04d}{file.suffix}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    return len(files)
+
+
+def _pack(
+    running: Bundle, base: Bundle, enrolled: Enrolled, out: Path, key: Path | str | None, sequence: int | None
+) -> dict[str, Any]:
+    """From the workshop's version to the one that runs here, without the pictures."""
+    with tempfile.TemporaryDirectory(prefix="cdl-edge-pack-") as folder:
+        made = Path(folder) / "bundle"
+        made.mkdir()
+        build(base, enrolled.bare(), running.classes, present_head(running), running.selftest()[1], made)
+        return create(base.path, made, out, key, sequence)

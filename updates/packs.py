@@ -29,9 +29,8 @@ from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names,
 from ..errors import InputError
 from ..files import UNWRITABLE, check_out, writable
 from ..runtime.selftest import self_test
-from .carry import carry
 from .delta import apply, by_location, difference
-from .enrolments import base_of
+from .enrolment_version import base_of, carry
 from .keys import MOST, KeyChange, Keys, named
 from .packfile import Pack, open_pack, write_pack
 from .signature import read_public_key
@@ -146,7 +145,8 @@ def install(
 
     Returns: {"bundle", "from", "to", "version", "previous", "sequence", "signature": "verified", "not checked" or
         "none", "keys": {"trusted", "revoked"} (hex), "self_test", "carried": what was enrolled on the version before
-        and is in this one too, see carry.carry, or None}; "to" is "from" for a pack that changes keys alone.
+        and is in this one too, see enrolment_version.carry, or None}; "to" is "from" for a pack that changes keys
+        alone.
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """

@@ -12,14 +12,16 @@ import pytest
 
 from cdl_edge import api, heads
 from cdl_edge.artefacts.bundle import open_bundle, write_bundle
+from cdl_edge.artefacts.manifest import Enrolment
 from cdl_edge.class_statistics import ClassStatistics
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import GateError, InputError
-from cdl_edge.updates import enrolments, judgement, store
-from cdl_edge.updates.enrol import enrol, judge, remove, rename
-from cdl_edge.updates.enrolments import LIFT, present_head
+from cdl_edge.updates import enrolment_checks as checks
+from cdl_edge.updates import enrolment_version, store
+from cdl_edge.updates.enrol import enrol, export_enrolments, judge, remove, rename
+from cdl_edge.updates.enrolment_record import Enrolled
+from cdl_edge.updates.enrolment_version import LIFT, present_head
 from cdl_edge.updates.packs import create, install, listed, rollback
-from cdl_edge.updates.share import export_enrolments
 
 YELLOW, GREY = (220, 200, 30), (128, 128, 128)
 
@@ -136,7 +138,9 @@ def test_a_self_test_that_fails_on_top_leaves_everything(
     device = taught(make_teachable, colours)
     create(make_teachable("old"), newer(), tmp_path / "update.pack")
     before = contents(device / "versions"), open_bundle(device).path
-    monkeypatch.setattr("cdl_edge.updates.carry.answers", lambda head, map, x: np.zeros((len(x), len(head.weight))))
+    monkeypatch.setattr(
+        "cdl_edge.updates.enrolment_version.answers", lambda head, map, x: np.zeros((len(x), len(head.weight)))
+    )
     with pytest.raises(GateError):
         install(tmp_path / "update.pack", device, threads=1)
     assert (contents(device / "versions"), open_bundle(device).path) == before
@@ -167,7 +171,7 @@ def expected_head(held, frames, colours, ridge=None):
 def test_the_ridge_of_the_workshop_is_taken(make_teachable, colours, monkeypatch):
     device = make_teachable("device", head="ranpac")
     manifest = open_bundle(device).manifest
-    monkeypatch.setattr(enrolments, "best_ridge", None)
+    monkeypatch.setattr(enrolment_version, "best_ridge", None)
     frames = colours.pictures(YELLOW, 6, side=8)
     enrol(device, "yellow", frames, threads=1)
     held = ClassStatistics.load(open_bundle(device).path / "statistics.npz").ordered(manifest.classes)
@@ -295,7 +299,7 @@ def test_kept_pictures_go_with_their_class_and_into_no_pack(make_teachable, colo
 
 
 def test_too_much_to_keep(make_teachable, colours, contents, monkeypatch):
-    monkeypatch.setattr("cdl_edge.updates.kept.KEPT_BYTES", 500)
+    monkeypatch.setattr("cdl_edge.updates.enrolment_record.KEPT_BYTES", 500)
     device = make_teachable("device")
     before = contents(device)
     with pytest.raises(InputError, match="too many pictures to keep"):
@@ -358,9 +362,9 @@ def test_a_class_of_few_is_judged_as_the_head_without_each_picture_would(make_te
     bundle = open_bundle(device)
     held = ClassStatistics.load(bundle.path / "statistics.npz").ordered(bundle.classes)
     x = colours.features(frames)
-    entry = enrolments.Enrolment("yellow", 6, "now")
-    enrolled = enrolments.Enrolled((), x[:0]).plus(entry, x)
-    made = enrolments.made(bundle, held, enrolled, "yellow")
+    entry = Enrolment("yellow", 6, "now")
+    enrolled = Enrolled((), x[:0]).plus(entry, x)
+    made = enrolment_version.made(bundle, held, enrolled, "yellow")
     h, times = held.map.apply(x), 20 / 6
     assert made.target == pytest.approx(times**LIFT)
     expected, own = [], []
@@ -371,7 +375,7 @@ def test_a_class_of_few_is_judged_as_the_head_without_each_picture_would(make_te
         weight = np.linalg.solve(moment + made.head.chosen * np.eye(len(moment)), sums.T).T
         expected.append(made.total.classes[int((h[i] @ weight.T).argmax())])
         own.append(6.0 * h[i] @ weight[-1])
-    found = judgement.left_out("ranpac", made.total, made.head, h, "yellow", made.leverages, made.target)
+    found = checks.left_out("ranpac", made.total, made.head, h, "yellow", made.leverages, made.target)
     assert found == expected
     direct = (h @ made.head.weight[-1] - 6.0 * made.target * made.leverages) / (1 - made.leverages)
     assert np.abs(direct - own).max() < 1e-6

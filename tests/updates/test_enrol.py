@@ -26,9 +26,10 @@ from cdl_edge.runtime import load, selftest
 from cdl_edge.train.config import TrainConfig
 from cdl_edge.train.loop import train
 from cdl_edge.updates import enrol as module
-from cdl_edge.updates import judgement
+from cdl_edge.updates import enrolment_checks as checks
 from cdl_edge.updates.enrol import enrol, enrolments, remove
-from cdl_edge.updates.enrolments import LIFT, Enrolled, present_head
+from cdl_edge.updates.enrolment_record import Enrolled
+from cdl_edge.updates.enrolment_version import LIFT, present_head
 from cdl_edge.updates.packs import listed, rollback
 
 PICTURES = np.random.default_rng(5).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
@@ -55,7 +56,7 @@ def taught(tmp_path_factory, short_training, image_folder):
 def device(taught, tmp_path, monkeypatch):
     """A copy of that bundle; tiny random networks see all pictures as more alike than real ones do."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(judgement, "DUPLICATE", 1 - 1e-9)
+    monkeypatch.setattr(checks, "DUPLICATE", 1 - 1e-9)
     return Path(shutil.copytree(taught(), tmp_path / "device"))
 
 
@@ -186,7 +187,7 @@ def test_the_workshop_version_is_kept_however_many_follow(device):
 
 @pytest.mark.slow
 def test_other_graphs_get_the_class_too(taught, tmp_path, monkeypatch):
-    monkeypatch.setattr(judgement, "DUPLICATE", 1 - 1e-9)
+    monkeypatch.setattr(checks, "DUPLICATE", 1 - 1e-9)
     monkeypatch.setitem(selftest.LIMITS, "int8", 0.6)  # of 16 channels, 8 bits are coarse
     calibrate(taught(), tmp_path / "device", schemes=["int8-x86"], searching=False)
     enrol(tmp_path / "device", "stripes", frames(8), threads=1)
@@ -321,7 +322,7 @@ def test_left_out_one_by_one(kind):
             made = make(part)
             answers = map.apply(x[i : i + 1]) @ made.weight.T + made.bias
         expected.append("abcd"[int(answers.argmax())])
-    assert judgement.left_out(kind, total, head, h, "d", leverages) == expected
+    assert checks.left_out(kind, total, head, h, "d", leverages) == expected
     assert 0 < expected.count("d") < 8, "a test that tells answers apart"
 
 
@@ -329,20 +330,20 @@ def test_what_the_others_lose():
     map = feature_map("slda", ("class",), 3)
     before = ClassStatistics.of(map, np.eye(3)[[0, 0, 1, 1]], np.array([0, 0, 1, 1]), "ab")
     after = before + ClassStatistics.of(map, np.eye(3)[[2, 2]], np.zeros(2, np.int64), "c")
-    old = judgement.LinearMap(np.eye(3)[:2], np.zeros(2), 0.0)
-    new = judgement.LinearMap(np.array([[1.0, 0, 0], [0, 1, 0], [0, 2, 3]]), np.zeros(3), 0.0)
+    old = checks.LinearMap(np.eye(3)[:2], np.zeros(2), 0.0)
+    new = checks.LinearMap(np.array([[1.0, 0, 0], [0, 1, 0], [0, 2, 3]]), np.zeros(3), 0.0)
     kept = np.eye(3)[[0, 0, 0, 1]]
-    found = judgement.losses(before, old, after, new, [kept @ old.weight.T, kept @ new.weight.T])
+    found = checks.losses(before, old, after, new, [kept @ old.weight.T, kept @ new.weight.T])
     assert found["selftest"] == {"images": 4, "changed": 1, "drop": 25.0}
     assert found["means"] == {"classes": 2, "recognised_before": 2, "recognised_after": 1, "drop": 50.0}
     with pytest.raises(GateError, match=r"50\.00 points"):
-        judgement.check_losses("c", found, 49.0)
-    judgement.check_losses("c", found, 50.0)
+        checks.check_losses("c", found, 49.0)
+    checks.check_losses("c", found, 50.0)
 
 
 @pytest.mark.parametrize(("right", "count", "words"), [(10, 10, "Enough"), (3, 3, "A few more"), (4, 10, "Not enough")])
 def test_are_there_enough(right, count, words):
-    found = judgement.enough(right, count)
+    found = checks.enough(right, count)
     assert found["sentence"].startswith(words) and found["enough"] == (words == "Enough")
     assert found["low"] <= found["accuracy"] <= found["high"]
 

@@ -1,7 +1,8 @@
-"""Classes that a device has learnt itself: their records, and the version of a bundle that they make.
+"""The version of a bundle that classes learnt on the device make: its head, its files, and what it is made from.
 
-Every version with enrolments is made from the one that the workshop made, and from the features of all pictures that
-were enrolled. The workshop's statistics stay as they are; what is removed leaves no trace of rounding.
+Every such version is made from the one that the workshop made, and from the features of all pictures that were
+enrolled. The workshop's statistics stay as they are; what is removed leaves no trace of rounding. A new version that
+comes from the workshop takes over what was enrolled, see `carry`.
 """
 
 from __future__ import annotations
@@ -9,18 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import ArraySpec, read_npz
 from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import external_records
 from ..artefacts.layout import ENROLMENTS, MANIFEST, PROMPTS, SELFTEST
-from ..artefacts.manifest import Enrolment, canonical, sealed
+from ..artefacts.manifest import canonical, sealed
 from ..artefacts.relabel import relabelled
 from ..class_statistics import ClassStatistics, FeatureMap
 from ..errors import InputError
@@ -28,81 +28,19 @@ from ..files import sha256
 from ..heads import CLOSED_FORM, LinearMap, best_ridge, ridge_regression
 from ..packing import pack
 from ..runtime.loader import load
+from .enrolment_checks import losses
+from .enrolment_record import Enrolled, Source
 from .store import Store, link, write_file
 
-MOST = 20_000
-"pictures that may be enrolled in one bundle: their features are kept, 4 KB each"
-KEPT_BYTES = 256 << 20
-"of the pictures that are kept beside the enrolments of one bundle"
 LIFT = 0.2
 """exponent of the weight by which the target of a class of few pictures is above 1: an unseen picture of it is answered
 lower than the few that it was learnt from"""
 CHUNK = 32
 "pictures in memory at a time"
 AGAIN = "in the workshop: cdl-edge export RUN --out BUNDLE --statistics"
-
-
-@dataclass(frozen=True)
-class Enrolled:
-    """All that a version has learnt on the device."""
-
-    entries: tuple[Enrolment, ...]
-    features: np.ndarray
-    "float32 (N, D), the pictures of all entries in their order"
-    files: Mapping[str, Path | bytes] = field(default_factory=dict)
-    "name in the version -> the pictures that are kept, see Enrolment.pictures"
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> Enrolled:
-        """Read it from a version. Raises: InputError for a file that is not what its manifest says."""
-        entries, width = bundle.manifest.enrolments, bundle.signature().outputs.get("features", (1, 0))[1]
-        if not entries:
-            return cls((), np.zeros((0, width), np.float32))
-        wanted = {"features": ArraySpec("float32", (sum(e.images for e in entries), width), exact=True)}
-        try:
-            features = read_npz(bundle.read(ENROLMENTS), wanted, most=4 * MOST * width)["features"]
-            return cls(entries, features, {n: bundle.path / n for entry in entries for n in entry.pictures})
-        except ValueError as error:
-            raise InputError(
-                f"{bundle.path}: what was enrolled is not whole", got=str(error), fix="cdl-edge pack rollback BUNDLE"
-            ) from error
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the enrolled classes, in the order in which they came."""
-        return list(dict.fromkeys(entry.name for entry in self.entries))
-
-    def of_class(self, name: str) -> np.ndarray:
-        """float32 (n, D): the features of the pictures that a class was given here."""
-        owners = np.repeat([entry.name for entry in self.entries], [entry.images for entry in self.entries])
-        return self.features[owners == name] if len(owners) else self.features
-
-    def plus(self, entry: Enrolment, features: np.ndarray) -> Enrolled:
-        """With one more entry, none of whose pictures is kept."""
-        return replace(self, entries=(*self.entries, entry), features=np.concatenate([self.features, features]))
-
-    def without(self, name: str) -> Enrolled:
-        """Without all pictures of a class."""
-        rows = np.repeat([e.name != name for e in self.entries], [entry.images for entry in self.entries])
-        entries = tuple(e for e in self.entries if e.name != name)
-        left = {picture for entry in entries for picture in entry.pictures}
-        return Enrolled(entries, self.features[rows], {n: c for n, c in self.files.items() if n in left})
-
-    def renamed(self, old: str, new: str) -> Enrolled:
-        """With another name for a class; its place among the classes stays."""
-        return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
-
-    def bare(self) -> Enrolled:
-        """Without the pictures that are kept; what was learnt from them stays."""
-        return Enrolled(tuple(replace(e, pictures=()) for e in self.entries), self.features)
-
-    def added_to(self, workshop: ClassStatistics) -> ClassStatistics:
-        """The statistics of the workshop's images and of these; new classes behind the others."""
-        total = workshop
-        for name in self.names:
-            x = self.of_class(name)
-            total = total + ClassStatistics.of(workshop.map, x, np.zeros(len(x), np.int64), (name,))
-        return total
+SAME = 1e-3
+"""largest difference of two features, as a share of the largest of all, that is called none: engines differ by 1e-5,
+the features of another training by 1e-1 and more"""
 
 
 def base_of(store: Store) -> Bundle:
@@ -194,7 +132,7 @@ class Made(NamedTuple):
     "of all pictures"
     head: LinearMap
     leverages: np.ndarray
-    "of the pictures of one class, see judgement.left_out: float64 (n,); none for another head than ranpac"
+    "of the pictures of one class, see enrolment_checks.left_out: float64 (n,); none for another head than ranpac"
     target: float
     "what that class is to be answered with, where the others are with 1"
 
@@ -246,7 +184,7 @@ def answers(head: LinearMap, map: FeatureMap, x: np.ndarray) -> np.ndarray:
 
 
 def features_of(
-    opened: Bundle, sources: Sequence[Path | str | bytes | np.ndarray], backend: str, threads: int | None
+    opened: Bundle, sources: Sequence[Source], backend: str, threads: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 (n, D) of pictures, and (m, D) of those of the self-test; in fp32, as the statistics are.
 
@@ -298,6 +236,70 @@ def build(
         "enrolled_on": manifest.version,
     }
     write_file(folder / MANIFEST, [canonical(sealed(document)).encode("utf-8")])
+
+
+def carry(
+    running: Bundle, base: Bundle, new: Bundle, folder: Path, backend: str, threads: int | None
+) -> dict[str, Any]:
+    """Write the version that `new` becomes with what was enrolled in `running` into an empty folder.
+
+    Args:
+        running: with enrolments on `base`. new: the workshop's next version, proven.
+
+    Returns: {"names", "images", "recomputed": whether pictures were looked at again, "old_classes": what the classes
+        of `new` lose, see enrolment_checks.losses}.
+
+    Raises: InputError for a `new` that can take no enrolments, or whose features are others and whose pictures were
+        not kept.
+    """
+    enrolled = Enrolled.of(running)
+    try:
+        workshop = statistics_of(new)
+    except InputError as error:
+        reason = str(error).splitlines()[0].removeprefix(f"{new.path}: ")
+        raise _refused(enrolled, reason) from error
+    x, tested = _features_on(running, base, new, enrolled, backend, threads)
+    carried = replace(enrolled, features=x)
+    total, head, *_ = made(new, workshop, carried)
+    old = present_head(new)
+    logits = [answers(h, total.map, tested) for h in (old, head)]
+    build(new, carried, total.classes, head, logits[1], folder)
+    return {
+        "names": enrolled.names,
+        "images": len(x),
+        "recomputed": x is not enrolled.features,
+        "old_classes": losses(workshop, old, total, head, logits),
+    }
+
+
+def _features_on(
+    running: Bundle, base: Bundle, new: Bundle, enrolled: Enrolled, backend: str, threads: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `new` sees them: of the enrolled pictures, float32 (N, D), and of those of its self-test."""
+    pictures = base.selftest()[0]
+    seen = []
+    for bundle in (base, new):
+        if bundle.preprocessing != base.preprocessing:
+            break
+        with load(bundle, backend, threads, precision="fp32") as runner:
+            seen.append(runner.compute({runner.signature.images: pictures})["features"])
+    same = len(seen) == 2 and seen[0].shape == seen[1].shape
+    if same and np.abs(seen[0] - seen[1]).max() <= SAME * np.abs(seen[0]).max():
+        return enrolled.features, features_of(new, [], backend, threads)[1]
+    kept = [enrolled.files[name] for entry in enrolled.entries for name in entry.pictures]
+    if len(kept) < len(enrolled.features):
+        raise _refused(enrolled, "its features are others than those of the enrolled pictures")
+    return features_of(new, kept, backend, threads)
+
+
+def _refused(enrolled: Enrolled, reason: str) -> InputError:
+    names = ", ".join(enrolled.names[:8])
+    return InputError(
+        "the new version cannot take over what was enrolled here, and the pictures were not kept",
+        got=f"{names}: {reason}",
+        expected="a version with the same features, as of a frozen backbone without prompts that learn",
+        fix="cdl-edge enrol remove each of them, install the pack, and enrol them again",
+    )
 
 
 def _widen(document: dict[str, Any], count: int) -> None:
