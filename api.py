@@ -454,5 +454,6 @@ def watch(
     if preview is not None:
         from .server.preview import Preview
 
-        show = Preview(preview, say)
+        show = Preview(preview)
+        say(f"preview: {show.address}")
     return run(student, found, found.open(), newest, task, frames, on_change, show, say)

@@ -1,4 +1,4 @@
-"""The web page: one answer that holds all of it, and a policy that lets it load nothing else."""
+"""The web pages: each one answer that holds all of it, and a policy that lets it load nothing else."""
 
 from __future__ import annotations
 
@@ -11,32 +11,45 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 FOLDER = Path(__file__).parent
+HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
+PAGES = {
+    "page.html": (("page.js", "teach.js"), "img-src 'self' blob: data:; media-src blob: mediastream:"),
+    "preview.html": (("preview.js",), "img-src blob: data:"),
+}
+"file with title and body -> the scripts that are put in, and what its policy says of pictures and videos"
 
 
 @cache
-def html() -> tuple[str, str]:
-    """(page, its Content-Security-Policy): page.html with page.css, and page.js and teach.js, put in."""
-    text = (FOLDER / "page.html").read_text(encoding="utf-8")
+def html(name: str) -> tuple[str, str]:
+    """A page and its Content-Security-Policy: head.html, a file of PAGES, page.css and the scripts, all in one."""
+    scripts, media = PAGES[name]
+    text = _read("head.html") + _read(name)
     sources = {}
-    for kind, names in (("style", ("page.css",)), ("script", ("page.js", "teach.js"))):
-        inside = "\n" + "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
+    for kind, names in (("style", ("page.css",)), ("script", scripts)):
+        inside = "\n" + "\n".join(map(_read, names))
         text = text.replace(f"<{kind}></{kind}>", f"<{kind}>{inside}</{kind}>")
         sources[kind] = "'sha256-" + base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode() + "'"
     policy = (
         f"default-src 'none'; style-src {sources['style']}; script-src {sources['script']}; connect-src 'self'; "
-        "img-src 'self' blob: data:; media-src blob: mediastream:; form-action 'none'; base-uri 'none'; "
-        "frame-ancestors 'none'"
+        f"{media}; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     )
     return text, policy
 
 
+def _read(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
 async def page(request: Request) -> Response:
     """GET /."""
-    text, policy = html()
-    headers = {
-        "content-security-policy": policy,
-        "cache-control": "no-store",
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
-    return HTMLResponse(text, headers=headers)
+    return _answer("page.html")
+
+
+async def preview_page(request: Request) -> Response:
+    """GET / of a preview, see preview.py."""
+    return _answer("preview.html")
+
+
+def _answer(name: str) -> Response:
+    text, policy = html(name)
+    return HTMLResponse(text, headers={**HEADERS, "content-security-policy": policy})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,6 +21,7 @@ from starlette.routing import Route
 
 from . import listen
 from .guard import Guard
+from .page import HEADERS, preview_page
 from .request_metrics import RequestMetrics
 
 HOST = "127.0.0.1"
@@ -30,19 +29,6 @@ LONGEST = 1280
 "pixels of the longer side of a picture that is sent"
 WAIT_S, LOOK_S = 10.0, 0.02
 "for how long a request waits for another frame, and between two looks for it"
-FOLDER = Path(__file__).parent
-FILES = {
-    "/": ("preview.html", "text/html; charset=utf-8"),
-    "/preview.js": ("preview.js", "text/javascript; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "img-src blob: data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
 
 
 class Preview:
@@ -52,17 +38,17 @@ class Preview:
     (H, W, 3), the order of its channels ("rgb" or "bgr") and its answer.
 
     Args:
-        port: 0 takes a free one. say: gets the address.
+        port: 0 takes a free one; `address` names it.
 
     Raises: InputError when the address cannot be had.
     """
 
-    def __init__(self, port: int, say: Callable[[str], None]) -> None:
+    def __init__(self, port: int) -> None:
         self._listening = listen(HOST, port)
-        self.port = int(self._listening.getsockname()[1])
+        self.address = f"http://{HOST}:{self._listening.getsockname()[1]}/"
         self._shown: tuple[np.ndarray, str, dict[str, Any]] | None = None
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])  # no other site reads the camera
-        routes = [*(Route(path, static) for path in FILES), Route("/frame.jpg", self._frame)]
+        routes = [Route("/", preview_page), Route("/frame.jpg", self._frame)]
         config = uvicorn.Config(
             Starlette(routes=routes, middleware=[hosts]),
             http=Guard(RequestMetrics()).protocol(),
@@ -76,7 +62,6 @@ class Preview:
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._listening]}, name="preview", daemon=True
         )
-        say(f"preview: http://{HOST}:{self.port}/")
 
     def __call__(self, picture: np.ndarray, order: str, answer: dict[str, Any]) -> None:
         self._shown = (picture, order, answer)
@@ -106,12 +91,6 @@ class Preview:
                     return Response(encoded, headers=headers)
                 await anyio.sleep(LOOK_S)
         return Response(status_code=204, headers=HEADERS)
-
-
-async def static(request: Request) -> Response:
-    """GET / and what it is made of."""
-    name, kind = FILES[request.url.path]
-    return Response((FOLDER / name).read_bytes(), headers={**HEADERS, "content-type": kind})
 
 
 def jpeg(picture: np.ndarray, order: str) -> bytes:

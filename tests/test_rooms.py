@@ -263,7 +263,7 @@ def test_every_package_is_listed():
 def test_what_is_not_python_travels_too():
     text, _ = project_file()
     templates = ("report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2")
-    names = ("page.html", "page.css", "page.js", "teach.js", "preview.html", "preview.js")
+    names = ("head.html", "page.html", "page.css", "page.js", "teach.js", "preview.html", "preview.js")
     pages = tuple(f"server/{name}" for name in names)
     for path in ("py.typed", *templates, *pages):
         assert (ROOT / path).is_file() and f'"{Path(path).name}"' in text

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from cdl_edge.errors import InputError
-from cdl_edge.server.preview import FOLDER, Preview
+from cdl_edge.server.page import html
+from cdl_edge.server.preview import Preview
 
 ANSWER = {
     "label": "Käse",
@@ -27,12 +28,12 @@ ANSWER = {
 
 @pytest.fixture
 def preview():
-    with Preview(0, lambda line: None) as shown:
+    with Preview(0) as shown:
         yield shown
 
 
 def get(preview, path, **headers):
-    request = urllib.request.Request(f"http://127.0.0.1:{preview.port}{path}", headers=headers)
+    request = urllib.request.Request(preview.address + path.lstrip("/"), headers=headers)
     return urllib.request.urlopen(request, timeout=20)
 
 
@@ -61,16 +62,11 @@ def test_a_request_waits_for_a_frame(preview, monkeypatch):
     assert get(preview, "/frame.jpg?after=2").status == 204
 
 
-def test_the_page_loads_nothing_from_elsewhere(preview):
+def test_the_page_is_one_answer(preview):
+    """What is in it is looked at in test_page.py."""
     answer = get(preview, "/")
-    text = answer.read().decode()
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert 'src="/preview.js"' in text and 'href="/page.css"' in text and "http" not in text
-    assert get(preview, "/preview.js").headers["content-type"].startswith("text/javascript")
-    assert get(preview, "/page.css").status == 200
-    script = (FOLDER / "preview.js").read_text()
-    assert "innerHTML" not in script
-    assert {f'id="{i}"' in text for i in ("label", "state", "about", "frame")} == {True}
+    assert answer.headers["content-type"].startswith("text/html")
+    assert (answer.read().decode(), answer.headers["content-security-policy"]) == html("preview.html")
 
 
 def test_no_other_site_reads_the_camera(preview):
@@ -82,7 +78,7 @@ def test_no_other_site_reads_the_camera(preview):
 
 def test_a_port_that_is_taken(preview):
     with pytest.raises(InputError, match="cannot listen"):
-        Preview(preview.port, lambda line: None)
+        Preview(int(preview.address.rstrip("/").rsplit(":", 1)[1]))
 
 
 def test_it_is_over_with_the_watching(tmp_path, bundle):
@@ -113,7 +109,7 @@ def test_a_browser_shows_what_is_watched(preview):
         page, said = browser.new_page(viewport={"width": 900, "height": 700}), []
         page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(f"http://127.0.0.1:{preview.port}/")
+        page.goto(preview.address)
         assert page.locator("#frame").is_hidden()
         preview(scene, "bgr", {**ANSWER, "frame": 1})
         page.wait_for_selector("#label:has-text('Käse')")
