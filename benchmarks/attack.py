@@ -12,6 +12,7 @@ Prints what was found; the last line of stdout is JSON. Exit code 1 when somethi
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def attacks(given: argparse.Namespace, work: Path) -> Iterator[tuple[str, Callab
             out = work / name / "bundle"
             out.parent.mkdir()
             whole = [*cli, *command, "--out", str(out)]
-            yield f"killed {name}", lambda c=whole, o=out, n=count: attack_kills.kill_bundle_command(c, o, n, seed)
+            yield f"killed {name}", functools.partial(attack_kills.kill_bundle_command, whole, out, count, seed)
     if given.trainings:
         out = work / "trainings" / "run"
         train = attack_kills.train_command(cli, work, out)

@@ -200,12 +200,12 @@ def attack(found: Found, count: int, case: Callable[[int], str]) -> Found:
         with os.fdopen(reading) as heard:
             lines = heard.read().splitlines()
         status = os.waitpid(child, 0)[1]
-        for number, line in zip(lines[::2], lines[1::2], strict=False):
+        for case_number, line in zip(lines[::2], lines[1::2], strict=False):
             outcome, peak = json.loads(line)
             found.outcomes[outcome.split(":")[0]] += 1
             found.peak_mb = max(found.peak_mb, peak)
             if outcome.startswith("fault"):
-                found.faults.append(f"case {number}: {outcome}")
+                found.faults.append(f"case {case_number}: {outcome}")
         if status:
             found.faults.append(f"case {lines[-1] if lines else start}: the process ended with status {status}")
         if found.peak_mb > MEMORY_MB:

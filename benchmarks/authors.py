@@ -92,8 +92,8 @@ def prepare(models: list[str], cuda: bool) -> None:
     if cuda:
         torch.backends.cudnn.deterministic = True  # as their run.py
     else:
-        torch.Tensor.cuda = stay
-    np.fromstring = lambda data, dtype=float: np.frombuffer(data, dtype).copy()
+        torch.Tensor.cuda = stay  # type: ignore[assignment]
+    np.fromstring = lambda data, dtype=float: np.frombuffer(data, dtype).copy()  # type: ignore[assignment]
 
 
 def stay(tensor: Any, *_: Any, **__: Any) -> Any:

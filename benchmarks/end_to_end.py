@@ -120,7 +120,9 @@ def bgr(source: Source) -> np.ndarray:
     """OpenCV's picture, uint8 (H, W, 3), BGR. A frame is taken as a camera gives it."""
     import cv2
 
-    return source if isinstance(source, np.ndarray) else cv2.imdecode(np.frombuffer(source, np.uint8), cv2.IMREAD_COLOR)
+    if isinstance(source, np.ndarray):
+        return source
+    return np.asarray(cv2.imdecode(np.frombuffer(source, np.uint8), cv2.IMREAD_COLOR))
 
 
 def with_opencv(graph: Graph, preprocessing: Preprocessing) -> Candidate:

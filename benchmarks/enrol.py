@@ -112,11 +112,11 @@ def enrolled(bundle: Path, out: Path, data: Path, new: list[str], count: int, se
             room.judge(out, name, chosen, threads=1)
         except InputError:
             refusals += 1
-        clock, room.time = room.time, _Cpu  # type: ignore[attr-defined]
+        clock, room.time = room.time, _Cpu  # type: ignore[assignment]
         try:
             result = room.enrol(out, name, chosen, max_drop=100, threads=1, anyway=True)
         finally:
-            room.time = clock  # type: ignore[attr-defined]
+            room.time = clock
         beyond.append(result["seconds"]["other"])
     return {"refused": refusals, "beyond_s": beyond}
 
@@ -147,7 +147,7 @@ def main() -> None:
     workshop = make(out / "workshop", "export", extended, "--statistics")
     validation = Validation(data, new, bundle)
     before, after = validation.accuracy(bundle), validation.accuracy(workshop)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"how": "before", **before},
         {"how": "train --extend, all training images", **after},
     ]

@@ -27,6 +27,7 @@ Prints tables; the last line of stdout is JSON, null where a graph could not be 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -94,7 +95,7 @@ class Bare(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, 3, S, S) -> (1, D)."""
-        return self.vit.forward_features(x)[:, 0]
+        return self.vit.forward_features(x)[:, 0]  # type: ignore[operator]
 
 
 @torch.no_grad()
@@ -111,13 +112,21 @@ def backbone_of(name: str) -> Backbone:
 @torch.no_grad()
 def trained(backbone: Any, learner: str, kd: bool, own_query: str, tasks: int) -> PromptedViT:
     """A student with all tasks behind it, its learnt values random. own_query: of one pass; empty: two passes."""
-    ways = {"one_pass": bool(own_query), "query_of": own_query or "class"}
-    student = PromptedViT(backbone.model, ModelSpec(learner, CLASSES, tasks, 0, kd=(12, 6) if kd else None, **ways))
+    spec = ModelSpec(
+        learner,
+        CLASSES,
+        tasks,
+        0,
+        kd=(12, 6) if kd else None,
+        one_pass=bool(own_query),
+        query_of=own_query or "class",
+    )
+    student = PromptedViT(backbone.model, spec)
     generator = torch.Generator().manual_seed(0)
     for task in range(tasks):
         student.learner.begin_task(task)
         for parameter in student.trainable():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         student.learner.end_task(task)
     if isinstance(student.learner, L2P):
         student.learner.used[:] = True
@@ -199,6 +208,14 @@ class Field:
         path = self.generic(bare, "bare")
         self.add(REFERENCE, truth, lambda: self.open("ort", path, {"x": self.x.numpy()}))
 
+    def in_torch(self, module: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """A module on the image."""
+        return lambda: module(self.x).numpy()
+
+    def opened(self, engine: str, module: torch.nn.Module, name: str, feed: dict[str, np.ndarray]) -> Call:
+        """torch's own export of a module in an engine."""
+        return self.open(engine, self.generic(module, name.replace(" ", "-")), feed)
+
     def add(self, label: str, truth: np.ndarray, make: Callable[[], Call]) -> None:
         """One more; what cannot be made is said and listed."""
         try:
@@ -227,18 +244,14 @@ class Field:
             truth = module(self.x).numpy()
             feed = {"x": self.x.numpy()}
             if engine == "torch":
-                self.add(f"torch {name}", truth, lambda m=module: lambda: m(self.x).numpy())
+                self.add(f"torch {name}", truth, functools.partial(self.in_torch, module))
             elif f"{engine} {name}" == REFERENCE:
                 continue
             elif engine == "compile":
                 compiled = torch.compile(module)
-                self.add(f"compile {name}", truth, lambda m=compiled: lambda: m(self.x).numpy())
+                self.add(f"compile {name}", truth, functools.partial(self.in_torch, compiled))
             else:
-                self.add(
-                    f"{engine} {name}",
-                    truth,
-                    lambda m=module, n=name, f=feed: self.open(engine, self.generic(m, n.replace(" ", "-")), f),
-                )
+                self.add(f"{engine} {name}", truth, functools.partial(self.opened, engine, module, name, feed))
         if engine in ("torch", "compile"):
             return
         profile = "ort" if engine == "ort" else "openvino"

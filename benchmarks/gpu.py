@@ -255,7 +255,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the section and print what there is
     try:
         if arguments.pack:
-            print(json.dumps(pack(*arguments.pack, arguments.pack_side, arguments.pack_mib)))
+            source, out = arguments.pack
+            print(json.dumps(pack(source, out, arguments.pack_side, arguments.pack_mib)))
             return
         if arguments.device == "cuda":
             import torch

@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def accuracy(run: Path, data: str, images: int, scheme: str, peers: list[str]) -
         expected = CpuSession(bundle.graph().read_bytes(), bundle.path).logits(found.validation)
         before = measure(expected, found.labels, bundle.tasks)
         rows = {"fp32": row(before, before, expected, expected)}
-        sources: dict[str, dict[str, TensorRange]] = {
+        sources: dict[str, Mapping[str, TensorRange]] = {
             "kept": kept,
             "last task": ending,
             "kept+last": both,

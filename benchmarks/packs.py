@@ -70,9 +70,9 @@ def learn(student: PromptedViT, normalise: Normalise, task: int, span: range) ->
     labels = torch.tensor([0, len(span) - 1])
     output = student(student.prepare(normalise(pixels)), training=True)
     sides = [s for s in (output.cls_logits, output.kd_logits) if s is not None]
-    loss = sum(torch.nn.functional.cross_entropy(s[:, span.start : span.stop], labels) for s in sides)
+    losses = [torch.nn.functional.cross_entropy(s[:, span.start : span.stop], labels) for s in sides]
     optimiser.zero_grad()
-    loss.backward()
+    torch.stack(losses).sum().backward()
     optimiser.step()
     student.learner.end_task(task)
     student.eval()
@@ -256,7 +256,7 @@ class Killer:
                 print(problems[-1], file=sys.stderr)
                 if len(problems) > 20:
                     break
-        result = {"killed": killed, "old": killed - new, "new": new, "ended_before": tried - killed}
+        result: dict[str, Any] = {"killed": killed, "old": killed - new, "new": new, "ended_before": tried - killed}
         result |= {"neither_or_mixed": len(problems), "verified_reads": self.reads, "usual_s": usual}
         print(json.dumps(result), flush=True)
         return {**result, "problems": problems}
@@ -282,7 +282,8 @@ def main() -> None:
             folder = Path(name) / learner
             folder.mkdir()
             options = (arguments.tasks, arguments.classes, arguments.images, arguments.photos)
-            sizes[learner] = weigh(learner, *learnt(backbone, learner, *options, folder), folder)
+            old, new = learnt(backbone, learner, *options, folder)
+            sizes[learner] = weigh(learner, old, new, folder)
             shutil.rmtree(folder)
         if arguments.kills:
             (Path(name) / "kills").mkdir()

@@ -112,6 +112,7 @@ def pools_of(bundle: Bundle, data: str) -> list[tuple[np.ndarray, np.ndarray]]:
     for task in bundle.tasks:
         split = dataset.val.of_classes([i for i, c in enumerate(here) if c in task])
         used = sample(Split(np.arange(len(split)), split.labels), KNOWN_IMAGES).items
+        assert isinstance(used, np.ndarray)
         rest = split.take(np.setdiff1d(np.arange(len(split)), used)).decode(bundle.preprocessing)
         pools.append((rest.pixels, here[rest.labels]))
     return pools

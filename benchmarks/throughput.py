@@ -330,7 +330,8 @@ def ratios(rounds: Rounds, reference: Rounds, side: str, clock: str) -> dict[str
 
 def summary(name: str, measured: dict[str, Rounds], clock: str, product: dict[str, Any]) -> dict[str, Any] | None:
     """One variant over its rounds, beside the authors' over the same; None where it never ran."""
-    rounds, missing = measured[name], [None] * len(measured[name])
+    rounds = measured[name]
+    missing: Rounds = [None] * len(rounds)
     ran = [r for r in rounds if r]
     if not ran:
         return None

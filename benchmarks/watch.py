@@ -42,7 +42,8 @@ def write_video(path: Path, count: int, fourcc: str) -> None:
 
 def decoded(path: Path, limit: int | None = None) -> list[np.ndarray]:
     """The first frames of a video."""
-    capture, found = opened_by_opencv(str(path), "file", 1), []
+    capture = opened_by_opencv(str(path), "file", 1)
+    found: list[np.ndarray] = []
     while (limit is None or len(found) < limit) and (shot := capture.read())[0]:
         found.append(shot[1])
     capture.release()

@@ -260,6 +260,12 @@ def test_every_package_is_listed():
             assert (folder / "__init__.py").is_file(), folder
 
 
+def test_the_types_of_every_benchmark_are_checked():
+    text, _ = project_file()
+    listed = text.split("modules = [", 1)[1].split("]", 1)[0]
+    assert {name.strip(' "') for name in listed.split(",")} == {p.stem for p in (ROOT / "benchmarks").glob("*.py")}
+
+
 def test_what_is_not_python_travels_too():
     text, _ = project_file()
     templates = ("report/page.html.j2", "report/sweep.html.j2", "report/style.css.j2")

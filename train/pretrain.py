@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class PretrainConfig:
     "of initialisation, order and augmentation"
 
 
-def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, object]:
+def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
     """Train, print a line an epoch, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
     Raises: InputError for unknown names, or a checkpoint of another configuration or other images.
