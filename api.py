@@ -162,7 +162,8 @@ def sweep(
     """
     from .sweep.sweep import sweep as run
 
-    return run(Path(out), {**options}, parallel, threads, say)
+    with told(say):
+        return run(Path(out), {**options}, parallel, threads)
 
 
 def export(
@@ -270,13 +271,13 @@ def evaluate(
         from .train.evaluate import evaluate_run
 
         limit_threads(threads)
-        return evaluate_run(Path(source), data, limit_per_class, split, say)
+        with told(say):
+            return evaluate_run(Path(source), data, limit_per_class, split)
     from .measurement.evaluate import evaluate as run
-    from .measurement.evaluate import fifths
     from .runtime import load
 
-    with load(source, backend, threads, precision=precision) as runner:
-        return run(runner, data, limit_per_class, fifths("classified", say), split, say)
+    with told(say), load(source, backend, threads, precision=precision) as runner:
+        return run(runner, data, limit_per_class, split)
 
 
 def predict(
@@ -350,7 +351,8 @@ def enrol(
     from .updates.enrol import enrol as run
 
     most = MAX_DROP if max_drop is None else max_drop
-    return run(bundle, name, images, most, backend, threads, say, keep_pictures, anyway)
+    with told(say):
+        return run(bundle, name, images, most, backend, threads, keep_pictures, anyway)
 
 
 def remove_enrolment(

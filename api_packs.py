@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .log import told
+
 
 def create_pack(
     old: Path | str,
@@ -54,7 +56,8 @@ def pull_packs(
     """All newer PACKs of REGISTRY/REPOSITORY into BUNDLE, see updates.fleet.pull."""
     from .updates.fleet import pull as run
 
-    return run(repository, bundle, public_key, backend, threads, plain_http, say)
+    with told(say):
+        return run(repository, bundle, public_key, backend, threads, plain_http)
 
 
 def rollback(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -240,22 +240,27 @@ class Scored:
     "what they are, in a few words"
     missing: tuple[str, ...]
     "classes of the student without an image"
+    classes: int
+    "that the student has"
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: what is read, what of it is scored, and which classes are missing."""
+        found = [self.dataset.line, f"scored: {self.which}"]
+        if self.missing:
+            names = ", ".join(self.missing[:8]) + (" ..." if len(self.missing) > 8 else "")
+            count = f"{len(self.missing)} of the {self.classes}"
+            found.append(f"{count} classes have no image here and are not measured: {names}")
+        return found
 
 
-def find_scored(
-    source: str,
-    split: str,
-    training: Mapping[str, Any] | None,
-    classes: Sequence[str],
-    say: Callable[[str], None] | None = None,
-) -> Scored:
+def find_scored(source: str, split: str, training: Mapping[str, Any] | None, classes: Sequence[str]) -> Scored:
     """The images of a source that a student is scored on.
 
     Args:
         split: one of SCORED, see Dataset.scored.
         training: metrics.json of the student's run, or "training" of a manifest; None where nobody knows.
         classes: of the student, by name.
-        say: told what is read, and which classes are missing.
 
     Raises: InputError where there is nothing to score.
     """
@@ -272,13 +277,7 @@ def find_scored(
             expected="images of at least one of " + ", ".join(list(classes)[:8]) + (" ..." if len(classes) > 8 else ""),
             fix="evaluate on the data the student was trained on, or rename the class folders",
         )
-    if say is not None:
-        say(dataset.line)
-        say(f"scored: {which}")
-        if missing:
-            names = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-            say(f"{len(missing)} of the {len(classes)} classes have no image here and are not measured: {names}")
-    return Scored(dataset, images, which, missing)
+    return Scored(dataset, images, which, missing, len(classes))
 
 
 def _check_complete(dataset: Dataset, path: str) -> None:

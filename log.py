@@ -25,14 +25,16 @@ class _Listeners(threading.local):
 
 
 _listeners = _Listeners()
+_elsewhere: list[Callable[[str], None]] = []
+"for threads of which nobody listens to the lines"
 
 
 class _ToListener(logging.Handler):
     """Gives each line to whoever listens in its thread; of several, to the one that came last."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _listeners.open:
-            _listeners.open[-1](self.format(record))
+        if listening := _listeners.open or _elsewhere:
+            listening[-1](self.format(record))
 
 
 LOG = logging.getLogger("cdl_edge")
@@ -43,13 +45,19 @@ LOG.addHandler(_handler)
 
 
 @contextmanager
-def told(tell: Callable[[str], None] | None) -> Iterator[None]:
-    """While open, `tell` gets every line that this thread logs; None: whoever got them before."""
+def told(tell: Callable[[str], None] | None, threads: bool = False) -> Iterator[None]:
+    """While open, `tell` gets every line that this thread logs; None: whoever got them before.
+
+    threads: and the lines of all other threads that have no listener of their own, as those of a server.
+    """
     if tell is None:
         yield
         return
-    _listeners.open.append(tell)
+    places = [_listeners.open, _elsewhere] if threads else [_listeners.open]
+    for place in places:
+        place.append(tell)
     try:
         yield
     finally:
-        _listeners.open.pop()
+        for place in places:
+            place.remove(tell)

@@ -38,7 +38,7 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     from .artefacts.run_record import Metrics
     from .calibrate.calibrate_bundle import calibrate
     from .export.export_bundle import export
-    from .measurement.evaluate import evaluate
+    from .measurement.evaluate import find_images, score
     from .report.model_page import write_report
     from .runtime import load
     from .train.config import TrainConfig
@@ -60,7 +60,7 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     quantised = calibrate(out / "bundle", out / "bundle8", data, ranges="kept")
     LOG.info("4/5 evaluate and profile the bundle, without torch's help")
     with load(out / "bundle8", precision="fp32") as runner:
-        accuracy = evaluate(runner, data)
+        accuracy = score(runner, find_images(runner, data))
     latency = _profile(out / "bundle8")
     LOG.info("5/5 report")
     report = write_report(out / "report.html", run=out / "run", bundle=out / "bundle8", profile=latency)

@@ -22,7 +22,7 @@ from ..files import workspace
 from ..heads import best_ridge
 from ..log import LOG
 from ..machine import version_of
-from ..measurement.evaluate import evaluate, fifths
+from ..measurement.evaluate import find_images, score
 from ..runtime import load
 from ..runtime.confidence import fit, pack_selections
 from ..runtime.runner import Runner
@@ -99,7 +99,7 @@ def export(
         draft = write_bundle(folder / "draft", manifest, files)
         parities = _prove(draft, graphs, pixels, expected)
         with load(draft, "onnxruntime") as runner:
-            measured = evaluate(runner, source, progress=fifths("accuracy of the graph", LOG.info), split="val")
+            measured = score(runner, find_images(runner, source, "val"), progress="accuracy of the graph")
             LOG.info("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..data import Split, find_scored
+from ..data import Scored, Split, find_scored
 from ..errors import InputError
 from ..images import Preprocessing, UnreadableImage
+from ..log import LOG
 from ..runtime.predict import check_finite
 from ..runtime.runner import Runner
 
@@ -24,62 +26,77 @@ DEFINITIONS = {
 }
 
 
-def evaluate(
-    runner: Runner,
-    source: str,
-    limit_per_class: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    split: str = "auto",
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Classify the images of a data source and count: its validation images, or all where it has no parts.
+def evaluate(runner: Runner, source: str, limit_per_class: int | None = None, split: str = "auto") -> dict[str, Any]:
+    """Classify the images of a data source and count; what is read, and how far it is, is logged.
 
     Args:
-        source: see `cdl_edge.data.load_dataset`. Classes are matched by name; those the bundle has not learnt are left
-            out and counted, those that the source lacks are named.
+        source, split: see `find_images`.
         limit_per_class: at most so many images of each class, drawn by the run's seed.
-        progress: called with (images done, images in all) after every chunk.
+
+    Returns: what `score` does. Raises: InputError, as `find_images` and `score`.
+    """
+    if limit_per_class is not None and limit_per_class < 1:
+        raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
+    found = find_images(runner, source, split)
+    for line in found.lines:
+        LOG.info(line)
+    if limit_per_class is not None:
+        seed = ((runner.bundle.manifest.training or {}).get("config") or {}).get("seed")
+        found = replace(found, images=found.images.limited(limit_per_class, seed or 0))
+    return score(runner, found, "classified")
+
+
+def find_images(runner: Runner, source: str, split: str = "auto") -> Scored:
+    """The images that a bundle is scored on: the validation images of a source, or all where it has no parts.
+
+    Args:
+        source: see `cdl_edge.data.load_dataset`. Classes are matched by name.
         split: one of data.SCORED, see data.Dataset.scored.
-        say: told what is read.
+
+    Raises: InputError for a source that is not there, or that has no class of the bundle.
+    """
+    return find_scored(source, split, runner.bundle.manifest.training or None, runner.bundle.classes)
+
+
+def score(runner: Runner, found: Scored, progress: str | None = None) -> dict[str, Any]:
+    """Classify these images and count; those of classes that the bundle has not learnt are left out and counted.
+
+    progress: what is said to be done of how many images, five times; None: nothing is logged.
 
     Returns: {"average_accuracy": %, "forgetting": points or None, "per_task": [%, or None without an image], "images":
         n classified, "backend", "precision", "skipped": [a line for each unreadable image], "left_out": {"classes",
         "images"}, "missing": [classes of the bundle without an image], "split", "data", "definitions"}.
 
-    Raises: InputError for a source that is not there, has no class of the bundle, or no readable image of one.
+    Raises: InputError for a class without a readable image.
     """
-    if limit_per_class is not None and limit_per_class < 1:
-        raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     bundle = runner.bundle
     training = bundle.manifest.training or {}
-    found = find_scored(source, split, training or None, bundle.classes, say)
     dataset = found.dataset
-    seed = (training.get("config") or {}).get("seed")
-    chosen = found.images.limited(limit_per_class, seed or 0) if limit_per_class else found.images
     position = {name: index for index, name in enumerate(bundle.classes)}
-    mapped = np.array([position.get(name, -1) for name in dataset.classes])[chosen.labels]  # (N,), -1: not learnt
-    known = chosen.take(np.flatnonzero(mapped >= 0))
+    mapped = np.array([position.get(name, -1) for name in dataset.classes])[found.images.labels]  # (N,), -1: not learnt
+    known = found.images.take(np.flatnonzero(mapped >= 0))
     truth = mapped[mapped >= 0]
 
     right = np.zeros(len(bundle.classes), dtype=np.int64)
     seen = np.zeros(len(bundle.classes), dtype=np.int64)
     skipped: list[str] = []
-    done = 0
+    done = told = 0
     for index, pixels, problems in _decoded(known, bundle.preprocessing):
         skipped += problems
         done += len(index) + len(problems)
         labels = truth[index]
         logits = runner.infer(pixels)
-        check_finite(bundle, logits, f"the images of {source}")
+        check_finite(bundle, logits, f"the images of {dataset.source}")
         answers = logits.argmax(axis=1)
         np.add.at(seen, labels, 1)
         np.add.at(right, labels[answers == labels], 1)
-        if progress is not None:
-            progress(done, len(known))
+        if progress is not None and (fifths := 5 * done // len(known)) > told:
+            told = fifths
+            LOG.info(f"{progress}: {done} of {len(known)} images")
     lost = [n for n, count in zip(bundle.classes, seen, strict=True) if count == 0 and n not in found.missing]
     if lost:
         raise InputError(
-            f"{source}: {len(lost)} class(es) without a readable validation image",
+            f"{dataset.source}: {len(lost)} class(es) without a readable validation image",
             got=", ".join(lost[:8]) + (f"; {skipped[0]}" if skipped else ""),
             expected="at least one image a class",
             fix="replace the files",
@@ -106,19 +123,6 @@ def evaluate(
         "data": dataset.summary,
         "definitions": DEFINITIONS,
     }
-
-
-def fifths(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A `progress` that says a line after each fifth of the images."""
-    said = 0
-
-    def progress(done: int, count: int) -> None:
-        nonlocal said
-        if count and (step := 5 * done // count) > said:
-            said = step
-            say(f"{what}: {done} of {count} images")
-
-    return progress
 
 
 def forgetting(training: Mapping[str, Any], per_task: Sequence[float]) -> float | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..extras import command
+from ..log import LOG, told
 
 __all__ = ["serve"]
 
@@ -47,7 +48,7 @@ def serve(
     """Answer requests until SIGTERM or SIGINT, then finish those that are in and return.
 
     Args:
-        port: 0 takes a free one; the line that `say` gets names it.
+        port: 0 takes a free one; a line that `say` gets names it.
         backend, precision, threads: see `runtime.load`.
         queue, runners, limit_s: see `server.live_model.LiveModel`.
         name: of the model in the Open Inference Protocol; empty: the bundle's folder.
@@ -57,6 +58,7 @@ def serve(
         public_key, allow_unsigned: whose packs; see `server.admin`.
         collect: folder to keep pictures in that get no sure answer; None: none are kept, see `server.collect`.
         socket_path: of a Unix socket, through which this user may install packs without the token.
+        say: gets the lines of all threads, for this process has one server.
 
     Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
     """
@@ -70,19 +72,19 @@ def serve(
 
     file = token_file or default_file()
     secret, made = (kept(file)) if token is None else (checked(token), False)
-    with contextlib.ExitStack() as stack:
+    with told(say, threads=True), contextlib.ExitStack() as stack:
         listening = stack.enter_context(listen(host, port))
         sockets = [listening]
         if socket_path is not None:
             sockets.append(stack.enter_context(listen_locally(socket_path)))
         live = LiveModel(bundle, backend, threads, precision, runners, queue, limit_s)
         packs = {"token": secret, "public_key": public_key, "allow_unsigned": allow_unsigned}
-        collection = Collection(collect, say) if collect is not None else None
-        more = {"collection": collection, "name": name, "say": say}
+        collection = Collection(collect) if collect is not None else None
+        more = {"collection": collection, "name": name}
         server = Server(live, Path(bundle), **packs, **more)  # type: ignore[arg-type]
         if collection is not None:
             stack.callback(collection.close)
-            say(f"pictures without a sure answer are kept in {collect}")
+            LOG.info(f"pictures without a sure answer are kept in {collect}")
         stack.callback(server.decoders.close)
         server.decoders.start()
         config = uvicorn.Config(
@@ -97,16 +99,16 @@ def serve(
         )
         model = server.describe()
         address = f"[{host}]" if ":" in host else host
-        say(
+        LOG.info(
             f"{model['name']} {model['version']}: http://{address}:{listening.getsockname()[1]}/   "
             f"({model['runner']['backend']}, {model['runner']['precision']}, {live.capacity} calls at a time)"
         )
         if token is None:
-            say(f"token for packs: {secret if made else 'as before'}, kept in {file}")
+            LOG.info(f"token for packs: {secret if made else 'as before'}, kept in {file}")
         with _ends_well():
             uvicorn.Server(config).run(sockets=sockets)
         if not live.close(0):
-            say("a call of the engine is stuck: leaving without it")
+            LOG.info("a call of the engine is stuck: leaving without it")
             sys.stdout.flush()
             stack.close()
             os._exit(1)  # Python would wait for its thread

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InputError
+from ..log import LOG
 from . import admin, answers, gallery, request_metrics, teach
 from .live_model import Busy
 from .notify import notify, watchdog_s
@@ -29,7 +30,7 @@ WATCH_S = 1.0
 "how often --watch looks at the bundle"
 PROBE_S = 10.0
 "how often the server asks itself where nobody else does"
-LOG = logging.getLogger("uvicorn.error")
+BUGS = logging.getLogger("uvicorn.error")
 KINDS = {401: "denied", 403: "denied", 404: "not_found", 405: "not_found", 408: "timeout", 413: "too_large"}
 KINDS |= {415: "content_type", 503: "busy", 504: "timeout"}
 
@@ -217,7 +218,7 @@ async def _watch(server: Server) -> None:
             if isinstance(error, Busy):
                 continue
             if error is not None:
-                server.say(f"{server.source}: the new version is not used, the old one goes on\n{error}")
+                LOG.warning(f"{server.source}: the new version is not used, the old one goes on\n{error}")
             if error is not None and not isinstance(error, InputError):
-                LOG.error("a bug", exc_info=error)
+                BUGS.error("a bug", exc_info=error)
             seen = found

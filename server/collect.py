@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import writable
+from ..log import LOG
 from ..runtime.scene import Scene
 from ..updates.enrolment_record import check_folder, check_name
 
@@ -60,8 +61,8 @@ class Collection:
     Raises: InputError where the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._lock = threading.Lock()
         self._writer = ThreadPoolExecutor(1, "cdl-edge-collect")
         self._waiting = 0
@@ -134,7 +135,7 @@ class Collection:
             self._failed = ""
         except OSError as error:  # no answer waits for this, and none fails with it
             if self._failed != str(error):
-                self.say(f"{self.folder}: a picture could not be kept: {error}")
+                LOG.warning(f"{self.folder}: a picture could not be kept: {error}")
             self._failed = str(error)
         finally:
             with self._lock:

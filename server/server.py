@@ -22,6 +22,7 @@ from ..artefacts.bundle import open_bundle
 from ..artefacts.layout import MANIFEST
 from ..decoders import Decoders
 from ..errors import InputError
+from ..log import LOG
 from ..runtime.runner import Runner
 from ..runtime.selftest import extremes, prove_answers
 from .body import BodyReader, Limits, Uploads
@@ -57,8 +58,6 @@ class Server:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     changing: threading.Lock = field(default_factory=threading.Lock)
     "held while the bundle on disk and the one that answers may differ"
-    say: Callable[[str], None] = print
-    "gets a line for each exchange, and for each version that cannot be put in"
     judging: threading.Lock = field(default_factory=threading.Lock)
     "held while pictures of a class are judged that nobody has taught yet"
     collection: Collection | None = None
@@ -151,7 +150,7 @@ class Server:
             self.metrics.swap(done)
         classes = len(self.live.runner.bundle.classes)
         change = f"{result['previous']} -> {result['version']}"
-        self.say(f"{self.name}: version {change} answers now: {classes} classes, after {result['seconds']} s")
+        LOG.info(f"{self.name}: version {change} answers now: {classes} classes, after {result['seconds']} s")
         return result
 
     def stamp(self) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..artefacts.run_record import Metrics, read_metrics
 from ..data import Dataset, Fingerprint, absolute, load_dataset
 from ..errors import InputError
 from ..files import hold, write_json, write_text
+from ..log import LOG
 from ..report.sweep_page import write_sweep_report
 from ..train.config import TrainConfig
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
@@ -31,7 +32,6 @@ def sweep(
     options: Mapping[str, Any],
     parallel: int | None = None,
     threads: int | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Run what is not finished of a sweep; returns the contents of OUT/sweep.json.
 
@@ -48,17 +48,17 @@ def sweep(
             raise InputError(f"--{name} is out of range", got=repr(value), expected="a number of 1 or more")
     plan = make_plan(Path(out), _as_begun(Path(out), options))
     dataset = load_dataset(plan.settings["data"])  # a wrong path is one message now, and not one for each cell
-    say(dataset.line)
+    LOG.info(dataset.line)
     _check_folder(plan, dataset)
     with alone(plan.out):
-        return _Sweep(plan, dataset, say).run(parallel, threads)
+        return _Sweep(plan, dataset).run(parallel, threads)
 
 
 class _Sweep:
     """What is known of the cells while they run."""
 
-    def __init__(self, plan: SweepPlan, dataset: Dataset, say: Callable[[str], None]) -> None:
-        self.plan, self.dataset, self.say = plan, dataset, say
+    def __init__(self, plan: SweepPlan, dataset: Dataset) -> None:
+        self.plan, self.dataset = plan, dataset
         self.metrics: dict[str, Metrics] = {}
         "metrics.json of each finished cell, by its name"
         self.failures: dict[str, str] = {}
@@ -71,13 +71,13 @@ class _Sweep:
         for cell in plan.cells:
             self._find(cell)
         for refused in plan.refused:
-            self.say(
+            LOG.info(
                 f"left out: {refused.learner} with {refused.distiller}, {refused.query}, head {refused.head}: "
                 f"{refused.reason}"
             )
         waiting = [c for c in plan.cells if c.name not in self.metrics]
         self.slots = make_slots(plan.settings["devices"], len(waiting) or 1, parallel, threads)
-        self.say(
+        LOG.info(
             f"{len(plan.cells)} runs, {len(self.metrics)} of them finished; {len(self.slots)} at a time with "
             f"{self.slots[0].threads} thread(s) each"
         )
@@ -89,7 +89,7 @@ class _Sweep:
         except KeyboardInterrupt:
             self.running.clear()
             self._write()
-            self.say(f"stopped with {len(self.metrics)} of {len(plan.cells)} runs finished; the same command continues")
+            LOG.info(f"stopped with {len(self.metrics)} of {len(plan.cells)} runs finished; the same command continues")
             raise
         return self._write()
 
@@ -115,7 +115,7 @@ class _Sweep:
         count = f"[{len(self.metrics)}/{len(self.plan.cells)}]"
         if succeeded:
             metrics = self.metrics[cell.name]
-            self.say(
+            LOG.info(
                 f"{count} {cell.name}: accuracy {metrics.student.average_accuracy:.2f} %, forgetting "
                 f"{metrics.student.forgetting:.2f} points, {metrics.seconds or 0:.0f} s"
             )
@@ -124,9 +124,9 @@ class _Sweep:
             lines = last_lines(log)
             how = f"killed by signal {-status}" if status < 0 else f"exit code {status}"
             self.failures[cell.name] = how + (f": {_telling(lines)}" if lines else "")
-            self.say(f"{count} {cell.name}: FAILED, {how}; the end of {log}:")
+            LOG.info(f"{count} {cell.name}: FAILED, {how}; the end of {log}:")
             for line in lines:
-                self.say(f"    {line}")
+                LOG.info(f"    {line}")
         self._write()
         return succeeded
 

@@ -40,3 +40,20 @@ def test_a_program_with_logging_of_its_own_gets_them_too(caplog):
     with caplog.at_level(logging.INFO):
         LOG.info("a step")
     assert [(r.name, r.getMessage()) for r in caplog.records] == [("cdl_edge", "a step")]
+
+
+def test_a_server_gets_the_lines_of_its_threads_but_not_those_that_another_listens_to():
+    mine, others = [], []
+
+    def other():
+        LOG.info("nobody else listens")
+        with told(others.append):
+            LOG.info("theirs")
+
+    with told(mine.append, threads=True):
+        thread = Thread(target=other)
+        thread.start()
+        thread.join()
+        LOG.info("mine")
+    LOG.info("nobody any more")
+    assert (mine, others) == (["nobody else listens", "mine"], ["theirs"])

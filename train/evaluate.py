@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from ..data import find_scored
+from ..log import LOG
 from .baseline import baseline_of
 from .batches import Pipeline, TaskImages
 from .devices import Devices, Share
@@ -96,20 +96,16 @@ def accuracy(images: TaskImages, name: str, seen: int, devices: Devices | None =
     return 100.0 * float((predictions(images, name, seen, devices) == images.labels).mean())
 
 
-def evaluate_run(
-    path: Path,
-    source: str,
-    limit_per_class: int | None = None,
-    split: str = "auto",
-    say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+def evaluate_run(path: Path, source: str, limit_per_class: int | None = None, split: str = "auto") -> dict[str, Any]:
     """Accuracy per task of a finished run's student in torch; the same document as `measurement.evaluate`.
 
-    split: one of data.SCORED. say: told what is read. Raises: InputError when the source has no class of the run.
+    split: one of data.SCORED. Raises: InputError when the source has no class of the run.
     """
     run = load_run(path)
     names = run.metrics.classes
-    found = find_scored(source, split, run.metrics.document, names, say)
+    found = find_scored(source, split, run.metrics.document, names)
+    for line in found.lines:
+        LOG.info(line)
     chosen = found.images if limit_per_class is None else found.images.limited(limit_per_class, run.config.seed)
     # A class that is missing has no image: it may have any number that is nobody else's.
     number = {name: index for index, name in enumerate(found.dataset.classes)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..errors import InputError
 from ..files import atomic_folder, writable
 from ..folders import named_pictures, reasons
 from ..heads import LinearMap
+from ..log import LOG
 from ..runtime.selftest import self_test
 from .enrolment_checks import (
     FEWEST,
@@ -54,7 +55,6 @@ def enrol(
     max_drop: float = MAX_DROP,
     backend: str = "auto",
     threads: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
     keep_pictures: bool = False,
     anyway: bool = False,
 ) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def enrol(
         name: of the class. images: files, folders, their bytes, or frames, uint8 RGB (H, W, 3).
         max_drop: points that the classes that were there may lose: of the pictures of the self-test, and of the
             classes that are recognised by the mean of their own statistics.
-        backend, threads: of the features and of the self-test. say: gets a line for each step.
+        backend, threads: of the features and of the self-test.
         keep_pictures: keep the pictures themselves in the bundle, for `export_enrolments`.
         anyway: learn it even from fewer than FEWEST pictures, or from such as look like another class.
 
@@ -79,13 +79,13 @@ def enrol(
         raise InputError("--max-drop is out of range", got=max_drop, expected="0 or more points")
     begin = time.perf_counter()
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
-        learnt = _learn(store, name, images, backend, threads, say, anyway)
+        learnt = _learn(store, name, images, backend, threads, anyway)
         check_losses(name, learnt.found["old_classes"], max_drop)
         after = learnt.enrolled
         files = kept_pictures(learnt.sources, after.files.values()) if keep_pictures else {}
         entry = replace(after.entries[-1], pictures=tuple(files))
         after = replace(after, entries=(*after.entries[:-1], entry), files={**after.files, **files})
-        say("self-test of the new version")
+        LOG.info("self-test of the new version")
         swapped = swap(store, after, learnt.total.classes, learnt.head, learnt.selftest, backend, threads)
     passes = learnt.found["seconds"]["features"] + swapped.pop("seconds")
     seconds = {**learnt.found["seconds"], "other": time.perf_counter() - begin - passes}
@@ -105,7 +105,7 @@ def judge(
         "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
         "old_classes": see enrolment_checks.losses, "seconds": {"features": with the start of the engine, "head"}}.
     """
-    return _learn(Store(Path(bundle)), name, images, backend, threads, lambda line: None, False).found
+    return _learn(Store(Path(bundle)), name, images, backend, threads, False).found
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,12 @@ def _learn(
     images: Sequence[Source],
     backend: str,
     threads: int | None,
-    say: Callable[[str], None],
     anyway: bool,
 ) -> _Learnt:
     """Compute the head with a class, and judge it. Raises: see `enrol`."""
     check_name(name)
     sources, skipped = named_pictures(images)
-    say(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
+    LOG.info(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
     base = base_of(store)
     enrolled, kind = Enrolled.of(store.bundle), head_of(base)
     workshop = statistics_of(base)

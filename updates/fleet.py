@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import sha256, writable
+from ..log import LOG
 from .packfile import MAX_BYTES, open_pack
 from .packs import REFUSED, install
 from .registry import MANIFEST_TYPE, Place, Registry
@@ -137,7 +138,6 @@ def pull(
     backend: str = "auto",
     threads: int | None = None,
     plain_http: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Install pack after pack from a repository, until the newest version runs that leads on from the present one.
 
@@ -146,7 +146,7 @@ def pull(
 
     Args:
         source: REGISTRY/REPOSITORY. public_key, backend, threads: as for `packs.install`.
-        plain_http: without TLS, which registries on this machine never have. say: gets a line for each step.
+        plain_http: without TLS, which registries on this machine never have.
 
     Returns: {"bundle", "repository", "previous", "version", "sequence", "steps": [what `packs.install` returns, and
         "tag", "bytes", "kept": bytes of an earlier call]}; no steps: nothing is newer.
@@ -178,7 +178,7 @@ def pull(
     if way(known, base, state.sequence):
         with _folder(bundle) as folder:
             while steps := way(known, base, state.sequence):
-                done.append(_step(registry, steps[0], len(steps), folder, bundle, public_key, backend, threads, say))
+                done.append(_step(registry, steps[0], len(steps), folder, bundle, public_key, backend, threads))
                 opened, state = read_store(bundle)
                 base = opened.manifest.enrolled_on or state.current
     return {
@@ -200,7 +200,6 @@ def _step(
     public_key: Path | str | Sequence[Path | str] | None,
     backend: str,
     threads: int | None,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Load one pack and install it."""
     place, name = registry.place, f"{registry.place}:{step.tag}"
@@ -215,7 +214,7 @@ def _step(
     free = shutil.disk_usage(folder).free
     if free < size:
         raise InputError(f"{bundle}: the disk is full", got=f"{free} bytes free", expected=f"{size}", fix="make room")
-    say(f"{left} pack(s) to go: {step.base} -> {step.target}, {size} bytes")
+    LOG.info(f"{left} pack(s) to go: {step.base} -> {step.target}, {size} bytes")
     kept = registry.get_blob(digest, size, part)
     try:
         result = install(part, bundle, public_key, backend, threads)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.measurement.evaluate import evaluate, forgetting
 from cdl_edge.runtime import load
 
@@ -47,8 +48,9 @@ VAL = {
 
 
 def test_counts(runner, folder):
-    steps = []
-    report = evaluate(runner, folder(VAL), progress=lambda done, of: steps.append((done, of)))
+    lines = []
+    with told(lines.append):
+        report = evaluate(runner, folder(VAL))
     assert report["per_task"] == [75.0, 40.0]
     assert report["average_accuracy"] == 57.5
     # the run's diagonal: 90 and 70
@@ -56,7 +58,7 @@ def test_counts(runner, folder):
     assert report["images"] == 9
     assert (report["backend"], report["precision"], report["skipped"]) == ("onnxruntime", "fp32", [])
     assert report["left_out"] == {"classes": 0, "images": 0}
-    assert steps[-1] == (9, 9)
+    assert lines[-1] == "classified: 9 of 9 images"
     assert {"per_task", "average_accuracy", "forgetting"} <= set(report["definitions"])
     json.dumps(report)
 
@@ -79,11 +81,12 @@ def test_classes_are_matched_by_name_not_by_position(make_bundle, tiny, folder):
 def test_a_class_that_is_missing_is_not_measured_and_said(runner, folder):
     lines = []
     source = folder({"red": ["red", "green"], "blue": ["blue"], "grey": ["grey"], "amber": ["red"]})
-    report = evaluate(runner, source, say=lines.append)
+    with told(lines.append):
+        report = evaluate(runner, source)
     assert report["per_task"] == [50.0, 100.0] and report["average_accuracy"] == 75.0 and report["images"] == 4
     assert report["missing"] == ["green"] and report["forgetting"] is None
     assert lines[0].startswith(f"{source}: 4 classes, 4 train, 5 validation, 0 left out")
-    assert lines[1:] == [
+    assert lines[1:3] == [
         "scored: validation images",
         "1 of the 4 classes have no image here and are not measured: green",
     ]
@@ -128,7 +131,8 @@ def test_of_a_test_set_in_class_folders_all_images_count(make_bundle, test_set, 
     trained = {"data": record(folder(VAL))}
     lines = []
     with load(make_bundle(training=trained), threads=1) as runner:
-        report = evaluate(runner, test_set, say=lines.append)
+        with told(lines.append):
+            report = evaluate(runner, test_set)
         assert (report["images"], report["split"]) == (20, "all images") and "scored: all images" in lines
         assert evaluate(runner, test_set, split="val")["images"] == 4
         assert evaluate(runner, test_set, split="train")["images"] == 16

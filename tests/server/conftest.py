@@ -15,19 +15,28 @@ pytest.importorskip("starlette", reason="the server's packages are not installed
 pytest.importorskip("python_multipart", reason="the server's packages are not installed: pip install 'cdl-edge[serve]'")
 
 from cdl_edge.decoders import Decoders
+from cdl_edge.log import told
 from cdl_edge.server import listen as listen_on
 from cdl_edge.server.app import build_app
 from cdl_edge.server.live_model import LiveModel
 from cdl_edge.server.server import Server
 
 TOKEN = "0123456789abcdef-of-the-tests"
-DEFAULTS: dict[str, Any] = {"name": "tiny", "token": TOKEN, "allow_unsigned": True, "say": lambda _: None}
+DEFAULTS: dict[str, Any] = {"name": "tiny", "token": TOKEN, "allow_unsigned": True}
 
 
 @pytest.fixture
 def admin() -> dict[str, str]:
     """The header that lets a request change the bundle."""
     return {"authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The lines that are logged meanwhile, by any thread."""
+    lines: list[str] = []
+    with told(lines.append, threads=True):
+        yield lines
 
 
 @pytest.fixture(scope="session")

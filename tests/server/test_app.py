@@ -282,9 +282,10 @@ def test_a_client_that_leaves(make_server, listen, tiny):
 # -- --watch -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, make_version, tmp_path, monkeypatch):
+def test_a_version_that_appears_on_the_disk_is_put_in(
+    make_server, make_client, make_version, tmp_path, monkeypatch, said
+):
     monkeypatch.setattr(application, "WATCH_S", 0.02)
-    said = []
     place = tmp_path / "store"
     (place / "versions").mkdir(parents=True)
 
@@ -301,7 +302,7 @@ def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, 
             time.sleep(0.01)
 
     put(make_version(0))
-    server = make_server(place, say=said.append)
+    server = make_server(place)
     client = make_client(server, watch=True)
     assert client.get("/health").json()["model"]["classes"] == 4
     put(make_version(1))
@@ -322,11 +323,11 @@ def test_a_version_that_appears_on_the_disk_is_put_in(make_server, make_client, 
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError("odd"), KeyError("signatures"), InputError("bad"), RecursionError()]
 )
-def test_whatever_lies_on_the_disk_the_watch_goes_on(make_server, make_client, monkeypatch, error):
+def test_whatever_lies_on_the_disk_the_watch_goes_on(make_server, make_client, monkeypatch, said, error):
     """A manifest that was hashed anew may raise anything; the tasks beside the watch, systemd's among them, go on."""
     monkeypatch.setattr(application, "WATCH_S", 0.01)
-    said, stamps = [], iter(range(1_000_000))
-    server = make_server(say=said.append)
+    stamps = iter(range(1_000_000))
+    server = make_server()
     monkeypatch.setattr(server, "stamp", lambda: next(stamps))
     monkeypatch.setattr(server, "follow", lambda: _raise(error))
     client = make_client(server, watch=True)

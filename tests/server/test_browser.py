@@ -251,7 +251,7 @@ def test_the_gallery_is_sorted_and_taught(
     open_page, make_server, listen, make_teachable, colours, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("cdl_edge.server.collect.UNSURE", 2.0)
-    collection = Collection(tmp_path / "kept", lambda line: None)
+    collection = Collection(tmp_path / "kept")
     server = make_server(make_teachable(), collection=collection)
     page = open_page(listen(server))
     for frame in colours.different((230, 210, 20), 5, side=96):

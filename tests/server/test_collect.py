@@ -28,7 +28,7 @@ def made(tmp_path, monkeypatch):
     def make(folder="kept", **limits):
         for name, value in limits.items():
             monkeypatch.setattr(collect, name, value)
-        opened.append(Collection(tmp_path / folder, lambda line: None))
+        opened.append(Collection(tmp_path / folder))
         return opened[-1]
 
     yield make
@@ -167,9 +167,8 @@ def test_pictures_that_are_not_there(made, id):
             do(id)
 
 
-def test_a_full_disk_fails_no_answer(tmp_path, colours, monkeypatch):
-    said = []
-    collection = Collection(tmp_path / "kept", said.append)
+def test_a_full_disk_fails_no_answer(tmp_path, colours, monkeypatch, said):
+    collection = Collection(tmp_path / "kept")
 
     def full(path, content):
         raise OSError(28, "No space left on device")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cdl_edge.log import told
 from cdl_edge.sweep import processes, sweep
 from cdl_edge.sweep.grid import Cell, SweepPlan, make_plan
 from cdl_edge.train.config import TrainConfig
@@ -138,6 +139,7 @@ def run_sweep(tmp_path: Path, fakes: Fakes) -> Callable[..., dict[str, Any]]:
     def call(out: Path | None = None, lines: list[str] | None = None, **options: Any) -> dict[str, Any]:
         sizes = {k: options.pop(k, v) for k, v in (("parallel", 2), ("threads", 1))}
         said = lines if lines is not None else []
-        return sweep.sweep(out or tmp_path / "sweep", {"data": "digits", **options}, say=said.append, **sizes)
+        with told(said.append):
+            return sweep.sweep(out or tmp_path / "sweep", {"data": "digits", **options}, **sizes)
 
     return call

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.train.batches import Pipeline, TaskImages
 from cdl_edge.train.devices import Devices, Share
 from cdl_edge.train.evaluate import accuracy, answers, evaluate_run, logits_of
@@ -73,7 +74,8 @@ def test_classes_go_by_name_and_others_do_not_matter(finished, photos, tmp_path,
 def test_classes_that_are_missing(finished, tmp_path, image_folder):
     root = image_folder(tmp_path / "p", val=dict.fromkeys("abx", 2))  # no train/ is needed
     lines = []
-    got = evaluate_run(finished[0], f"folder:{root}", say=lines.append)
+    with told(lines.append):
+        got = evaluate_run(finished[0], f"folder:{root}")
     assert got["images"] == 4 and sorted(got["missing"]) == ["c", "d"]
     assert got["forgetting"] is None and "2 of the 4 classes have no image here" in lines[-1]
     assert got["left_out"] == {"classes": 1, "images": 2}

@@ -15,6 +15,7 @@ import pytest
 
 from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.updates import fleet, packs, registry
 from cdl_edge.updates.fleet import PULLED, Step, pull, push, way
 from cdl_edge.updates.packs import create, install, rollback
@@ -66,7 +67,8 @@ def test_three_packs_are_pushed_and_pulled_one_after_the_other(at, chain, conten
     assert [d["sent"] for d in done] == [True] * 3 and [d["reached"] for d in done] == [True] * 3
     assert [d["sent"] for d in [push(pack, to) for pack in chain.packs]] == [False] * 3, "what is there is not sent"
     lines: list[str] = []
-    pulled = pull(to, chain.bundle, threads=1, say=lines.append)
+    with told(lines.append):
+        pulled = pull(to, chain.bundle, threads=1)
     assert [step["version"] for step in pulled["steps"]] == [version(v) for v in chain.v[1:]]
     assert [step["tag"] for step in pulled["steps"]] == [d["tag"] for d in done]
     assert [step["bytes"] for step in pulled["steps"]] == [pack.stat().st_size for pack in chain.packs]
