@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,6 @@ class Dataset:
         where = {"given": self.source, "source": absolute(self.source)}
         early = {"early": True} if self.early else {}
         return {**where, **self.summary, **early, "fingerprint": self.fingerprint.to_json()}
-
-    def without_tuning(self, share: float = VAL_SHARE, seed: int = 0) -> tuple[Dataset, Split]:
-        """(the data set without them, `share` of each class's training images): to choose anything by.
-
-        Rates, heads and thresholds that were chosen on the validation images make their accuracy too good. These are
-        neither trained on nor reported.
-        """
-        rest, tuning = self.train.divided(share, seed)
-        return replace(self, train=rest), tuning
 
     def scored(self, split: str = "auto", trained: Mapping[str, Any] | None = None) -> tuple[Split, str]:
         """The images that an evaluation scores, and a few words that say which.

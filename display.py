@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .artefacts.layout import SCHEMES_KEY
+
 if TYPE_CHECKING:
     from .artefacts.run_record import Metrics, SideResult
 
@@ -109,7 +111,7 @@ def parity_line(parity: dict[str, Any]) -> str:
 def quantisation_table(result: dict[str, Any]) -> str:
     """What `calibrate` found, a line for each quantisation scheme and each precision."""
     lines = []
-    for name, found in result["flavours"].items():
+    for name, found in result[SCHEMES_KEY].items():
         line = f"{name}: {found['layers_int8']} layers in 8 bits, {len(found['layers_float'])} left in float"
         line += f"; same answer as fp32 on {found['agreement']:.2f} % of {found['images']} images"
         if found["after"] is not None:

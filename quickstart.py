@@ -35,6 +35,7 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
 
     Returns: a JSON document and the same as text. Raises: InputError when `out` holds something already.
     """
+    from .artefacts.layout import SCHEMES_KEY
     from .artefacts.run_record import Metrics
     from .calibrate.calibrate_bundle import calibrate
     from .export.export_bundle import export
@@ -73,7 +74,7 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
         "data": {k: v for k, v in (metrics.data or {}).items() if k not in ("source", "fingerprint")},
         "parity": exported["parity"],
         "evaluate": accuracy,
-        "calibrate": {k: quantised[k] for k in ("flavours", "latency", "recommended")},
+        "calibrate": {k: quantised[k] for k in (SCHEMES_KEY, "latency", "recommended")},
         "profile": {k: latency[k] for k in ("end_to_end_ms", "preprocess_ms", "compute_ms", "backend", "flags")},
         "bundle": str(out / "bundle8"),
         "report": str(report),

@@ -63,18 +63,6 @@ class Split:
         keep = [rng.permutation(np.flatnonzero(self.labels == c))[:per_class] for c in np.unique(self.labels)]
         return self.take(np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *keep])))
 
-    def divided(self, share: float, seed: int) -> tuple[Split, Split]:
-        """(the rest, `share` of each class drawn by `seed`): at least one image of a class, and never its last one.
-
-        share: above 0 and below 1. Both parts keep the order here.
-        """
-        rng = np.random.default_rng([seed, 0x7041E])
-        taken = np.zeros(len(self), dtype=bool)
-        for c in np.unique(self.labels):
-            index = rng.permutation(np.flatnonzero(self.labels == c))
-            taken[index[: min(len(index) - 1, max(1, round(share * len(index))))]] = True
-        return self.take(np.flatnonzero(~taken)), self.take(np.flatnonzero(taken))
-
     @cached_property
     def digests(self) -> dict[str, list[str]]:
         """SHA-256 of a file's bytes -> its paths here; empty for arrays. Every file is read whole, once."""

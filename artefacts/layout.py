@@ -41,6 +41,8 @@ SELECTIONS = "selections.npz"
 "the prompts that each task selects"
 ENGINES = "engines"
 "folder of TensorRT engines; the manifest lists none of them"
+SCHEMES_KEY = "flavours"
+"of the quantisation schemes in manifests and in `calibrate --json`: the name that they had when the format was made"
 
 
 def weights_of(side: str) -> str:

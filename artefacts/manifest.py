@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from ..errors import InputError
 from ..images import Preprocessing
-from .layout import BUNDLE_SCHEMA, MANIFEST, PICTURES
+from .layout import BUNDLE_SCHEMA, MANIFEST, PICTURES, SCHEMES_KEY
 from .quantisation_record import Quantisation
 from .run_record import BackboneRecord
 from .typed import MalformedField, parse
@@ -173,11 +173,11 @@ class Manifest:
             odd = [n for n in entry.pictures if n not in self.files or not n.startswith(f"{PICTURES}/")]
             if odd:
                 raise MalformedField(f"enrolments[{i}].pictures", odd, f"files of this bundle below {PICTURES}/")
-        for name, scheme in (self.quantisation.flavours if self.quantisation else {}).items():
+        for name, scheme in (self.quantisation.schemes if self.quantisation else {}).items():
             for side in ("before", "after", "drop"):
                 found = getattr(scheme, side) if scheme.measured else None
                 if found is not None and len(found.per_task) != len(self.tasks):
-                    at = f"quantisation.flavours.{name}.{side}.per_task"
+                    at = f"quantisation.{SCHEMES_KEY}.{name}.{side}.per_task"
                     raise MalformedField(at, list(found.per_task), f"{len(self.tasks)} numbers or null")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .layout import SCHEMES_KEY
 from .typed import MalformedField
 
 
@@ -127,8 +128,8 @@ class Quantisation:
     smooth: float | None = None
     max_drop: float | None = None
     ranges: RangesRecord = RangesRecord()
-    flavours: Mapping[str, SchemeRecord] = field(default_factory=dict)
-    "scheme by name; the key is as old as the format"
+    schemes: Mapping[str, SchemeRecord] = field(default_factory=dict, metadata={"key": SCHEMES_KEY})
+    "by name"
     definitions: Mapping[str, str] = field(default_factory=dict)
     latency: tuple[LatencyRecord, ...] = ()
     recommended: Mapping[str, str] = field(default_factory=dict)

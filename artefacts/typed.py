@@ -32,7 +32,8 @@ def parse(kind: type[T], value: object, where: str, at: str = "") -> T:
     """Make a dataclass of a JSON object.
 
     A field that is absent or null gets its default. A field named `document` gets the whole object as it was read,
-    with what this version does not know. A method `check` may raise MalformedField for what types cannot say.
+    with what this version does not know. A field whose metadata has a "key" stands under that one in the document. A
+    method `check` may raise MalformedField for what types cannot say.
 
     Args:
         where: the document, for messages. at: path of the value inside it, empty for the whole.
@@ -44,7 +45,8 @@ def parse(kind: type[T], value: object, where: str, at: str = "") -> T:
     hints: dict[str, Any] = _hints(kind)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
-        inner, given = f"{at}.{field.name}".lstrip("."), value.get(field.name)
+        key = field.metadata.get("key", field.name)
+        inner, given = f"{at}.{key}".lstrip("."), value.get(key)
         if field.name == "document":
             found[field.name] = value
         elif given is not None or _required(field):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
+from ..artefacts.layout import SCHEMES_KEY
 from ..errors import InputError, choose
 from ..files import workspace
 from ..log import LOG
@@ -133,7 +134,7 @@ def calibrate(
         "smooth": strength,
         "ranges": situation,
         "max_drop": max_drop,
-        "flavours": report,
+        SCHEMES_KEY: report,
         "definitions": DEFINITIONS,
     }
     manifest = {**opened.manifest.document, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}

@@ -25,7 +25,6 @@ FEW = 30
 "calls below which nothing is said"
 SAME = ("batch", "threads", "precision", "cpu", "board", "power_mode", "images", "governor", "gpu", "memory")
 "of the context: where these differ, the difference is not the bundle's alone"
-VERDICTS = ("faster", "slower", "no difference")
 
 
 def compare(
@@ -46,8 +45,8 @@ def compare(
         floor: least ratio of medians that counts, minus 1. None: FLOOR, or what the machine wandered within either run
             where that is more (see `wander`): by as much it may have moved between them.
 
-    Returns: {"verdict" (of B: one of VERDICTS), "ratio" (B / A), "interval", "a", "b" ("p50_ms", "n", "block",
-        "wander"), "warnings", "stage", "floor" (as used)}.
+    Returns: {"verdict" (of B: faster, slower or no difference), "ratio" (B / A), "interval", "a", "b" ("p50_ms", "n",
+        "block", "wander"), "warnings", "stage", "floor" (as used)}.
 
     Raises: InputError for a file that is no report, lacks the stage, or has too few calls.
     """

@@ -20,9 +20,9 @@ BACKENDS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "tensorrt": "
 def quantisation_section(bundle: Bundle) -> dict[str, Any] | None:
     """Accuracy before and after, per task and scheme; where ranges came from; latency; sizes. None: nothing to say."""
     found = bundle.manifest.quantisation
-    if found is None or not found.flavours:
+    if found is None or not found.schemes:
         return None
-    schemes = found.flavours
+    schemes = found.schemes
     return {
         "reading": _reading(found, len(bundle.tasks)),
         "gate": _gate(found, schemes),

@@ -136,7 +136,7 @@ def _recommended(bundle: Bundle, graph: str, int8: str, newest_opset: int | None
     found = bundle.manifest.quantisation
     if found is None or found.recommended.get("precision") != "int8":
         return "fp32"
-    scheme = found.flavours.get(int8)
+    scheme = found.schemes.get(int8)
     opset = scheme.opset if scheme and scheme.opset is not None else bundle.manifest.opset or 0
     if newest_opset is not None and opset > newest_opset:
         return "fp32"

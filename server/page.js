@@ -213,17 +213,23 @@ $("task").addEventListener("change", again);
 
 // -- camera ----------------------------------------------------------------------------------------------------------
 
-async function start() {
+// The stream of the camera; null where there is none, and `place` says why.
+async function openCamera(place) {
   if (!navigator.mediaDevices) {
-    problem("problem", "The browser gives a camera only to pages from this machine or over https.");
-    return;
+    problem(place, "The browser gives a camera only to pages from this machine or over https.");
+    return null;
   }
   try {
-    stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 640 } } });
+    return await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 640 } } });
   } catch (error) {
-    problem("problem", `No camera: ${error.message}`);
-    return;
+    problem(place, `No camera: ${error.message}`);
+    return null;
   }
+}
+
+async function start() {
+  stream = await openCamera("problem");
+  if (!stream) return;
   $("video").srcObject = stream;
   await $("video").play();
   $("video").hidden = false;

@@ -159,16 +159,8 @@ $("teach-clear").addEventListener("click", empty);
 // -- its camera ------------------------------------------------------------------------------------------------------
 
 async function openEye() {
-  if (!navigator.mediaDevices) {
-    problem("teach-problem", "The browser gives a camera only to pages from this machine or over https.");
-    return;
-  }
-  try {
-    eye = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment", width: { ideal: 640 } } });
-  } catch (error) {
-    problem("teach-problem", `No camera: ${error.message}`);
-    return;
-  }
+  eye = await openCamera("teach-problem");
+  if (!eye) return;
   $("teach-video").srcObject = eye;
   await $("teach-video").play();
   eyeIs(true);

@@ -496,20 +496,6 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     refused(f"folder:{tmp_path}", f"{tmp_path}: cannot be read", "Permission denied")
 
 
-# -- a third part -----------------------------------------------------------------------------------------------------
-
-
-def test_images_to_tune_by_are_neither_trained_on_nor_reported(tmp_path, image_folder):
-    root = image_folder(tmp_path, train={"a": 10, "b": 3, "c": 1}, val=dict.fromkeys("abc", 2))
-    data = load_dataset(f"folder:{root}")
-    rest, tuning = data.without_tuning()
-    assert np.bincount(tuning.labels, minlength=3).tolist() == [2, 1, 0]  # the last image of a class is for learning
-    assert set(rest.train.items) | set(tuning.items) == set(data.train.items)
-    assert not set(rest.train.items) & set(tuning.items) and rest.val is data.val
-    assert data.without_tuning(seed=0)[1].items == tuning.items != data.without_tuning(seed=1)[1].items
-    assert len(data.without_tuning(share=0.5)[1]) == 5 + 2
-
-
 # -- CIFAR-100 and ImageNet-R -----------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,8 @@ from ..images import Preprocessing
 from ..log import LOG
 from . import augment
 from .backbone import Architecture, save_backbone
-from .checkpoint import keep_before, load_kept, save_state
-from .folder import check_images
+from .checkpoint import keep_before, save_state
+from .pretrain import matching_checkpoint
 from .trunk import MEAN, STD, load_trunk
 
 LICENCE = (
@@ -121,13 +121,7 @@ def pretrain_hybrid(config: HybridConfig, resume: bool = False) -> dict[str, Any
     signature = json.dumps({**options, "files": source.identity}, sort_keys=True)
     state: dict[str, Any] | None = None
     if resume and checkpoint.exists():
-        state = load_kept(checkpoint)
-        if "data" not in state or state["signature"] != signature:
-            raise InputError(
-                f"{checkpoint}: from another configuration, or an earlier version",
-                fix="give the same options and files, or choose another --out",
-            )
-        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
+        state = matching_checkpoint(checkpoint, signature, dataset)
     train = [source.of(split, "train", view) for view in range(config.views)]
     val = source.of(dataset.val, "val", 0)
     skipped = sorted({line for part in (*train, val) for line in part["skipped"].tolist()})

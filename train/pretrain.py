@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Fingerprint, load_dataset
+from ..data import Dataset, Fingerprint, load_dataset
 from ..errors import InputError, choose
 from ..files import write_json
 from ..images import Preprocessing
@@ -69,6 +69,18 @@ class PretrainConfig:
     "of initialisation, order and augmentation"
 
 
+def matching_checkpoint(path: Path, signature: str, dataset: Dataset) -> dict[str, Any]:
+    """What a stopped pretraining has kept. Raises: InputError for another configuration, or other images."""
+    state = load_kept(path)
+    if "data" not in state or state["signature"] != signature:
+        raise InputError(
+            f"{path}: from another configuration, or an earlier version",
+            fix="give the same options and files, or choose another --out",
+        )
+    check_images(path, Fingerprint.from_json(state["data"]), dataset)
+    return state
+
+
 def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
     """Train, print a line an epoch, write the weights; returns {"val_accuracy", "epochs", "seconds", "out", "data"}.
 
@@ -101,13 +113,7 @@ def pretrain(config: PretrainConfig, resume: bool = False) -> dict[str, Any]:
         )
     epoch, curve, seconds = 0, [], 0.0
     if resume and checkpoint.exists():
-        state = load_kept(checkpoint)
-        if "data" not in state or state["signature"] != signature:
-            raise InputError(
-                f"{checkpoint}: from another configuration, or an earlier version",
-                fix="give the same options, or choose another --out",
-            )
-        check_images(checkpoint, Fingerprint.from_json(state["data"]), dataset)
+        state = matching_checkpoint(checkpoint, signature, dataset)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         epoch, curve, seconds = state["epoch"], state["curve"], state["seconds"]

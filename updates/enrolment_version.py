@@ -19,7 +19,7 @@ import numpy as np
 
 from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import external_records
-from ..artefacts.layout import ENROLMENTS, MANIFEST, PROMPTS, SELFTEST
+from ..artefacts.layout import ENROLMENTS, MANIFEST, PROMPTS, SCHEMES_KEY, SELFTEST
 from ..artefacts.manifest import canonical, sealed
 from ..artefacts.relabel import relabelled
 from ..class_statistics import ClassStatistics, FeatureMap
@@ -311,7 +311,7 @@ def _widen(document: dict[str, Any], count: int) -> None:
         return
     document["tasks"].append(list(range(len(document["classes"]), count)))
     measured = [document.get("accuracy")]
-    for scheme in ((document.get("quantisation") or {}).get("flavours") or {}).values():
+    for scheme in ((document.get("quantisation") or {}).get(SCHEMES_KEY) or {}).values():
         measured += [scheme.get(side) for side in ("before", "after", "drop")]
     for record in measured:
         if record and record.get("per_task"):
