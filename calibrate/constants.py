@@ -19,7 +19,7 @@ def place_of(tensor: onnx.TensorProto) -> str:
 
 
 def read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    """The values of an initializer."""
+    """The values of an initializer, which may lie in a file of `folder`."""
     if not place_of(tensor):
         return np.asarray(numpy_helper.to_array(tensor))
     entries = {entry.key: entry.value for entry in tensor.external_data}

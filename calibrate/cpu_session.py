@@ -35,11 +35,11 @@ class CpuSession:
         self.batch = self._session.get_inputs()[0].shape[0]
 
     def chunks(self, pixels: np.ndarray, outputs: Sequence[str]) -> Iterator[list[np.ndarray]]:
-        """uint8 (N, S, S, 3) -> the named outputs, some images at a time."""
+        """The named outputs for pixels uint8 (N, S, S, 3), some images at a time."""
         step = 1 if self.batch == 1 else CHUNK
         for start in range(0, len(pixels), step):
             yield self._session.run(list(outputs), {self.input: pixels[start : start + step]})
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (N, S, S, 3) -> float32 (N, C)."""
+        """Logits float32 (N, C) of pixels uint8 (N, S, S, 3)."""
         return np.concatenate([chunk[0] for chunk in self.chunks(pixels, ["logits"])])

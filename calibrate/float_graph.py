@@ -14,7 +14,7 @@ from ..artefacts.layer_table import Layer, LayerTable
 
 @dataclass(frozen=True)
 class FloatGraph:
-    """A graph as `export` wrote it."""
+    """A graph of a bundle in fp32, as `export` wrote it."""
 
     path: Path
     layers: Sequence[Layer]

@@ -28,7 +28,7 @@ CALLS = 40
 
 @dataclass(frozen=True)
 class TimedCandidate:
-    """One backend in one precision."""
+    """One backend in one precision, with its time and its answers."""
 
     backend: str
     precision: str
@@ -40,7 +40,7 @@ class TimedCandidate:
     "logits (N, C) about the images that were given"
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: without the answers."""
+        """The record for the manifest: without the answers."""
         return {k: v for k, v in vars(self).items() if k != "answers"}
 
 

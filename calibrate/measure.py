@@ -29,7 +29,7 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one set of logits."""
+    """Accuracy that was measured on one set of logits."""
 
     per_task: list[float | None]
     average_accuracy: float
@@ -37,7 +37,7 @@ class Measured:
     calibration_error: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The record for the manifest, as plain JSON values."""
         return dict(vars(self))
 
 

@@ -24,7 +24,7 @@ def here() -> int | None:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators."""
+    """Version of ONNX's own operators that a model uses."""
     return next(int(o.version) for o in model.opset_import if o.domain in ("", "ai.onnx"))
 
 

@@ -35,7 +35,7 @@ class Paired:
 
     @property
     def drop(self) -> float:
-        """Points of accuracy lost."""
+        """Accuracy that 8 bits lose, in points."""
         return 100.0 * (self.lost - self.won) / self.images
 
     @property
@@ -46,14 +46,14 @@ class Paired:
 
     @property
     def significant(self) -> bool:
-        """More is lost than chance explains."""
+        """Whether more accuracy is lost than chance explains."""
         return self.p < LEVEL
 
     @property
     def smallest(self) -> float:
-        """Points: the smallest loss that so many images can tell from chance."""
+        """The smallest loss, in points, that so many images can tell from chance."""
         return 100.0 * FEWEST / self.images if self.images else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The comparison as plain JSON values."""
         return {**vars(self), "p": self.p}

@@ -23,7 +23,7 @@ class Scheme:
 
     @property
     def levels(self) -> int:
-        """Steps between the ends of a range."""
+        """Number of steps between the ends of a range."""
         return 254 if self.symmetric else 255
 
 

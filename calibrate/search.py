@@ -26,13 +26,13 @@ class Verdict:
 
     @property
     def name(self) -> str:
-        """failed | not decided | passed"""
+        """The verdict in a word: failed, not decided or passed."""
         return "failed" if self.failures else "not decided" if self.unsure else "passed"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What 8 bits may cost at most."""
+    """How much accuracy 8 bits may cost at most."""
 
     max_drop: float
     "points of accuracy, of every task with images and of their average"
@@ -94,7 +94,7 @@ def search(failing: Callable[[Collection[str]], list[str]], order: Sequence[str]
 
 
 def refusal(scheme: str, max_drop: float, failures: Sequence[str], ranking: dict[str, float]) -> GateError:
-    """The gate's answer when nothing may be searched."""
+    """The error of a gate that is not passed where nothing may be searched."""
     worst: list[Any] = list(ranking.items())[:5]
     layers = ", ".join(f"{unit} ({error:.1e})" for unit, error in worst)
     return GateError(

@@ -24,7 +24,7 @@ STRENGTHS = (0.5, 0.8)
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Factors of a whole bundle."""
+    """Smoothing factors of a whole bundle."""
 
     strength: float
     "t of the formula, 0 to 1"

@@ -47,7 +47,7 @@ class Known:
     "points, see search.Gate; None: no gate"
 
     def verdict(self, answers: np.ndarray) -> Verdict | None:
-        """Of the gate on logits (N, C); None: there is no gate."""
+        """What the gate says of logits (N, C); None: there is no gate."""
         if self.max_drop is None or self.labels is None:
             return None
         return Gate(self.max_drop).judge(self.expected, answers, self.labels, self.tasks)
@@ -60,7 +60,7 @@ class Known:
         return shortfall(self.expected, answers, self.labels, self.tasks)
 
     def agreement(self, answers: np.ndarray) -> float:
-        """% of the images with fp32's answer."""
+        """Share of the images, in %, whose answer is the same as in fp32."""
         return 100.0 * float((answers.argmax(1) == self.expected.argmax(1)).mean())
 
 
@@ -81,13 +81,13 @@ class Trial:
     "tensor -> ends of its range: chosen once for all trials"
 
     def quantised(self, skip: Collection[str] = ()) -> Quantised:
-        """All graphs of the bundle's base precision."""
+        """Put all graphs of the bundle's base precision into 8 bits, but for the units in `skip`."""
         return quantise(
             self.graphs, self.ranges, self.scheme, self.method, self.smoothing, skip, self.chosen, self.opset
         )
 
     def session(self, skip: Collection[str] = ()) -> CpuSession:
-        """The student in 8 bits but for some units."""
+        """A session of the student in 8 bits, with the units in `skip` in float."""
         made = self.quantised(skip)
         for name in (BACKBONE, PROMPTS):
             if not (self.folder / name).exists():
@@ -105,7 +105,7 @@ class Trial:
 
     @cached_property
     def fp32(self) -> CpuSession:
-        """The bundle's own graph."""
+        """A session of the bundle's own graph, in fp32."""
         return CpuSession(self.bundle.graph().read_bytes(), self.bundle.path)
 
 

@@ -73,7 +73,7 @@ class Graph:
         return self.ops(kind, 1, *inputs, **attributes)[0]
 
     def ops(self, kind: str, outputs: int, *inputs: str, name: str = "", **attributes: Any) -> list[str]:
-        """Add a node with several outputs."""
+        """Add a node with several outputs; returns their names."""
         self.count += 1
         names = [f"{kind.lower()}_{self.count}" + (f"_{i}" if outputs > 1 else "") for i in range(outputs)]
         name = name or f"{kind}_{self.count}"
@@ -81,12 +81,12 @@ class Graph:
         return names
 
     def input(self, name: str, kind: int, *shape: int) -> str:
-        """Declare an input (B, *shape)."""
+        """Declare an input of shape (B, *shape); returns its name."""
         self.inputs[name] = (kind, list(shape))
         return name
 
     def output(self, name: str, x: str, *shape: int) -> None:
-        """Declare a value as an output (B, *shape)."""
+        """Declare the value `x` as an output of the graph, (B, *shape)."""
         self.outputs[name] = list(shape)
         self.nodes.append(helper.make_node("Identity", [x], [name], name=name))
 
@@ -99,29 +99,29 @@ class Graph:
         return name
 
     def weight(self, name: str, value: Tensor | np.ndarray, place: str) -> str:
-        """A constant in the graph's precision."""
+        """Add a constant in the graph's precision; returns its name."""
         name = self.constant(name, value, place)
         if self.precision != "fp32" and name not in self._cast:
             self._cast[name] = self.compute(name)
         return self._cast.get(name, name)
 
     def compute(self, x: str) -> str:
-        """fp32 -> the graph's precision."""
+        """Cast a value from fp32 to the graph's precision."""
         return x if self.precision == "fp32" else self.op("Cast", x, to=TYPES[self.precision])
 
     def single(self, x: str) -> str:
-        """The graph's precision -> fp32."""
+        """Cast a value from the graph's precision to fp32."""
         return x if self.precision == "fp32" else self.op("Cast", x, to=TensorProto.FLOAT)
 
     def shape(self, *sizes: int) -> str:
-        """An int64 vector for Reshape and Split."""
+        """Add an int64 vector for Reshape and Split; returns its name."""
         name = "sizes_" + "_".join(str(s).replace("-", "m") for s in sizes)
         self.constants[name] = np.asarray(sizes, dtype=np.int64)
         self.places[name] = ""
         return name
 
     def indices(self, *values: int) -> str:
-        """An int64 vector for Gather."""
+        """Add an int64 vector for Gather; returns its name."""
         return self.shape(*values)
 
     def reshape(self, x: str, *sizes: int) -> str:
@@ -129,17 +129,17 @@ class Graph:
         return self.op("Reshape", x, self.shape(*sizes))
 
     def split(self, x: str, sizes: list[int], axis: int) -> list[str]:
-        """Cut an axis."""
+        """Cut a value along an axis into parts of these sizes; returns their names."""
         if len(sizes) == 1:
             return [x]
         return self.ops("Split", len(sizes), x, self.shape(*sizes), axis=axis)
 
     def slice(self, x: str, start: int, end: int, axis: int) -> str:
-        """x[start:end] of an axis."""
+        """Take x[start:end] along an axis."""
         return self.op("Slice", x, self.shape(start), self.shape(end), self.shape(axis))
 
     def concat(self, parts: list[str], axis: int) -> str:
-        """Join; one part is itself."""
+        """Join values along an axis; one part alone is returned as it is."""
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)
 
     def rows(self, name: str, value: Tensor, like: str, place: str = LEARNT) -> str:
@@ -170,7 +170,7 @@ class Graph:
         return self.op("LayerNormalization", self.single(x), scale, shift, axis=-1, epsilon=layer.eps)
 
     def gelu(self, x: str) -> str:
-        """x / 2 (1 + erf(x / sqrt 2))."""
+        """Apply the exact GELU, x / 2 (1 + erf(x / sqrt 2))."""
         if self.profile.gelu:
             return self.op("Gelu", x)
         half, one, root = (
@@ -179,14 +179,14 @@ class Graph:
         return self.op("Mul", self.op("Mul", x, half), self.op("Add", self.op("Erf", self.op("Mul", x, root)), one))
 
     def heads(self, x: str, count: int, width: int, keys: bool = False) -> str:
-        """(B, n, D) -> (B, H, n, D / H); keys: (B, H, D / H, n)."""
+        """Cut (B, n, D) into attention heads (B, H, n, D / H); for keys (B, H, D / H, n)."""
         x = self.op("Transpose", self.reshape(x, 0, 0, count, width // count), perm=[0, 2, 1, 3])
         # A transpose of its own: engines read it as the product's flag. In one with the other it would be a copy
         # (measured: OpenVINO 2026.4, 20 us a layer of a ViT-T).
         return self.op("Transpose", x, perm=[0, 1, 3, 2]) if keys else x
 
     def softmax(self, x: str) -> str:
-        """Over the last axis, in fp32."""
+        """Apply softmax over the last axis, in fp32."""
         return self.compute(self.op("Softmax", self.single(x), axis=-1))
 
     def attention(self, q: str, k: str, v: str, heads: int, width: int, scale: float, few: bool = False) -> str:

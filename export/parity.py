@@ -36,7 +36,7 @@ class Parity:
     "which of the errors the tolerance is for"
 
     def to_json(self) -> dict[str, Any]:
-        """As in the manifest."""
+        """The record as the manifest holds it."""
         return dict(vars(self))
 
 
@@ -60,7 +60,7 @@ def sample(split: Split, count: int) -> Split:
 
 
 def logits_of(runner: Runner, pixels: np.ndarray) -> np.ndarray:
-    """uint8 (B, S, S, 3) -> float32 (B, C)."""
+    """Logits of a loaded graph: pixels uint8 (B, S, S, 3) -> float32 (B, C)."""
     return np.concatenate([runner.infer(pixels[i : i + CHUNK]) for i in range(0, len(pixels), CHUNK)])
 
 

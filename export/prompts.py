@@ -80,11 +80,11 @@ class PromptRows:
         return Rows(keys_of, values_of, lengths, cls_key, cls_value)
 
     def cut(self, rows: str, half: int) -> Pair:
-        """(B, 2 n, D) -> its key rows and value rows."""
+        """Cut prompt rows (B, 2 n, D) into key rows and value rows, (B, n, D) each."""
         return self.g.slice(rows, 0, half, 1), self.g.slice(rows, half, 2 * half, 1), half
 
     def own(self, index: int, query: str | None) -> Pair:
-        """The rows that depend on the query."""
+        """The prompt rows of a block that depend on the query."""
         g, pool = self.g, self.pools["prompt"]
         prompt = pool.rows(index)[self.selection.used(pool)]
         if pool.top is None:

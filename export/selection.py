@@ -38,19 +38,19 @@ class PromptPool:
 
     @property
     def learnt(self) -> list[int]:
-        """Entries that inference may select."""
+        """Indices of the entries that inference may select."""
         return list(self.entries[self.blocks[0]].learnt)
 
     def size(self) -> int:
-        """Entries a block, learnt or not."""
+        """Number of entries of a block, learnt or not."""
         return len(self.entries[self.blocks[0]].keys)
 
     def keys(self, block: int) -> Tensor:
-        """(K, Q) of all entries."""
+        """Keys of all entries of a block, (K, Q)."""
         return self.entries[block].keys.detach().cpu()
 
     def rows(self, block: int) -> Tensor:
-        """(K, n, D) of all entries, half key rows, half value rows."""
+        """Prompt rows of all entries of a block, (K, n, D): half key rows, half value rows."""
         return self.entries[block].rows.detach().cpu()
 
 
@@ -65,7 +65,7 @@ class Selection:
         "query -> its length (B, 1)"
 
     def used(self, pool: PromptPool) -> list[int]:
-        """Entries whose rows and keys the graph holds."""
+        """Entries of a block whose rows and keys the graph holds."""
         return pool.learnt if self.rewrites.learnt or self.given else list(range(pool.size()))
 
     def weights(self, pool: PromptPool, block: int, query: str | None) -> str:
@@ -97,11 +97,11 @@ class Selection:
         return g.op("ArgMax", weights, axis=1, keepdims=1)
 
     def stacked(self, pool: PromptPool, query: str | None) -> str:
-        """(B, L, K) of all blocks, learnt entries only."""
+        """Selection weights of all blocks, (B, L, K), learnt entries only."""
         return self.joined([self.weights(pool, block, query) for block in pool.blocks])
 
     def joined(self, weights: list[str]) -> str:
-        """L times (B, K) -> (B, L, K)."""
+        """Join the weights of L blocks, (B, K) each, to (B, L, K)."""
         return self.g.concat([self.g.op("Unsqueeze", w, self.g.shape(1)) for w in weights], axis=1)
 
     def _take(self, pool: PromptPool) -> None:

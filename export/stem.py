@@ -64,7 +64,7 @@ class Stem:
         return [*embed.backbone, embed.proj]
 
     def numbers(self, x: str) -> str:
-        """Bytes to numbers, where they still are bytes."""
+        """Cast pixels from bytes to numbers, where they still are bytes."""
         return self.g.op("Cast", x, to=TYPES[self.g.precision]) if x == "images" else x
 
     def patches(self, pixels: str, layer: nn.Conv2d, scale: Tensor, shift: Tensor) -> str:
@@ -81,7 +81,7 @@ class Stem:
         return g.reshape(x, -1, rows * columns, self.width)
 
     def convolutions(self, pixels: str, layers: list[Any], scale: Tensor, shift: Tensor) -> str:
-        """A convolutional stem: (B, N - 1, D)."""
+        """Patch tokens (B, N - 1, D) of a convolutional stem."""
         g = self.g
         x = g.op("Transpose", self.numbers(pixels), perm=[0, 3, 1, 2])
         x, _ = self.sequence(self.name, x, self.preprocessing.size, layers, (scale, shift))

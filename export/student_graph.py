@@ -101,7 +101,7 @@ class StudentGraph:
         return self.g.linear(name, x, weight * gamma[:, None], bias * gamma, reads)
 
     def pick(self, x: str, count: int, rows: list[int]) -> str:
-        """(B * count, D) -> (B * len(rows), D)."""
+        """Pick the same tokens of each image: (B * count, D) -> (B * len(rows), D)."""
         x = self.g.reshape(x, -1, count, self.width)
         return self.g.reshape(self.g.concat([self.g.slice(x, r, r + 1, 1) for r in rows], axis=1), -1, self.width)
 
@@ -120,7 +120,7 @@ class StudentGraph:
         return g.reshape(g.op("Add", *parts), -1, self.width)
 
     def normed(self, index: int, x: str) -> str:
-        """First LayerNorm of a block."""
+        """Apply the first LayerNorm of a block."""
         return self.g.compute(self.g.norm(f"blocks.{index}.norm1", x, self.vit.blocks[index].norm1))
 
     def qkv(
@@ -243,11 +243,11 @@ class StudentGraph:
         return x if keep is None or read is not None else self.pick(x, count, keep)
 
     def maybe_norm(self, name: str, x: str, norm: nn.Module) -> str:
-        """A LayerNorm that few ViTs have, in the graph's precision."""
+        """Apply a LayerNorm that few ViTs have, in the graph's precision; without one `x` is returned."""
         return self.g.compute(self.g.norm(name, x, norm)) if isinstance(norm, nn.LayerNorm) else x
 
     def flat(self, x: str) -> str:
-        """(B, N, D) -> (B * N, D)."""
+        """Reshape tokens (B, N, D) to (B * N, D)."""
         return self.g.reshape(x, -1, self.width)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class StudentGraph:
         return [head_normed(attention, attention.q_norm, q), head_normed(attention, attention.k_norm, k), v]
 
     def heads(self, x: str, rows: int) -> None:
-        """(B * rows, D) in fp32 -> `logits` (B, C) in fp32."""
+        """Add the heads: tokens (B * rows, D) in fp32 -> the output `logits` (B, C) in fp32."""
         g, student = self.g, self.student
         classes = self.classes if self.rewrites.learnt else student.classes
         sides = [(student.head, 1.0)]

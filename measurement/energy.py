@@ -111,7 +111,7 @@ class Board:
         return clocks
 
     def temperatures_c(self) -> dict[str, float]:
-        """Degrees Celsius by the zone's name."""
+        """Temperature in degrees Celsius of each zone, by its name."""
         zones = {}
         for zone in self._found("sys/class/thermal/thermal_zone*"):
             value = self._number(zone / "temp")

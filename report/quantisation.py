@@ -132,7 +132,7 @@ def _layers(name: str, scheme: SchemeRecord) -> dict[str, Any] | None:
 
 
 def change_text(value: float) -> str:
-    """ "+0.50", "−1.20", "0.00": of points."""
+    """A change in points as text: "+0.50", "−1.20", "0.00"."""
     text = f"{abs(value):.2f}"
     return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
 

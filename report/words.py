@@ -72,7 +72,7 @@ WORDS = {
 
 
 def size_text(count: float) -> str:
-    """Bytes in decimal units: "22.4 MB"."""
+    """A number of bytes in decimal units: "22.4 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break
@@ -83,7 +83,7 @@ def size_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """ "38.2 s", "12 min 5 s", "3 h 20 min"."""
+    """Seconds as text: "38.2 s", "12 min 5 s", "3 h 20 min"."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     whole = round(seconds)
@@ -153,13 +153,13 @@ def value_text(key: str, value: object) -> str | None:
 
 
 def labelled(fields: Mapping[str, Any], leave_out: Iterable[str] = ()) -> list[tuple[str, str]]:
-    """(label, value) of every known field."""
+    """Label and value of every known field, in the order of the fields."""
     pairs = [(label_text(key), value_text(key, value)) for key, value in fields.items() if key not in leave_out]
     return [(label, value) for label, value in pairs if value is not None]
 
 
 def method_text(learner: object, distiller: object) -> str:
-    """ "CODA-Prompt + KDP"."""
+    """Name of a method from its learner and distiller: "CODA-Prompt + KDP"."""
     first = LEARNERS.get(str(learner), str(learner))
     if not distiller or learner == "frozen":  # nothing of it could be taught
         return first
@@ -175,12 +175,12 @@ def spread_text(measure: Mapping[str, Any] | None, digits: int = 2) -> str | Non
 
 
 def signed_text(value: float | None) -> str | None:
-    """ "+1.23", "-0.50"; zero has a sign too."""
+    """A number with its sign: "+1.23", "-0.50"; zero has a sign too."""
     return None if value is None else f"{value:+.2f}"
 
 
 def p_text(value: float | None) -> str | None:
-    """A probability: "0.034", "<0.001"."""
+    """A p-value as text: "0.034", "<0.001"."""
     return None if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 

@@ -155,7 +155,7 @@ def fit(
 
 
 def pack_selections(selections: Mapping[str, np.ndarray]) -> bytes:
-    """The content of SELECTIONS."""
+    """The bytes of the file SELECTIONS, see artefacts.layout."""
     stream = io.BytesIO()
     np.savez_compressed(stream, **selections)  # type: ignore[arg-type]
     return stream.getvalue()

@@ -18,7 +18,7 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Model:
-    """One graph of a bundle."""
+    """One graph of a bundle, ready to be loaded."""
 
     path: Path
     "for messages: nothing is read there any more"

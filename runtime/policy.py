@@ -51,7 +51,7 @@ class Step(Outputs):
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Calibrated, float64 (B, C)."""
+        """Calibrated probabilities of the classes, float64 (B, C)."""
         return self.certainty.probabilities(self.logits)
 
     @property

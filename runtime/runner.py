@@ -67,12 +67,12 @@ class ChosenGraph:
 
     @property
     def path(self) -> Path:
-        """The ONNX file."""
+        """Path of the ONNX file."""
         return self.bundle.graph(self.key)
 
     @property
     def signature(self) -> Signature:
-        """Its inputs and outputs, as the manifest says."""
+        """Inputs and outputs of the graph, as the manifest declares them."""
         return self.bundle.signature(self.key)
 
     def check_signature(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
@@ -231,7 +231,7 @@ class Runner:
         return Outputs(outputs["logits"], outputs.get("prompt_weights"))
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """`run`, the logits only: float32 (B, C)."""
+        """Logits of images uint8 (B, S, S, 3): float32 (B, C); `run` gives all outputs."""
         return self.run(images).logits
 
     def __enter__(self) -> Runner:

@@ -88,7 +88,7 @@ class SceneChange:
         return True
 
     def forget(self) -> None:
-        """The next frame is a first one."""
+        """Treat the next frame as the first one of a stream."""
         self._before = []
 
 
@@ -103,19 +103,19 @@ class Scene:
 
     @classmethod
     def of(cls, pixels: np.ndarray) -> Scene:
-        """Of uint8 (S, S, 3)."""
+        """The scene that pixels uint8 (S, S, 3) show."""
         cells = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
         bits = (np.diff(cells, axis=1) > NOISE).ravel()
         red, green, blue = (int(c) for c in pixels.mean((0, 1)).round())
         return cls(int.from_bytes(np.packbits(bits).tobytes(), "big"), (red, green, blue))
 
     def same(self, other: Scene) -> bool:
-        """Whether both are likely the same thing in the same light."""
+        """Whether two scenes are likely the same thing in the same light."""
         near = max(abs(a - b) for a, b in zip(self.colour, other.colour, strict=True)) <= SAME_COLOUR
         return near and (self.bits ^ other.bits).bit_count() <= SAME_BITS
 
     def to_json(self) -> dict[str, Any]:
-        """The inverse of `from_json`."""
+        """The scene as plain JSON values, for `from_json`."""
         return {"bits": f"{self.bits:016x}", "colour": list(self.colour)}
 
     @classmethod

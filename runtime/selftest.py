@@ -51,7 +51,7 @@ def self_test(bundle: Bundle, backend: str = "auto", threads: int | None = None)
 
 
 def prove(runner: Runner, feeds: Feeds, expected: Feeds) -> dict[str, Any]:
-    """`check` of a loaded graph against its `reference`."""
+    """Check the answers of a loaded graph against what `expected` holds; see `check`."""
     return check(runner.compute, feeds, expected, runner.precision, f"{runner.bundle.path}: the self-test fails")
 
 

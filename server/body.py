@@ -26,7 +26,7 @@ sending when the connection closes sees a broken connection instead of the messa
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be."""
+    """Bounds of a request: sizes, counts and times."""
 
     body_bytes: int = 32 * MIB
     "of pictures and tensors; a 40-megapixel JPEG of a camera has about 20 MiB"
@@ -215,7 +215,7 @@ def _no_encoding(encoding: str, expected: str) -> Refused:
 
 
 def content_type(request: Request) -> str:
-    """The type alone, in lower case; empty when there is none."""
+    """Content type of a request, without parameters, in lower case; empty when there is none."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 

@@ -70,7 +70,7 @@ def in_a_process(
 
 
 def changed(order: dict[str, Any]) -> dict[str, Any]:
-    """Do it here; see `in_a_process`."""
+    """Carry out an order in this process, and return what its function does; see `in_a_process`."""
     from ..updates import enrol, packs
 
     changes: dict[str, Callable[..., dict[str, Any]]] = {
@@ -84,7 +84,7 @@ def changed(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The process. Returns: its exit code."""
+    """Read an order from stdin, carry it out, print the result as JSON. Returns: the exit code."""
     order = json.loads(sys.stdin.read())
     seconds = order.pop("seconds")
     if hasattr(signal, "alarm"):

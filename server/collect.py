@@ -75,12 +75,12 @@ class Collection:
 
     @property
     def new(self) -> Path:
-        """Of pictures that nobody has sorted."""
+        """Folder of the pictures that nobody has sorted."""
         return self.folder / "new"
 
     @property
     def sorted(self) -> Path:
-        """Of the folders of classes."""
+        """Folder with a folder for each class into which pictures were sorted."""
         return self.folder / "sorted"
 
     def _found(self) -> Iterable[Kept]:
@@ -207,7 +207,7 @@ class Collection:
         return [kept for kept in found.values() if kept is not None]
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write the pictures that wait for the disk, and end the thread."""
         self._writer.shutdown()
 
 

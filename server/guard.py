@@ -27,7 +27,7 @@ _STATUS = {408: "Request Timeout", 431: "Request Header Fields Too Large", 503: 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What connections may be."""
+    """Bounds of connections: numbers and times."""
 
     connections: int = 512
     per_address: int = 128
@@ -204,7 +204,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def waits(self) -> bool:
-        """Whether it only waits for its client."""
+        """Whether the connection only waits for its client."""
         return self._phase != "answer"
 
     def worth(self, now: float) -> tuple[bool, bool, float]:
@@ -212,7 +212,7 @@ class Connection(HttpToolsProtocol):
         return self._phase == "body", self.served > 0, -(now - self._since)
 
     def check(self, now: float) -> None:
-        """End it where its client takes too long."""
+        """End the connection where its client takes too long."""
         bounds, age = self.guard.bounds, now - self._since
         if self._blocked is not None and now - self._blocked > bounds.send_s:
             self._give_up("slow_reader")
@@ -229,7 +229,7 @@ class Connection(HttpToolsProtocol):
             self._give_up("slow_body")
 
     def end(self) -> None:
-        """Close it at once, whatever it is doing."""
+        """Close the connection at once, whatever it is doing."""
         self.guard.connections.discard(self)
         self.transport.abort()
 

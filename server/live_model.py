@@ -68,7 +68,7 @@ class _Pooled:
             return time.monotonic() - min(self._running.values()) if self._running else 0.0
 
     def describe(self) -> dict[str, Any]:
-        """As the engines, and "runners": how many."""
+        """What the engines say of themselves, and "runners": how many there are."""
         return {**self._engines[0].describe(), "runners": len(self._engines)}
 
     def close(self) -> None:

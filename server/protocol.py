@@ -35,7 +35,7 @@ _ASKED = 'ask as {"outputs": [{"name": "logits", "parameters": {"classification"
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """How an output is asked for."""
+    """How a request asks for an output."""
 
     binary: bool = False
     classes: int = 0

@@ -39,7 +39,7 @@ class RequestMetrics:
         self.in_flight = 0
 
     def begin(self) -> None:
-        """A request came in."""
+        """Count a request that came in."""
         with self._lock:
             self.in_flight += 1
 
@@ -90,12 +90,12 @@ class RequestMetrics:
         }
 
     def error(self, kind: str) -> None:
-        """A request was refused, or failed."""
+        """Count a request that was refused, or failed."""
         with self._lock:
             self._errors[(("kind", kind),)] += 1
 
     def swap(self, done: bool) -> None:
-        """Another version was put in, or proved unfit."""
+        """Count an exchange of versions: done, or refused because the new one proved unfit."""
         with self._lock:
             self._swaps[(("result", "done" if done else "failed"),)] += 1
 

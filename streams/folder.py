@@ -31,13 +31,13 @@ class Folder:
         "what was given: only of files that are still there"
 
     def open(self) -> Opened:
-        """Raises: InputError where no folder is."""
+        """Open the folder. Raises: InputError where there is none."""
         if not self.path.is_dir():
             raise InputError(f"{self.path}: no such folder")
         return _Look(self.path, self._seen)
 
     def ends(self, opened: Opened) -> bool:
-        """Never: a folder that is gone may be mounted again."""
+        """False: a folder that is gone may be mounted again."""
         return False
 
 

@@ -24,7 +24,7 @@ EXPECTED = "the number of a camera, a video file, an address (rtsp://, http://),
 
 @dataclass(frozen=True)
 class Shot:
-    """What a source gives."""
+    """One picture or frame, as a source gives it."""
 
     picture: np.ndarray | Path
     "a frame, uint8 BGR (H, W, 3), or a picture file"
@@ -52,7 +52,7 @@ class Opened(Protocol):
         """The next one; None at the end, when the source is lost, or when `pause` says that all is to end."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release what the source holds, as a device or a connection."""
 
 
 class Source(Protocol):
@@ -62,7 +62,7 @@ class Source(Protocol):
     "for messages: without a password"
 
     def open(self) -> Opened:
-        """Raises: InputError where it cannot be opened."""
+        """Open the source. Raises: InputError where it cannot be opened."""
 
     def ends(self, opened: Opened) -> bool:
         """Whether the end is the end: of a file. Otherwise the source was lost, and may be found again."""

@@ -45,7 +45,7 @@ class Video:
         self._capture = capture or (lambda: opened_by_opencv(source, kind, threads))
 
     def open(self) -> Opened:
-        """Raises: InputError where OpenCV cannot open it."""
+        """Open it with OpenCV. Raises: InputError where that fails."""
         capture = self._capture()
         if not capture.isOpened():
             capture.release()

@@ -59,7 +59,7 @@ def cut_out(x: Tensor, boxes: Tensor, size: int | None = None) -> Tensor:
 def random_resized_crop_flip(
     x: Tensor, generator: torch.Generator, scale: tuple[float, float], size: int | None = None, flip: bool = True
 ) -> Tensor:
-    """A random box of each image, resampled to `size`."""
+    """Cut a random box of each image, float (B, 3, S, S), resample it to `size` pixels, mirror some if `flip`."""
     return cut_out(x, random_boxes(len(x), generator, scale, flip), size)
 
 

@@ -36,7 +36,7 @@ class FrozenBaseline:
 
     @property
     def sides(self) -> list[str]:
-        """Names of its statistics among those of the run."""
+        """Names under which the statistics of the frozen student stand among those of the run."""
         return [f"frozen-{h}" for h in HEADS]
 
     @torch.no_grad()

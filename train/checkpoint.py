@@ -83,7 +83,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def before(path: Path) -> Path:
-    """Where the checkpoint in front of the one at `path` is kept."""
+    """Path at which the checkpoint that came before the one at `path` is kept."""
     return path.with_name(f"{path.stem}.before{path.suffix}")
 
 

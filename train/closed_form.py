@@ -21,7 +21,7 @@ def statistics_heads() -> tuple[str, ...]:
 
 
 def feature_parts(kd_token: bool) -> tuple[str, ...]:
-    """What the features of a student are, in order; see FeatureMap."""
+    """Names of the parts that the features of a student are joined from, in order; see FeatureMap."""
     tokens = ("class", "kd") if kd_token else ("class",)
     return (*tokens, "patches", "vertical", "horizontal", "diagonal")
 
@@ -49,7 +49,7 @@ class StatisticsHead(nn.Module):
         )
 
     def set(self, made: LinearMap) -> None:
-        """Take the head of the first classes, as many as it has rows."""
+        """Replace the head by one that was made for the first classes; it needs no fewer rows than that one."""
         count = len(made.weight)
         self.weight.zero_()
         self.bias.zero_()
@@ -57,13 +57,13 @@ class StatisticsHead(nn.Module):
         self.bias[:count] = torch.from_numpy(made.bias).to(self.bias)
 
     def mapped(self, x: Tensor) -> Tensor:
-        """(B, D) features of the network -> (B, F), what the linear map reads."""
+        """Features of the network (B, D) -> what the linear map reads of them (B, F)."""
         if self.map.kind == "unit":
             return F.normalize(x, dim=1, eps=1e-12)
         return x if self.projection is None else F.relu(x @ self.projection)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) features -> (B, C) logits."""
+        """Features of the network (B, D) -> logits (B, C)."""
         return F.linear(self.mapped(x.float()), self.weight, self.bias)
 
 
@@ -107,7 +107,7 @@ class StatisticsKeeper:
         return not tasks or any(statistics_file(folder, side, tasks).exists() for side in sides)
 
     def finish(self, tasks: int) -> None:
-        """Leave only the file of all tasks."""
+        """Remove the statistics of single tasks; only the file of all `tasks` stays."""
         for side in self.totals if self.write else ():
             statistics_file(self.folder.parent, side, tasks - 1).unlink(missing_ok=True)
 
@@ -123,5 +123,5 @@ def load_statistics(run: Path, side: str, tasks: int) -> ClassStatistics:
 
 
 def as_numpy(parts: Sequence[Tensor]) -> np.ndarray:
-    """float32 (N, D) of chunks."""
+    """Join chunks of features to one float32 (N, D)."""
     return torch.cat(list(parts)).float().cpu().numpy()

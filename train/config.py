@@ -30,7 +30,7 @@ FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
 
 
 def head_kinds() -> tuple[str, ...]:
-    """What --head takes."""
+    """All values that --head may have."""
     return ("auto", "learned", *statistics_heads())
 
 
@@ -254,7 +254,7 @@ class TrainConfig:
             raise InputError(f"training option {name!r} has the wrong type", got=repr(value), expected=annotation)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The configuration as plain JSON values, field by field."""
         return asdict(self)
 
     @classmethod

@@ -56,7 +56,7 @@ class Answered:
             yield images
 
     def confusion(self) -> dict[str, Any]:
-        """Counts over all images that have been handed on; see the function."""
+        """Confusion counts over all images that have been handed on; see the function `confusion`."""
         return confusion(self.found, self.classes)
 
     def pictures(self, seed: int) -> list[dict[str, Any]]:

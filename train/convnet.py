@@ -44,9 +44,9 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Images (B, 3, S, S) -> logits (B, C)."""
         return self.behind_stem(self.stem(x))
 
     def behind_stem(self, features: Tensor) -> Tensor:
-        """Logits from what the stem gave."""
+        """Logits (B, C) of what the stem gave for the images."""
         return self.head(self.blocks(features).mean(dim=(2, 3)))

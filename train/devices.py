@@ -72,27 +72,27 @@ class Devices:
         return self.share.rank == 0
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of training."""
+        """A context in which the forward pass runs in the precision of training."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has come here."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes, the same in each."""
+        """Sum a tensor over all processes; each of them gets the same sum."""
         if self._accelerator is None:
             return value
         result: Tensor = self._accelerator.reduce(value.to(self.device), reduction="sum")
         return result
 
     def any(self, flags: Tensor) -> Tensor:
-        """bool (...) -> whether any process has it."""
+        """For bool (...): whether any process has True there; the same shape."""
         return flags if self._accelerator is None else self.sum(flags.float()).to(flags.device) > 0
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """One message for all of them: what learns is small."""
+        """Sum the gradients over all processes, in one message: what learns is small."""
         if self._accelerator is None:
             return
         # A parameter may have no gradient here and one in another process: all take part, in one order.

@@ -43,7 +43,7 @@ def inherit(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Parent:
-    """The run that is extended."""
+    """The finished run that a new one extends with more tasks."""
 
     def __init__(self, config: TrainConfig) -> None:
         """config: of the new run. Raises: InputError where there is no such run, or it cannot be extended."""
@@ -68,7 +68,7 @@ class Parent:
 
     @property
     def record(self) -> ParentRun:
-        """For metrics.json and checkpoints."""
+        """What metrics.json and checkpoints say of the run that is extended."""
         before = self.metrics.extends
         tasks = len(self.tasks)
         pool_tasks = before.pool_tasks if before else tasks

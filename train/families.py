@@ -37,7 +37,7 @@ def plain_vit(model: nn.Module) -> VisionTransformer:
 
 
 def refusal(model: nn.Module) -> str | None:
-    """What of a model is not supported, for people; None: nothing."""
+    """Why a model is not supported, in words for people; None: it is supported."""
     if type(model) not in (VisionTransformer, Eva):
         return type(model).__name__
     assert isinstance(model, (VisionTransformer, Eva))

@@ -42,7 +42,7 @@ LICENCE = (
 
 @dataclass(frozen=True)
 class Hybrid:
-    """Sizes of one hybrid."""
+    """Sizes of one hybrid of convolutions and attention."""
 
     trunk: str
     "key of trunk.TRUNKS"
@@ -318,7 +318,7 @@ class Blocks(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, maps: Tensor, labels: Tensor) -> float:
-        """In %, of the own classes."""
+        """Accuracy in % of the own classes, from kept feature maps and labels."""
         self.eval()
         right = [
             (self(m.float())[0].argmax(1) == y).sum() for m, y in zip(maps.split(500), labels.split(500), strict=True)

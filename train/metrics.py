@@ -37,17 +37,17 @@ class AccuracyMatrix:
         self.rows.append([*accuracies, *[None] * (self.tasks - len(accuracies))])
 
     def accuracy_after(self, task: int) -> float:
-        """Mean of row `task`, in %."""
+        """Mean accuracy in % over tasks 0 to `task`, after learning `task`."""
         row = [a for a in self.rows[task] if a is not None]
         return sum(row) / len(row)
 
     def forgetting_after(self, task: int) -> float:
-        """In points."""
+        """Forgetting in points after learning `task`, as DEFINITIONS has it."""
         drops = [(self.rows[j][j] or 0.0) - (self.rows[task][j] or 0.0) for j in range(task + 1)]
         return sum(drops) / len(drops)
 
     def summary(self) -> dict[str, object]:
-        """As defined in DEFINITIONS."""
+        """Average accuracy, forgetting and the matrix, as DEFINITIONS has them."""
         done = range(len(self.rows))
         after = [self.accuracy_after(i) for i in done]
         return {
@@ -60,7 +60,7 @@ class AccuracyMatrix:
         }
 
     def write_csv(self, path: Path) -> None:
-        """One row a task learnt, empty above the diagonal."""
+        """Write the matrix as CSV: one row for each task that was learnt, empty above the diagonal."""
         header = "after," + ",".join(f"task{j + 1}" for j in range(self.tasks))
         lines = [
             f"task{i + 1}," + ",".join("" if a is None else f"{a:.4f}" for a in row) for i, row in enumerate(self.rows)

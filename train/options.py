@@ -47,7 +47,7 @@ class SharedOptions(TypedDict, total=False):
 
 
 class NeededOptions(TypedDict):
-    """What has no default."""
+    """Options of `train` that have no default."""
 
     data: str
     out: str

@@ -35,7 +35,7 @@ class TeacherOutputs:
     "(N, 1 + P, D) behind each block"
 
     def at(self, index: Tensor) -> TeacherOutputs:
-        """Of the images at `index`."""
+        """The outputs for the images at `index`."""
         return TeacherOutputs(self.logits[index], tuple(h[index] for h in self.hidden))
 
 
@@ -94,7 +94,7 @@ class Phase:
         return 1.0
 
     def length(self, images: int) -> int:
-        """Epochs of the phase on so many images, retraining included."""
+        """Number of epochs that the phase has on so many images, retraining included."""
         return self.config.epochs_of(images) + (self.config.retrain_epochs if self.is_student else 0)
 
     def epochs(self, images: TaskImages, done: int, outputs: TeacherOutputs | None) -> Iterator[EpochDone]:

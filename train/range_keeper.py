@@ -93,21 +93,21 @@ class RangeKeeper:
         "of the task in progress: the tails of its images' tensors in the student that had not learnt it"
 
     def begin(self, images: TaskImages) -> None:
-        """In front of a task, before anything of the student changes."""
+        """Called before a task is learnt, with the student as the task before left it."""
         self.before = {}
         if self.kept.tasks:
             found = collect(images, self._count(images), query=False)
             self.before = {name: tails(r.histogram) for name, r in found.items()}
 
     def end(self, images: TaskImages) -> None:
-        """Behind a task, with the student as it would be deployed."""
+        """Called after a task, with the student as it would be deployed."""
         tensors = collect(images, self._count(images))
         moved = {n: drift(before, tails(tensors[n].histogram)) for n, before in self.before.items()}
         self.kept = Ranges((*self.kept.tasks, TaskRanges(self._count(images), tensors, moved)))
         self.kept.save(self.path)
 
     def restore(self, task: int, before: dict[str, list[float]]) -> None:
-        """Go on in `task`; before: as it was."""
+        """Go on within `task` after a stop; `before`: what had been kept when it began."""
         self.before = {name: (low, high) for name, (low, high) in before.items()}
         # The file may be one task ahead of the checkpoint: that one is learnt again.
         self.kept = Ranges(Ranges.load(self.path).tasks[:task]) if task else Ranges()

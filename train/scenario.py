@@ -21,7 +21,7 @@ class Scenario:
     "learned positions of each task"
 
     def classes_of(self, dataset: Dataset) -> list[str]:
-        """Class names in learned order."""
+        """Names of the classes of a data set, in the order in which they are learnt."""
         return [dataset.classes[c] for c in self.order]
 
     def split(self, split: Split, task: int) -> Split:
@@ -33,7 +33,7 @@ class Scenario:
         return Split(part.items, position[part.labels])
 
     def seen(self, task: int) -> int:
-        """Classes of tasks 0..task."""
+        """Number of classes of tasks 0 to `task` together."""
         return self.tasks[task][-1] + 1
 
 

@@ -18,7 +18,7 @@ SIDES = ("teacher", "student")
 
 @dataclass
 class TrainedSide:
-    """One of SIDES."""
+    """Teacher or student while it is trained: the model and what its record says."""
 
     name: str
     backbone: Backbone
@@ -33,21 +33,21 @@ class TrainedSide:
 
     @property
     def model(self) -> PromptedViT:
-        """What learns."""
+        """The module that learns."""
         return self.pipeline.model
 
     @property
     def images_per_second(self) -> float:
-        """While training."""
+        """Images per second of training, all epochs together."""
         return self.trained_images / max(1e-9, sum(self.seconds))
 
     def begin_task(self) -> None:
-        """A task of which nothing is trained yet."""
+        """Begin the record of a task of which nothing is trained yet."""
         self.losses.append([])
         self.seconds.append(0.0)
 
     def epoch_done(self, loss: float, seconds: float, images: int) -> None:
-        """One more epoch of the task."""
+        """Add one more epoch to the record of the task."""
         self.losses[-1].append(loss)
         self.seconds[-1] += seconds
         self.trained_images += images
@@ -63,7 +63,7 @@ class TrainedSide:
         self.trained_images += taught.images
 
     def summary(self) -> dict[str, Any]:
-        """For metrics.json."""
+        """What metrics.json says of this side."""
         return {
             **self.matrix.summary(),
             "seconds": self.seconds,
@@ -73,7 +73,7 @@ class TrainedSide:
 
 
 def state_of(sides: Mapping[str, TrainedSide]) -> dict[str, Any]:
-    """For a checkpoint; `restore` is the inverse."""
+    """What a checkpoint keeps of the sides; `restore` takes it over again."""
     return {
         "models": {name: side.model.state_dict() for name, side in sides.items()},
         "backbones": {name: side.backbone.identity for name, side in sides.items()},

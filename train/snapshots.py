@@ -114,11 +114,11 @@ class Snapshots:
         }
 
     def to_state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """What a checkpoint keeps of the snapshots."""
         return {"owners": self.owners, "kept": self.kept, "pruned": self.pruned}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """The inverse."""
+        """Take over what `to_state` gave."""
         self.owners = {k: v.to(device) for k, v in state["owners"].items()}
         self.kept = [{k: v.to(device) for k, v in kept.items()} for kept in state["kept"]]
         self.pruned = state.get("pruned", len(self.kept))  # checkpoints of before there was retraining have none

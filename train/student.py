@@ -25,7 +25,7 @@ from .tokens import embed, pooled, without_registers
 
 
 class LinearHead(nn.Linear):
-    """x W^T + b. (B, D) -> (B, C)."""
+    """A linear head, x W^T + b: features (B, D) -> logits (B, C)."""
 
     def folded(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
         """Weight (C, D), bias (C,), and the LayerNorm in front of them (weight, bias, eps) or None."""
@@ -47,11 +47,11 @@ class NormalisedHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(classes).uniform_(-(width**-0.5), width**-0.5)) if compat else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Features (B, D) -> logits (B, C)."""
         return F.linear(self.norm(x), F.normalize(self.weight, dim=1), self.bias)
 
     def folded(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, float] | None]:
-        """As LinearHead.folded."""
+        """Weight and bias of the linear map that gives the same logits; see LinearHead.folded."""
         weight = F.normalize(self.weight, dim=1)
         if self.bias is None:
             return weight, torch.zeros(len(weight)), (self.norm.weight, self.norm.bias, self.norm.eps)
@@ -63,7 +63,7 @@ HEADS: dict[str, Any] = {"linear": LinearHead, "normalised": NormalisedHead}
 
 
 def make_head(kind: str, width: int, classes: int, compat: bool) -> Any:
-    """A head of HEADS; compat: as the CDL authors' code has it."""
+    """A new head of a kind in HEADS; compat: as the CDL authors' code has it."""
     more = {"compat": compat} if kind == "normalised" else {}
     return HEADS[kind](width, classes, **more)
 
@@ -114,7 +114,7 @@ class KDPrompts(nn.Module):
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """What one forward pass gives."""
+    """What one forward pass of a prompted ViT gives."""
 
     cls_logits: Tensor
     "(B, C) of the head on the class token"

@@ -74,7 +74,7 @@ class TeacherKey:
 
     @property
     def name(self) -> str:
-        """Folder name: 16 hex digits."""
+        """Name of the folder of the teacher: 16 hex digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -143,7 +143,7 @@ class Teachers:
         self.folder, self.key = folder / key.name, key
 
     def path(self, task: int) -> Path:
-        """File of a task, 0-based."""
+        """Path of the file with the teacher after a task, counted from 0."""
         return self.folder / f"task-{task + 1:02d}.safetensors"
 
     def load(self, task: int) -> TaughtTask | None:

@@ -23,12 +23,12 @@ def registers(vit: VisionTransformer) -> int:
 
 
 def patch_count(vit: VisionTransformer) -> int:
-    """Patches of an image."""
+    """Number of patches that a ViT cuts an image into."""
     return int(vit.patch_embed.num_patches)
 
 
 def token_count(vit: VisionTransformer) -> int:
-    """Class token, registers and patches."""
+    """Number of tokens of an image: class token, registers and patches."""
     return int(vit.num_prefix_tokens) + patch_count(vit)
 
 

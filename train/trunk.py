@@ -129,7 +129,7 @@ def _conv(conv: nn.Conv2d, norm: Any) -> list[nn.Module]:
 
 
 def same_padding(layer: nn.Conv2d, size: int) -> tuple[int, int]:
-    """Zeros in front of and behind a side of `size` pixels."""
+    """Number of zeros that the layer adds before and after a side of `size` pixels."""
     if not isinstance(layer, Conv2dSame):
         pad = layer.padding[0]
         return int(pad), int(pad)

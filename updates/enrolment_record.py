@@ -68,22 +68,22 @@ class Enrolled:
         return self.features[owners == name] if len(owners) else self.features
 
     def plus(self, entry: Enrolment, features: np.ndarray) -> Enrolled:
-        """With one more entry, none of whose pictures is kept."""
+        """The same with one more entry, none of whose pictures is kept. features: float32 (n, D)."""
         return replace(self, entries=(*self.entries, entry), features=np.concatenate([self.features, features]))
 
     def without(self, name: str) -> Enrolled:
-        """Without all pictures of a class."""
+        """The same without all pictures of a class."""
         rows = np.repeat([e.name != name for e in self.entries], [entry.images for entry in self.entries])
         entries = tuple(e for e in self.entries if e.name != name)
         left = {picture for entry in entries for picture in entry.pictures}
         return Enrolled(entries, self.features[rows], {n: c for n, c in self.files.items() if n in left})
 
     def renamed(self, old: str, new: str) -> Enrolled:
-        """With another name for a class; its place among the classes stays."""
+        """The same with another name for a class; its place among the classes stays."""
         return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
 
     def bare(self) -> Enrolled:
-        """Without the pictures that are kept; what was learnt from them stays."""
+        """The same without the pictures that are kept; what was learnt from them stays."""
         return Enrolled(tuple(replace(e, pictures=()) for e in self.entries), self.features)
 
     def added_to(self, workshop: ClassStatistics) -> ClassStatistics:

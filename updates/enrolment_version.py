@@ -64,7 +64,7 @@ def base_of(store: Store) -> Bundle:
 
 
 def head_of(base: Bundle) -> str:
-    """Kind of the head, a key of CLOSED_FORM."""
+    """Kind of the head of a bundle, a key of heads.CLOSED_FORM."""
     return str(((base.manifest.training or {}).get("config") or {}).get("head"))
 
 
@@ -120,7 +120,7 @@ def statistics_of(base: Bundle) -> ClassStatistics:
 
 
 def present_head(bundle: Bundle) -> LinearMap:
-    """The head that a version answers with."""
+    """The head that a version answers with, as a linear map of what it reads."""
     held = _constants(bundle)
     return LinearMap(held["head.weight"].T.astype(np.float64), held["head.bias"].astype(np.float64), 0.0)
 

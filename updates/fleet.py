@@ -48,12 +48,12 @@ class Step:
 
     @property
     def tag(self) -> str:
-        """Its name in the registry."""
+        """Name of the step in the registry, SEQUENCE-FROM-TO."""
         return f"{self.sequence}-{self.base}-{self.target}"
 
     @classmethod
     def all_of(cls, tags: Iterable[str]) -> list[Step]:
-        """Of the tags that are ours."""
+        """The steps that these tags name; tags that are not ours are passed over."""
         found = [match for tag in tags if (match := _TAG.fullmatch(tag))]
         return [cls(int(m[1]), m[2], m[3]) for m in found]
 

@@ -27,7 +27,7 @@ class Keys:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The keys as JSON has them: {"trusted", "revoked"}, each a list of hex."""
         return {"trusted": list(self.trusted), "revoked": list(self.revoked)}
 
     def pinned(self, given: Iterable[str], at: object) -> Keys:
@@ -96,7 +96,7 @@ class KeyChange:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As pack.json has it."""
+        """The change as pack.json has it: {"add", "revoke"}, each a list of hex."""
         return {"add": list(self.add), "revoke": list(self.revoke)}
 
     def __bool__(self) -> bool:

@@ -28,7 +28,7 @@ Fetch = Callable[[str, Mapping[str, str]], bytes]
 
 
 def config_file() -> Path:
-    """Where `docker login` (and podman's `--compat-auth-file`) writes."""
+    """Path of the file that `docker login` (and podman's `--compat-auth-file`) writes."""
     return Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser() / "config.json"
 
 

@@ -43,7 +43,7 @@ _LOOPBACK = re.compile(r"(localhost|127(\.[0-9]+){3}|\[::1\])(:[0-9]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """REGISTRY/REPOSITORY."""
+    """A repository in a registry: REGISTRY/REPOSITORY."""
 
     registry: str
     "host, with a port where it is not the usual one"
@@ -71,7 +71,7 @@ class Place:
         return f"{self.registry}/{self.repository}"
 
     def url(self, *parts: str) -> str:
-        """Of something in this repository."""
+        """Address of something in the repository."""
         return "/".join((f"{self.scheme}://{self.registry}/v2", self.repository, *parts))
 
 

@@ -86,7 +86,7 @@ class Store:
         self.state = _first(self.bundle) if self.plain else _read(path, self.bundle.path.name)
 
     def folder(self, version: str) -> Path:
-        """The folder of one version."""
+        """Path of the folder of one version."""
         return self.path / VERSIONS / version
 
     def clean(self) -> None:

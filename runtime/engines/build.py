@@ -59,7 +59,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """A serialised engine."""
+    """A serialised engine and what is known of it."""
 
     data: bytes
     refittable: tuple[str, ...]

@@ -49,7 +49,7 @@ class EngineCache:
 
     @property
     def onnx(self) -> Path:
-        """The graph that the engine is built from."""
+        """Path of the graph that the engine is built from."""
         return self.bundle.graph(self.key)
 
     @property
@@ -59,7 +59,7 @@ class EngineCache:
 
     @property
     def signature(self) -> Signature:
-        """Inputs and outputs of the graph."""
+        """Names, shapes and types of the graph's inputs and outputs."""
         return self.bundle.signature(self.key)
 
     def fetch(

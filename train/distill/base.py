@@ -83,13 +83,13 @@ class DistillationBatch:
 
     @property
     def kd_logits(self) -> Tensor:
-        """float32 (B, c) of the KD token's head."""
+        """Logits of the head on the KD token, float32 (B, c)."""
         assert self.student.kd_logits is not None
         return self.student.kd_logits[:, slice(*self.class_range)].float()
 
     @property
     def target(self) -> Tensor:
-        """The teacher's logits of a distiller that has a teacher."""
+        """Logits of the teacher, float32 (B, c), for a distiller that has a teacher."""
         assert self.teacher_logits is not None
         return self.teacher_logits
 
@@ -126,11 +126,11 @@ class Distiller(nn.Module):
 
     @classmethod
     def works_with(cls, learner: type[Learner]) -> bool:
-        """Whether it makes sense with this kind of learner."""
+        """Whether this distiller makes sense with a kind of learner."""
         return True
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        """Scalar, the mean over the batch."""
+        """The loss of a batch: a scalar, the mean over its images."""
         raise NotImplementedError
 
     def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
@@ -147,11 +147,11 @@ class Distiller(nn.Module):
         """Called when the student has trained on a task and its learner has ended it."""
 
     def report(self) -> dict[str, object]:
-        """What metrics.json should say of it, plain JSON values."""
+        """What metrics.json says of the distiller, as plain JSON values."""
         return {}
 
     def hard(self, batch: DistillationBatch) -> Tensor:
-        """(1 - a) CE(head(CLS), y)."""
+        """The part of the loss that comes from labels: (1 - a) CE(head(CLS), y)."""
         return (1 - self.spec.alpha) * F.cross_entropy(batch.cls_logits, batch.labels)
 
 

@@ -39,7 +39,7 @@ class Blockwise(Distiller):
             self.connectors = nn.ModuleList(nn.Linear(spec.student_width, spec.teacher_width) for _ in self.cuts)
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        """As the class says."""
+        """The loss that the class describes, a scalar."""
         teacher, tau, alpha = batch.teacher, self.spec.tau, self.spec.alpha
         assert teacher is not None
         answers = []

@@ -27,10 +27,10 @@ class CDLPrompt(KD):
 
     @classmethod
     def works_with(cls, learner: type[Learner]) -> bool:
-        """With all that select from a pool of prompts."""
+        """True for learners that select from a pool of prompts."""
         return learner.selection["kind"] != "none"
 
     def begin_task(self, task: int, student: PromptedViT, teacher: PromptedViT | None) -> None:
-        """The teacher as it answers during this task."""
+        """Copy the teacher's prompts, as it answers during this task."""
         assert student.mapped is not None and teacher is not None
         student.mapped.copy(teacher.learner)

@@ -18,7 +18,7 @@ class KDToken(Distiller):
 
     @classmethod
     def works_with(cls, learner: type[Learner]) -> bool:
-        """With all whose backbone is frozen."""
+        """True for learners whose backbone is frozen."""
         return not learner.whole_network
 
     def loss(self, batch: DistillationBatch) -> Tensor:

@@ -49,7 +49,7 @@ class M2KD(Distiller):
         self.sizes: dict[str, object] = {}
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        """As the class says."""
+        """The loss that the class describes, a scalar."""
         alpha, tau = self.spec.alpha, self.spec.tau
         answers = (
             batch.student.cls_logits.float(),
@@ -69,7 +69,7 @@ class M2KD(Distiller):
         return total
 
     def read(self, hidden: tuple[Tensor, ...], head: dict[str, Tensor]) -> Tensor:
-        """An auxiliary head's float32 (B, C) of a pass."""
+        """Logits of an auxiliary head for one pass, float32 (B, C)."""
         token = hidden[self.middle][:, 0]
         return F.linear(F.layer_norm(token, token.shape[1:]), head["weight"], head["bias"]).float()
 
@@ -92,13 +92,13 @@ class M2KD(Distiller):
         self.snapshots.freeze(student)
 
     def end_task(self, task: int, student: PromptedViT) -> None:
-        """The next snapshot."""
+        """Keep a snapshot of the student as it is after the task."""
         self.snapshots.take(student)
         self.auxiliaries.append({k: v.clone() for k, v in self.auxiliary.state_dict().items()})
         self.sizes = self.snapshots.sizes(student, self.auxiliaries)
 
     def report(self) -> dict[str, object]:
-        """The memory of the snapshots."""
+        """What metrics.json says: the memory of the snapshots."""
         return self.sizes
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class M2KD(Distiller):
         return {"snapshots": self.snapshots.to_state(), "auxiliaries": self.auxiliaries, "sizes": self.sizes}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Take over the snapshots that `get_extra_state` gave."""
         device = self.auxiliary.weight.device
         self.snapshots.load(state["snapshots"], device)
         self.auxiliaries = [{k: v.to(device) for k, v in head.items()} for head in state["auxiliaries"]]

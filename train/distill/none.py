@@ -11,10 +11,10 @@ from .base import DistillationBatch, Distiller
 
 
 class NoDistillation(Distiller):
-    """Cross entropy."""
+    """Cross entropy on the labels alone; no teacher."""
 
     needs_teacher: ClassVar[bool] = False
 
     def loss(self, batch: DistillationBatch) -> Tensor:
-        """CE(head(CLS), y)."""
+        """Cross entropy of the class token's head: CE(head(CLS), y), a scalar."""
         return F.cross_entropy(batch.cls_logits, batch.labels)

@@ -52,7 +52,7 @@ class CompatFusion(nn.Module):
         self.leave = nn.Linear(width, out)
 
     def forward(self, tokens: Tensor, deeper: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As Fusion."""
+        """Fuse the tokens of a block with those of deeper ones; shapes as of Fusion."""
         x = self.enter(tokens)
         if self.factors is not None and self.mixed is not None and deeper is not None:
             x = self.mixed(x * self.factors(x) + deeper * self.factors(deeper))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LearnerSpec:
-    """Sizes a learner is built for."""
+    """Sizes that a learner is built for."""
 
     width: int
     "channels of the backbone the prompts go into, D"
@@ -162,7 +162,7 @@ def uniform(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
 
 
 def cosine(query: Tensor, keys: Tensor) -> Tensor:
-    """(B, Q), (K, Q) -> (B, K)."""
+    """Cosine similarity of queries (B, Q) and keys (K, Q): (B, K)."""
     return F.normalize(query, dim=1) @ F.normalize(keys, dim=1).t()
 
 

@@ -34,11 +34,11 @@ class CODAPrompt(Learner):
         self.prompt, self.key, self.attention = each(LENGTH, spec.width), each(spec.key_width), each(spec.key_width)
 
     def blocks(self) -> tuple[int, ...]:
-        """Blocks 0-4, or as many as there are."""
+        """Indices of the blocks with prompts: 0 to 4, or as many as there are."""
         return tuple(b for b in BLOCKS if b < self.spec.depth)
 
     def components(self) -> int:
-        """Components in use."""
+        """Number of components that are in use, from all tasks so far."""
         return self.per_task * max(1, self.learnt)
 
     def begin_task(self, task: int) -> None:
@@ -63,12 +63,12 @@ class CODAPrompt(Learner):
         return BlockPrompt(keys, values, weights=weights.detach())
 
     def entries(self, block: int) -> Entries:
-        """The components."""
+        """Prompts, keys and attention vectors of the components of a block, and which are in use."""
         key = str(block)
         return Entries(self.prompt[key], self.key[key], tuple(range(self.components())), self.attention[key])
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
-        """Weight of each component in use."""
+        """Weight of each component in use for queries (B, Q): (B, K)."""
         attention, key = (self._rows(t[str(block)], training=True) for t in (self.attention, self.key))
         return F.cosine_similarity(query[:, None] * attention, key, dim=2)
 

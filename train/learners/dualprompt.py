@@ -54,7 +54,7 @@ class DualPrompt(Learner):
         return BlockPrompt(keys, values, weights=similarity.detach())
 
     def entries(self, block: int) -> Entries:
-        """One for each task."""
+        """Prompts and keys of a block, an entry for each task, and which inference may select."""
         key = str(block)
         return Entries(self.expert[key], self.key[key], tuple(self.learnt_entries().tolist()))
 
@@ -63,5 +63,5 @@ class DualPrompt(Learner):
         return cosine(query, self.key[str(block)][: len(self.learnt_entries())])
 
     def learnt_entries(self) -> Tensor:
-        """int64 (K,): the entries inference may select."""
+        """Indices of the entries that inference may select, int64 (K,)."""
         return torch.arange(self.spec.tasks if self.spec.compat else max(1, self.learnt))

@@ -21,5 +21,5 @@ class FineTune(Learner):
     network_rate: ClassVar[float] = 0.1
 
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
-        """None."""
+        """None: the whole network learns, and no block gets a prompt."""
         return None

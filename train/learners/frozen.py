@@ -11,10 +11,10 @@ from .base import BlockPrompt, Learner, register
 
 @register("frozen")
 class Frozen(Learner):
-    """Nothing but a head learns."""
+    """A learner without prompts: the backbone is frozen, only a head learns."""
 
     needs_query: ClassVar[bool] = False
 
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
-        """None."""
+        """None: no block gets a prompt."""
         return None

@@ -30,7 +30,7 @@ class L2P(Learner):
         self.register_buffer("used", torch.zeros(POOL, dtype=torch.bool))
 
     def blocks(self) -> tuple[int, ...]:
-        """Block 0."""
+        """Index of the only block with prompts: 0."""
         return (0,)
 
     def at_block(self, block: int, query: Tensor | None, training: bool) -> BlockPrompt | None:
@@ -52,19 +52,19 @@ class L2P(Learner):
         return BlockPrompt(keys.flatten(1, 2), values.flatten(1, 2), loss=loss, weights=allowed.detach())
 
     def similarity(self, block: int, query: Tensor) -> Tensor:
-        """Cosine to every key."""
+        """Cosine of each query (B, Q) to every key of the pool: (B, K)."""
         return cosine(query, self.key)
 
     def entries(self, block: int) -> Entries:
-        """All of the pool."""
+        """Prompts and keys of the whole pool, and which inference may select."""
         return Entries(self.prompt, self.key, tuple(self.learnt_entries().tolist()))
 
     def synchronise(self, any_process: Callable[[Tensor], Tensor]) -> None:
-        """Entries that any process selected."""
+        """Count entries as used that any process has selected."""
         self.used.copy_(any_process(self.used))
 
     def learnt_entries(self) -> Tensor:
-        """int64 (K,): the entries inference may select."""
+        """Indices of the entries that inference may select, int64 (K,)."""
         return torch.nonzero(self.used.cpu()).flatten() if self._masks() else torch.arange(POOL)
 
     def _masks(self) -> bool:

@@ -25,7 +25,7 @@ class PromptAttention(nn.Module):
         self.value = nn.Linear(teacher_width, width)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """The mapped rows."""
+        """Prompt rows of the teacher (..., n, t) -> rows of the student's width (..., n, s)."""
         scores = self.query(rows) @ self.key(rows).transpose(-2, -1) / rows.shape[-1] ** 0.5
         mapped: Tensor = scores.softmax(dim=-1) @ self.value(rows)
         return mapped
