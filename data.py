@@ -132,7 +132,19 @@ class Dataset:
             how = f" ({called}/)"
         test = "" if self.test is None else f", {len(self.test)} in {self.parts['test']}/ kept apart"
         counts = f"{len(self.classes)} classes, {len(self.train)} train, {len(self.val)} validation{how}{test}"
-        return f"{self.source}: {counts}, {sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
+        left_out = f"{sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
+        return f"{self.source}: {counts}, {left_out}{self._deeper()}"
+
+    def _deeper(self) -> str:
+        """Say how many pictures lie in folders inside a class folder: they count as that class, wanted or not."""
+        below = sorted(
+            f"{self.classes[label]}/{path.parent.name}"
+            for split in (self.train, self.val, self.test)
+            if split is not None and not isinstance(split.items, np.ndarray)
+            for path, label in zip(split.items, split.labels.tolist(), strict=True)
+            if path.parent.name != self.classes[label]
+        )
+        return f"; {len(below)} in folders inside class folders ({below[0]}/ ...), which count" if below else ""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -389,7 +401,13 @@ def _folder(source: str, path: Path | None, early: bool) -> Dataset:
     for part, folder in parts.items():
         folders = class_folders(folder)
         if not folders:
-            raise InputError(f"{folder}: no class folder", expected="one folder for each class")
+            files = len(pictures_below(folder, Counter()))
+            raise InputError(
+                f"{folder}: no class folder",
+                got=f"{files} picture(s) directly in it" if files else "nothing",
+                expected="one folder for each class: by its name this folder is a part of the data",
+                fix=f"rename {folder.name}/ if it is a class" if files else None,
+            )
         check_depth(folder, folders)
         leave_out_files(folder, left_out)
         names[part] = {f.name for f in folders}
