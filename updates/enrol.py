@@ -7,6 +7,7 @@ and the version with it is proven and swapped in as a pack is: all or nothing, t
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def _learn(
 ) -> _Learnt:
     """Compute the head with a class, and judge it. Raises: see `enrol`."""
     check_name(name)
+    name = known_as(name, store.bundle.classes)
     sources, skipped = named_pictures(images)
     say(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
     base = base_of(store)
@@ -189,6 +191,7 @@ def remove(bundle: Path | str, name: str, backend: str = "auto", threads: int | 
     Raises: InputError for a class that was not enrolled here, GateError for a self-test that is not passed.
     """
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        name = known_as(name, store.bundle.classes)
         enrolled = _known(store, name)
         base, images = base_of(store), len(enrolled.of_class(name))
         left = enrolled.without(name)
@@ -217,6 +220,7 @@ def rename(bundle: Path | str, old: str, new: str, backend: str = "auto", thread
     """
     check_name(new)
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        old, new = (known_as(name, store.bundle.classes) for name in (old, new))
         enrolled, base = _known(store, old), base_of(store)
         if old in base.classes:
             raise InputError(
@@ -288,9 +292,18 @@ def _known(store: Store, name: str) -> Enrolled:
 
 def check_name(name: str) -> None:
     """Raises: InputError for what cannot be the name of a class."""
-    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST:
+    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST or "\ufffd" in name:
         raise InputError(
             "this cannot be the name of a class",
             got=repr(name)[:LONGEST],
             expected=f"1 to {LONGEST} printable characters, no blank at either end",
         )
+
+
+def known_as(name: str, classes: Sequence[str]) -> str:
+    """The class of that name as it is spelt here, else the name: an accent may be a character of its own, or not.
+
+    The two look the same, and file systems and keyboards differ in which one they give.
+    """
+    plain = unicodedata.normalize("NFC", name)
+    return next((known for known in classes if unicodedata.normalize("NFC", known) == plain), plain)

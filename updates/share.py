@@ -20,6 +20,8 @@ from .store import Store
 
 PACK, STATISTICS, PHOTOS = "enrolments.pack", "statistics.npz", "photos"
 "what `export_enrolments` writes"
+LONGEST_FOLDER = 255
+"bytes of a name, of most filesystems"
 HELD_OUT = 5
 "every so many-th picture of a class is one for validation"
 
@@ -74,10 +76,11 @@ def _pictures(enrolled: Enrolled, name: str) -> list[Path]:
 
 def check_folder(name: str) -> None:
     """Raises: InputError for the name of a class that no folder of pictures can have."""
-    if PurePosixPath(name).name != name or name in ("..",) or hidden(name) or "\\" in name:
+    too_long = len(name.encode("utf-8")) > LONGEST_FOLDER
+    if PurePosixPath(name).name != name or name in ("..",) or hidden(name) or "\\" in name or too_long:
         raise InputError(
             f"class {name!r}: no folder of pictures can have this name",
-            expected="a name without / and \\ that does not begin with a dot",
+            expected=f"a name without / and \\ that does not begin with a dot, {LONGEST_FOLDER} bytes at most",
             fix="give the class another one first: cdl-edge enrol rename BUNDLE OLD NEW",
         )
 
