@@ -24,11 +24,12 @@ from .folders import (
     class_folders,
     find_parts,
     leave_out_files,
+    no_class_folder,
     pictures_below,
     reasons,
 )
 from .images import EXTENSIONS
-from .splits import Decoded, Split, joined
+from .splits import Decoded, Split, deeper, joined
 
 __all__ = (
     "Dataset",
@@ -133,18 +134,7 @@ class Dataset:
         test = "" if self.test is None else f", {len(self.test)} in {self.parts['test']}/ kept apart"
         counts = f"{len(self.classes)} classes, {len(self.train)} train, {len(self.val)} validation{how}{test}"
         left_out = f"{sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
-        return f"{self.source}: {counts}, {left_out}{self._deeper()}"
-
-    def _deeper(self) -> str:
-        """Say how many pictures lie in folders inside a class folder: they count as that class, wanted or not."""
-        below = sorted(
-            f"{self.classes[label]}/{path.parent.name}"
-            for split in (self.train, self.val, self.test)
-            if split is not None and not isinstance(split.items, np.ndarray)
-            for path, label in zip(split.items, split.labels.tolist(), strict=True)
-            if path.parent.name != self.classes[label]
-        )
-        return f"; {len(below)} in folders inside class folders ({below[0]}/ ...), which count" if below else ""
+        return f"{self.source}: {counts}, {left_out}{deeper((self.train, self.val, self.test), self.classes)}"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -401,13 +391,7 @@ def _folder(source: str, path: Path | None, early: bool) -> Dataset:
     for part, folder in parts.items():
         folders = class_folders(folder)
         if not folders:
-            files = len(pictures_below(folder, Counter()))
-            raise InputError(
-                f"{folder}: no class folder",
-                got=f"{files} picture(s) directly in it" if files else "nothing",
-                expected="one folder for each class: by its name this folder is a part of the data",
-                fix=f"rename {folder.name}/ if it is a class" if files else None,
-            )
+            raise no_class_folder(folder)
         check_depth(folder, folders)
         leave_out_files(folder, left_out)
         names[part] = {f.name for f in folders}
