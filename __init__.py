@@ -8,6 +8,12 @@ imported by its whole name: `from cdl_edge.train.config import TrainConfig`.
 
 from __future__ import annotations
 
+import os
+
+# ONNX Runtime from 1.29 on tells its makers of every model that is loaded: a number for this machine, the names and
+# hashes of the graph. It looks at this when it is imported, so it is said before. "0" leaves it on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # By whole names, for pytest imports this file a second time, under the name of the folder that it lies in.
 # A package puts its name into its parent once, when it is first loaded. So these are loaded first (they hold nothing
 # but a docstring), and the functions get their names behind them, for good.

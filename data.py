@@ -24,11 +24,12 @@ from .folders import (
     class_folders,
     find_parts,
     leave_out_files,
+    no_class_folder,
     pictures_below,
     reasons,
 )
 from .images import EXTENSIONS
-from .splits import Decoded, Split, joined
+from .splits import Decoded, Split, deeper, joined
 
 __all__ = (
     "Dataset",
@@ -132,7 +133,8 @@ class Dataset:
             how = f" ({called}/)"
         test = "" if self.test is None else f", {len(self.test)} in {self.parts['test']}/ kept apart"
         counts = f"{len(self.classes)} classes, {len(self.train)} train, {len(self.val)} validation{how}{test}"
-        return f"{self.source}: {counts}, {sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
+        left_out = f"{sum(self.left_out.values())} left out {reasons(self.left_out)}".strip()
+        return f"{self.source}: {counts}, {left_out}{deeper((self.train, self.val, self.test), self.classes)}"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -379,7 +381,7 @@ def _folder(source: str, path: Path | None, early: bool) -> Dataset:
     for part, folder in parts.items():
         folders = class_folders(folder)
         if not folders:
-            raise InputError(f"{folder}: no class folder", expected="one folder for each class")
+            raise no_class_folder(folder)
         check_depth(folder, folders)
         leave_out_files(folder, left_out)
         names[part] = {f.name for f in folders}

@@ -138,6 +138,17 @@ def find_parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
     return parts
 
 
+def no_class_folder(part: Path) -> InputError:
+    """The error for a part of the data that holds pictures alone, or nothing."""
+    pictures = len(pictures_below(part, Counter()))
+    return InputError(
+        f"{part}: no class folder",
+        got=f"{pictures} picture(s) directly in it" if pictures else "nothing",
+        expected="one folder for each class: by its name this folder is a part of the data",
+        fix=f"rename {part.name}/ if it is a class" if pictures else None,
+    )
+
+
 def check_depth(root: Path, classes: list[Path]) -> None:
     """Raises: InputError where no class folder holds a picture itself, and folders in them do: one level too high."""
     if not classes or any(map(_has_pictures_itself, classes)):

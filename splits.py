@@ -174,6 +174,18 @@ def joined(splits: Sequence[Split]) -> Split:
     return Split([item for s in splits for item in s.items], labels)
 
 
+def deeper(parts: Sequence[Split | None], classes: Sequence[str]) -> str:
+    """Say how many pictures lie in folders inside a class folder: they count as that class, wanted or not."""
+    below = sorted(
+        f"{classes[label]}/{path.parent.name}"
+        for part in parts
+        if part is not None and not isinstance(part.items, np.ndarray)
+        for path, label in zip(part.items, part.labels.tolist(), strict=True)
+        if path.parent.name != classes[label]
+    )
+    return f"; {len(below)} in folders inside class folders ({below[0]}/ ...), which count" if below else ""
+
+
 def copies(train: Split, val: Split) -> str | None:
     """A warning where validation pictures are training pictures too, to the byte; None where none is."""
     both = train.digests.keys() & val.digests.keys() - {"unreadable"}

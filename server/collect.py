@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import threading
 import time
 from collections import deque
@@ -120,7 +121,8 @@ class Collection:
                 if any(scene.same(other) for other in self._scenes):
                     return
             if not self._make_room(len(content)):
-                return
+                raise OSError(f"there is room for no more, and all were sorted: move folders of {self.sorted} away")
+            self.new.mkdir(mode=0o700, exist_ok=True)
             now = time.gmtime()
             suffix = _SUFFIXES.get(content[:2], "img")
             name = f"{time.strftime('%Y%m%dT%H%M%S', now)}-{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
@@ -133,7 +135,7 @@ class Collection:
                 self._kept[name] = Kept(path, scene, len(content), answer)
                 self._scenes.append(scene)
             self._failed = ""
-        except OSError as error:  # no answer waits for this, and none fails with it
+        except (OSError, InputError) as error:  # no answer waits for this, and none fails with it
             if self._failed != str(error):
                 LOG.warning(f"{self.folder}: a picture could not be kept: {error}")
             self._failed = str(error)
@@ -143,7 +145,7 @@ class Collection:
 
     def _make_room(self, size: int) -> bool:
         """Let the oldest go until one more fits; False where all room is taken by what was sorted."""
-        sorted_ = [p.stat().st_size for p in self.sorted.glob("*/*") if p.is_file()]
+        sorted_ = [size for sizes in self._sorted().values() for size in sizes]
         while True:
             with self._lock:
                 kept = list(self._kept.values())
@@ -158,20 +160,32 @@ class Collection:
         """{"pictures": [{"id", "bytes", and the answer}], newest first, "sorted": {class: pictures}, "bytes"}."""
         with self._lock:
             kept = sorted(self._kept.values(), key=lambda k: k.path.name, reverse=True)
-        folders = sorted(p for p in self.sorted.iterdir() if p.is_dir() and not p.name.startswith("."))
-        files = {folder.name: [p for p in folder.iterdir() if not p.name.startswith(".")] for folder in folders}
-        size = sum(k.bytes for k in kept) + sum(p.stat().st_size for inside in files.values() for p in inside)
+        classes = self._sorted()
         return {
             "pictures": [{"id": k.path.name, "bytes": k.bytes, **k.answer} for k in kept],
-            "sorted": {name: len(inside) for name, inside in files.items() if inside},
-            "bytes": size,
+            "sorted": {name: len(sizes) for name, sizes in classes.items()},
+            "bytes": sum(k.bytes for k in kept) + sum(map(sum, classes.values())),
             "most_bytes": MOST_BYTES,
             "most_pictures": MOST_PICTURES,
         }
 
+    def _sorted(self) -> dict[str, list[int]]:
+        """Class -> bytes of each of its pictures, as they lie there now: people take them, and the folders, away."""
+        found: dict[str, list[int]] = {}
+        for path in sorted(self.sorted.glob("*/*")):
+            if path.name.startswith(".") or path.parent.name.startswith("."):
+                continue
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                if stat.S_ISREG(about.st_mode):
+                    found.setdefault(path.parent.name, []).append(about.st_size)
+        return found
+
     def read(self, id: str) -> bytes:
         """One picture. Raises: InputError for one that is not there."""
-        return self._of([id])[0].path.read_bytes()
+        (kept,) = self._of([id])
+        with writable(kept.path):
+            return kept.path.read_bytes()
 
     def sort(self, ids: Iterable[str], name: str) -> int:
         """Move pictures into the folder of a class; returns how many. Raises: InputError, as `read`, for a bad name."""
@@ -179,6 +193,7 @@ class Collection:
         check_folder(name)
         chosen = self._of(ids)
         with writable(self.sorted):
+            self.sorted.mkdir(mode=0o700, exist_ok=True)
             (self.sorted / name).mkdir(mode=0o700, exist_ok=True)
             for kept in chosen:
                 os.replace(kept.path, self.sorted / name / kept.path.name)
@@ -201,6 +216,10 @@ class Collection:
     def _of(self, ids: Iterable[str]) -> list[Kept]:
         with self._lock:
             found = {id: self._kept.get(id) for id in ids}
+        for id, kept in found.items():
+            if kept is not None and not kept.path.is_file():  # somebody took it away
+                self._forget(kept)
+                found[id] = None
         missing = [id for id, kept in found.items() if kept is None]
         if missing:
             raise InputError("no such picture", got=repr(missing[0][:100]), expected="an id of GET /collected")

@@ -97,12 +97,14 @@ def frames(
             if number == 0:
                 raise InputError(f"{source.name}: no frame in it", got="the end", expected="a video", fix="play it")
             return
-        if lost_at is None:
-            lost_at = clock()
-            say(f"{source.name}: lost after {number} frame(s); looking for it again")
+        told = lost_at is not None
+        lost_at = clock() if lost_at is None else lost_at
         while True:
             if pause(wait_s):
                 return
+            if not told:  # behind the wait: a source that was told to stop is not lost
+                say(f"{source.name}: lost after {number} frame(s); looking for it again")
+                told = True
             wait_s = min(2 * wait_s, LONGEST_S)
             try:
                 opened = source.open()

@@ -53,6 +53,16 @@ def test_what_runs_on_a_device_is_imported_without_anything_heavy():
     assert done.stdout == "[]\n"
 
 
+def test_the_engine_sends_nothing_home(make_bundle, tmp_path):
+    """ONNX Runtime from 1.29 on reports every model unless it is told before it is imported."""
+    code = f"from cdl_edge.runtime import load; load({str(make_bundle().path)!r}, 'onnxruntime', threads=1).close()"
+    silent = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS")  # what would keep it quiet by itself
+    surroundings = {k: v for k, v in os.environ.items() if k not in silent} | {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code], env=surroundings, check=True, timeout=120)
+    assert list((tmp_path / "home").rglob("*")) == []
+
+
 @pytest.mark.slow
 def test_a_function_keeps_its_name_whatever_is_imported():
     """Five packages have the name of a command: importing one must not put it where the function is."""

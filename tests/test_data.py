@@ -427,6 +427,20 @@ def test_one_level_too_high(tmp_path, image_folder):
     refused(f"folder:{tmp_path / 'mine'}", "one level too high", "call the parts train/ and val/")
 
 
+def test_pictures_inside_of_inner_folders_are_told(tmp_path, image_folder, photo):
+    """One level too high, but for a stray picture: everything below would be one class without a word."""
+    image_folder(tmp_path / "photos", unsplit={"ant": 3, "bee": 3})
+    photo(tmp_path / "photos" / "stray.png", 9)
+    line = load_dataset(f"folder:{tmp_path}").line
+    assert line.endswith("0 left out; 6 in folders inside class folders (photos/ant/ ...), which count")
+    assert load_dataset(f"folder:{tmp_path / 'photos'}").line.endswith("1 left out (1 outside the class folders)")
+
+
+def test_classes_that_are_called_as_parts(tmp_path, image_folder):
+    image_folder(tmp_path, unsplit={"train": 3, "test": 2})
+    refused(f"folder:{tmp_path}", "train: no class folder", "3 picture(s) directly in it", "rename train/ if it is a c")
+
+
 def test_one_level_too_low(tmp_path, image_folder):
     image_folder(tmp_path, unsplit={"a": 2, "b": 2})
     refused(f"folder:{tmp_path / 'a'}", "no class folder", f"perhaps folder:{tmp_path}")

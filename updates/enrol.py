@@ -35,7 +35,7 @@ from .enrolment_checks import (
     left_out,
     losses,
 )
-from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures
+from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures, known_as
 from .enrolment_version import answers, base_of, build, features_of, head_of, made, present_head, statistics_of
 from .packs import REFUSED, create
 from .store import Store, locked, read_store
@@ -133,6 +133,7 @@ def _learn(
 ) -> _Learnt:
     """Compute the head with a class, and judge it. Raises: see `enrol`."""
     check_name(name)
+    name = known_as(name, store.bundle.classes)
     sources, skipped = named_pictures(images)
     LOG.info(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
     base = base_of(store)
@@ -190,6 +191,7 @@ def remove(bundle: Path | str, name: str, backend: str = "auto", threads: int | 
     Raises: InputError for a class that was not enrolled here, GateError for a self-test that is not passed.
     """
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        name = known_as(name, store.bundle.classes)
         enrolled = _known(store, name)
         base, images = base_of(store), len(enrolled.of_class(name))
         left = enrolled.without(name)
@@ -218,6 +220,7 @@ def rename(bundle: Path | str, old: str, new: str, backend: str = "auto", thread
     """
     check_name(new)
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
+        old, new = (known_as(name, store.bundle.classes) for name in (old, new))
         enrolled, base = _known(store, old), base_of(store)
         if old in base.classes:
             raise InputError(

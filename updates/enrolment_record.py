@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ KEPT_BYTES = 256 << 20
 "of the pictures that are kept beside the enrolments of one bundle"
 LONGEST = 200
 "characters of a class's name"
+LONGEST_FOLDER = 255
+"bytes of a name, of most filesystems"
 _SUFFIXES = {"JPEG": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "HEIF": "heic"}
 "of formats whose name is no suffix"
 Source = Path | str | bytes | np.ndarray
@@ -97,7 +100,7 @@ class Enrolled:
 
 def check_name(name: str) -> None:
     """Raises: InputError for what cannot be the name of a class."""
-    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST:
+    if not name or name != name.strip() or not name.isprintable() or len(name) > LONGEST or "\ufffd" in name:
         raise InputError(
             "this cannot be the name of a class",
             got=repr(name)[:LONGEST],
@@ -105,12 +108,22 @@ def check_name(name: str) -> None:
         )
 
 
+def known_as(name: str, classes: Sequence[str]) -> str:
+    """The class of that name as it is spelt here, else the name: an accent may be a character of its own, or not.
+
+    The two look the same, and file systems and keyboards differ in which one they give.
+    """
+    plain = unicodedata.normalize("NFC", name)
+    return next((known for known in classes if unicodedata.normalize("NFC", known) == plain), plain)
+
+
 def check_folder(name: str) -> None:
     """Raises: InputError for the name of a class that no folder of pictures can have."""
-    if PurePosixPath(name).name != name or name in ("..",) or hidden(name) or "\\" in name:
+    too_long = len(name.encode("utf-8")) > LONGEST_FOLDER
+    if PurePosixPath(name).name != name or name in ("..",) or hidden(name) or "\\" in name or too_long:
         raise InputError(
             f"class {name!r}: no folder of pictures can have this name",
-            expected="a name without / and \\ that does not begin with a dot",
+            expected=f"a name without / and \\ that does not begin with a dot, {LONGEST_FOLDER} bytes at most",
             fix="give the class another one first: cdl-edge enrol rename BUNDLE OLD NEW",
         )
 

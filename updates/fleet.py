@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..artefacts.bundle import Bundle
 from ..errors import InputError
 from ..files import sha256, writable
 from ..log import LOG
 from .packfile import MAX_BYTES, open_pack
 from .packs import REFUSED, install
 from .registry import MANIFEST_TYPE, Place, Registry
-from .store import read_store
+from .store import State, read_store
 
 PACK_TYPE = "application/vnd.cdl-edge.pack.v1"
 LAYER_TYPE = f"{PACK_TYPE}+zip"
@@ -166,21 +167,19 @@ def pull(
             expected="packs that were sent by `cdl-edge pack push`",
             fix="check the name of the repository",
         )
-    base = opened.manifest.enrolled_on or state.current
-    if not any(base in (step.base, step.target) for step in known):
+    if not {*_bases(opened, state)} & {version for step in known for version in (step.base, step.target)}:
         raise InputError(
             f"{place}: no pack there is for the version that runs, or makes it",
-            got=f"{base} runs in {bundle}",
+            got=f"{' on '.join(_bases(opened, state))} runs in {bundle}",
             expected=f"one of {', '.join(list(dict.fromkeys(s.base for s in known))[-8:])}",
             fix="check the name of the repository; or push a pack from that version",
         )
     first, done = state.current, []
-    if way(known, base, state.sequence):
+    if _way_on(known, opened, state):
         with _folder(bundle) as folder:
-            while steps := way(known, base, state.sequence):
+            while steps := _way_on(known, opened, state):
                 done.append(_step(registry, steps[0], len(steps), folder, bundle, public_key, backend, threads))
                 opened, state = read_store(bundle)
-                base = opened.manifest.enrolled_on or state.current
     return {
         "bundle": str(bundle),
         "repository": str(place),
@@ -189,6 +188,16 @@ def pull(
         "sequence": state.sequence,
         "steps": done,
     }
+
+
+def _bases(opened: Bundle, state: State) -> list[str]:
+    """The versions whose packs `install` takes: the one that runs, and what its classes were enrolled on."""
+    return [v for v in (state.current, opened.manifest.enrolled_on) if v is not None]
+
+
+def _way_on(known: list[Step], opened: Bundle, state: State) -> list[Step]:
+    """The best way from one of them."""
+    return max((way(known, base, state.sequence) for base in _bases(opened, state)), key=_rank)
 
 
 def _step(

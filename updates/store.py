@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..artefacts.bundle import CURRENT, VERSIONS, Bundle, open_bundle
 from ..artefacts.layout import MANIFEST
 from ..artefacts.manifest import Manifest, canonical
 from ..errors import InputError
-from ..files import atomic_file
+from ..files import atomic_file, sha256
 from .keys import Keys
 
 SCHEMA = 2
@@ -104,11 +104,18 @@ class Store:
                 versions.rmdir()
             return
         for name in self.state.left:
-            (self.path / name).unlink(missing_ok=True)
+            if self._kept_too(name):
+                (self.path / name).unlink(missing_ok=True)
             for parent in list((self.path / name).parents)[: name.count("/")]:
                 if parent.is_dir() and not any(parent.iterdir()):
                     parent.rmdir()
         self._settle(replace(self.state, left=()))
+
+    def _kept_too(self, name: str) -> bool:
+        """Whether a file beside the versions is one of theirs; another one was put there by somebody, and stays."""
+        path = self.path / name
+        others = [o for v in self.state.versions if (o := self.folder(v.version) / name).is_file()]
+        return path.is_file() and any(o.samefile(path) or sha256(o) == sha256(path) for o in others)
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
@@ -208,12 +215,14 @@ class Store:
                 fix="move the bundle to one",
             ) from error
         os.replace(link_path, self.path / CURRENT)
-        _sync(self.path)
-        self.plain = False
-        self._settle(after)
-        for entry in (self.path / VERSIONS).iterdir():
-            if _OURS.fullmatch(entry.name) and entry.name not in {v.version for v in after.versions}:
-                shutil.rmtree(entry)
+        # What follows is tidying up: the state as it was written holds now, and no full disk may say otherwise.
+        self.plain, self.state = False, after
+        with suppress(OSError, InputError):
+            _sync(self.path)
+            for entry in (self.path / VERSIONS).iterdir():
+                if _OURS.fullmatch(entry.name) and entry.name not in {v.version for v in after.versions}:
+                    shutil.rmtree(entry)
+            self._settle(after)
 
     def _settle(self, state: State) -> None:
         """Write a state that holds now, with nothing to come."""

@@ -5,6 +5,7 @@
 // Exit codes: 0 done, 1 the self-test fails, 2 bad input. --json: a line with the logits for each picture.
 // --pixels: the bytes that the graph would get, to be compared with `bundle.preprocessing.read` of Python.
 
+#include <cstdlib>
 #include <cstring>
 #include <iostream>
 #include <map>
@@ -159,6 +160,7 @@ int main(int count, char** words) try {
         else if (word == "--pixels") as_pixels = true;
         else files.push_back(word);
     }
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // the engine would tell its makers of every model
     if (files.empty()) throw std::runtime_error("usage: classify BUNDLE [--json | --pixels] IMAGE...");
     fs::path folder = files.front();
     if (fs::is_symlink(folder / "current")) folder /= "current";  // packs were installed: the version that runs

@@ -167,6 +167,41 @@ def test_pictures_that_are_not_there(made, id):
             do(id)
 
 
+def test_pictures_and_folders_that_somebody_took_away(made, colours, tmp_path):
+    """All of it was a trace: the folder of sorted pictures is there to be taken to a training."""
+    collection = made()
+    offer(collection, colours, scenes(4))
+    ids = [p["id"] for p in collection.listed()["pictures"]]
+    collection.sort(ids[:1], "mug")
+    (collection.sorted / "mug" / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert collection.listed()["sorted"] == {"mug": 1}
+    (collection.new / ids[1]).unlink()
+    for ask in (collection.read, lambda id: collection.sort([id], "mug"), lambda id: collection.discard([id])):
+        with pytest.raises(InputError, match="no such picture"):
+            ask(ids[1])
+    assert ids[1] not in [p["id"] for p in collection.listed()["pictures"]]
+    collection.sorted.rename(tmp_path / "taken")
+    assert collection.listed()["sorted"] == {}
+    assert collection.sort(ids[2:3], "cup") == 1 and collection.listed()["sorted"] == {"cup": 1}
+
+
+def test_the_folder_of_new_pictures_comes_back(made, colours):
+    collection = made()
+    collection.new.rmdir()
+    offer(collection, colours, scenes(1))
+    assert len(collection.listed()["pictures"]) == 1
+
+
+def test_no_room_beside_what_was_sorted_is_said(tmp_path, colours, monkeypatch, said):
+    monkeypatch.setattr(collect, "MOST_PICTURES", 1)
+    collection = Collection(tmp_path / "kept")
+    (collection.sorted / "mug").mkdir()
+    (collection.sorted / "mug" / "1.png").write_bytes(b"x")
+    offer(collection, colours, scenes(2))
+    assert len(said) == 1 and "all were sorted: move folders of" in said[0]
+    assert collection.listed()["pictures"] == []
+
+
 def test_a_full_disk_fails_no_answer(tmp_path, colours, monkeypatch, said):
     collection = Collection(tmp_path / "kept")
 

@@ -282,6 +282,21 @@ def test_a_picture_that_was_enrolled_before_is_refused(device):
     assert [e["images"] for e in enrolments(device)] == [4]
 
 
+def test_an_accent_makes_no_second_class(make_teachable, colours):
+    """In two characters or in one: both look the same, and were two classes."""
+    device, one, two = make_teachable(), "th\xe9", "the\u0301"
+    yellow, purple = (colours.pictures(c, 8) for c in ((220, 220, 40), (140, 40, 160)))
+    enrol(device, two, yellow[:4], threads=1)
+    assert enrol(device, one, yellow[4:], threads=1)["new_class"] is False
+    assert {e["name"] for e in enrolments(device)} == {one}
+    enrol(device, "tea", purple, threads=1)
+    with pytest.raises(InputError, match="there is a class"):
+        module.rename(device, "tea", two, threads=1)
+    assert remove(device, two, threads=1)["images"] == 8
+    with pytest.raises(InputError, match="cannot be the name"):
+        enrol(device, "th\ufffd", yellow, threads=1)
+
+
 def test_a_loss_of_the_others_is_refused(device, contents, monkeypatch):
     before = contents(device)
     worse = {"selftest": {"images": 4, "changed": 1, "drop": 25.0}, "means": {"drop": 0.0}}

@@ -17,6 +17,7 @@ from cdl_edge.artefacts.bundle import open_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.log import told
 from cdl_edge.updates import fleet, packs, registry
+from cdl_edge.updates.enrol import enrol
 from cdl_edge.updates.fleet import PULLED, Step, pull, push, way
 from cdl_edge.updates.packs import create, install, rollback
 from cdl_edge.updates.registry import Place
@@ -384,3 +385,19 @@ def test_what_is_no_repository(text):
     with pytest.raises(InputError, match="names no repository") as caught:
         Place.of(text)
     assert "REGISTRY/REPOSITORY" in str(caught.value)
+
+
+def test_from_an_enrolled_version_to_the_next(make_teachable, make_registry, colours, tmp_path):
+    """It was called the newest there, although the next pack is for it, and `install` takes that."""
+    first, device = make_teachable("first"), tmp_path / "other"
+    shutil.copytree(first, device)
+    to, made = f"{make_registry().at}/fruit/camera", [first]
+    for number, (name, colour) in enumerate({"lemon": (220, 220, 40), "plum": (140, 40, 160)}.items(), 1):
+        made.append(Path(shutil.copytree(made[-1], tmp_path / name, symlinks=True)))
+        enrol(made[-1], name, colours.pictures(colour, 6), threads=1)
+        pack = tmp_path / f"{name}.pack"
+        create(made[-2], made[-1], pack, sequence=2_000_000_000 + number)
+        push(pack, to)
+    done = pull(to, device, threads=1)
+    assert len(done["steps"]) == 2 and version(device) == version(made[-1])
+    assert pull(to, device, threads=1)["steps"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -189,6 +190,41 @@ def test_files_that_are_not_ours_stay(device):
     assert (bundle / "notes.txt").read_text() == "mine"
     assert (bundle / VERSIONS / "notes.txt").read_text() == "mine too"
     assert not (bundle / MANIFEST).exists()
+
+
+def test_what_somebody_puts_in_place_of_the_plain_files_stays(device):
+    """A newer bundle that was copied over a store, say: the next command removed it without a word."""
+    bundle = prepared(device, 0, "device")
+    install(device.packs[0], bundle, threads=1)
+    mine = [MANIFEST, "prompts.bin"]
+    for name in mine:
+        (bundle / name).unlink()
+        (bundle / name).write_bytes(b"mine")
+    install(device.packs[1], bundle, threads=1)
+    assert [(bundle / name).read_bytes() for name in mine] == [b"mine", b"mine"]
+    assert not (bundle / "student.onnx").exists() and check(bundle, device, (2,)) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_after_the_rename_nothing_fails_any_more(device, monkeypatch, number):
+    """A full disk then made it say that nothing had changed, and the new version ran."""
+    bundle = prepared(device, 1, "device")
+    replace, late = os.replace, []
+
+    def full(source, target):
+        if late and Path(target).name == STATE:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+        if Path(target).name == CURRENT:
+            late.append(target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        done = install(device.packs[1], bundle, threads=1)
+    assert late and done["version"] == device.names[2] and check(bundle, device, (2,)) == 2
+    assert [v["version"] for v in listed(bundle)][-1] == device.names[2]
+    assert rollback(bundle, threads=1)["version"] == device.names[1]
+    assert check(bundle, device, (1,)) == 1
 
 
 def test_a_store_that_lost_its_past_runs_but_takes_nothing(device, contents):
