@@ -100,7 +100,7 @@ function form() {
 
 async function judge() {
   const name = $("teach-name").value.trim();
-  $("teach-count").replaceChildren(tray.length ? `${tray.length} of ${GOOD} pictures` : element("span", { className: "note", textContent: "No picture yet." }));
+  $("teach-count").replaceChildren(tray.length ? `${tray.length}${tray.length > GOOD ? "" : ` of ${GOOD}`} pictures` : element("span", { className: "note", textContent: "No picture yet." }));
   $("teach-go").disabled = tray.length === 0 || !name;
   if (judging) {
     stale = true;
@@ -283,8 +283,9 @@ async function gallery() {
   const mebibytes = (bytes) => (bytes && bytes < 104858 ? "less than 0.1" : (bytes / 1048576).toFixed(1));
   $("gallery-note").textContent = `Pictures that got no sure answer: ${found.pictures.length}. With the sorted ones they take ` +
     `${mebibytes(found.bytes)} of ${(found.most_bytes / 1048576).toFixed(0)} MiB.`;
+  const before = chosen();
   $("gallery-pictures").replaceChildren(...found.pictures.map((picture) => {
-    const box = element("input", { type: "checkbox", value: picture.id });
+    const box = element("input", { type: "checkbox", value: picture.id, checked: before.includes(picture.id) });
     box.addEventListener("change", choose);
     const image = element("img", { alt: picture.label });
     lookAt(picture.id, image);
