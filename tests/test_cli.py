@@ -108,7 +108,7 @@ def choices(text):
     return [w.strip() for w in re.split(r"[:\[]", text)[0].split("|")]
 
 
-def test_help_names_exactly_what_there_is():
+def test_help_names_exactly_what_there_is(cli):
     # A flaw that recurs even in good projects: help that has gone stale.
     from cdl_edge.train.config import AUGMENTATIONS, KD_HEADS, PRECISIONS, QUERIES, TrainConfig
     from cdl_edge.train.distill import DISTILLERS, Distiller
@@ -122,7 +122,11 @@ def test_help_names_exactly_what_there_is():
     assert choices(help_of("train", "precision")[: help_of("train", "precision").index(",")]) == list(PRECISIONS)
     assert choices(help_of("train", "augment")) == list(AUGMENTATIONS)
     assert choices(help_of("train", "kd-head")) == choices(help_of("sweep", "kd-head")) == list(KD_HEADS)
-    assert choices(help_of("pretrain", "arch")) == [*HYBRIDS, *ARCHITECTURES]
+    arch = [*HYBRIDS, *ARCHITECTURES]
+    assert choices(help_of("pretrain", "arch")) == arch
+    cli("pretrain", "--data", "digits", "--arch", "vit", "--out", "x").assert_refused(
+        "one of " + ", ".join(sorted(arch))
+    )
     assert help_of("train", "tasks").endswith("[default: 1]")
     defaults = TrainConfig("digits", "x").to_json()
     for option in ("learner", "distill", "query", "epochs", "batch-size", "learning-rate", "alpha"):
@@ -209,7 +213,9 @@ def test_bad_training_input_writes_nothing(cli, tmp_path, options, words):
 
 
 def test_what_is_missing_is_named(cli, tmp_path):
-    cli("train", "--out", tmp_path / "run").assert_refused("a training option is missing", "data")
+    cli("train", "--out", tmp_path / "run").assert_refused(
+        "a training option is missing", "no data", "--data folder:PATH"
+    )
     cli("train", "--data", "digits").assert_refused("out")
 
 
