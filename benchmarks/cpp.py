@@ -75,7 +75,7 @@ def main() -> None:
     pictures = [str(p) for p in sorted(arguments.photos.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     pictures = (pictures * arguments.count)[: arguments.count]
     predict = [sys.executable, "-m", "cdl_edge.cli", "predict", "--threads", "1", "--precision", "fp32"]
-    ways = {"cpp": [arguments.program], "predict": predict, "loop": [sys.executable, "-c", LOOP]}
+    ways = {"cpp": [arguments.program, "--threads=1"], "predict": predict, "loop": [sys.executable, "-c", LOOP]}
     calls = {
         (name, count): partial(
             subprocess.run, [*words, arguments.bundle, *pictures[:count]], check=True, capture_output=True

@@ -5,6 +5,7 @@
 // Exit codes: 0 done, 1 the self-test fails, 2 bad input. --json: a line with the logits for each picture.
 // --pixels: the bytes that the graph would get, to be compared with `bundle.preprocessing.read` of Python.
 
+#include <cstdlib>
 #include <cstring>
 #include <iostream>
 #include <map>
@@ -30,10 +31,11 @@ public:
     json manifest;
     Preprocessing preprocessing;
 
-    explicit Student(const fs::path& folder)
+    Student(const fs::path& folder, int threads)
         : manifest(json::parse(read_file(folder / "manifest.json"))), preprocessing(manifest["input"]["preprocessing"]),
           session_(nullptr) {
         Ort::SessionOptions options;
+        if (threads) options.SetIntraOpNumThreads(threads);
         const fs::path graph = folder / manifest["graphs"]["student"].get<std::string>();
         session_ = Ort::Session(environment_, graph.c_str(), options);
         images_ = manifest["input"].value("name", "images");
@@ -154,16 +156,18 @@ bool proves_itself(Student& student, const fs::path& folder) {
 int main(int count, char** words) try {
     std::vector<std::string> arguments(words + 1, words + count), files;
     bool as_json = false, as_pixels = false;
+    int threads = 0;  // as many as ONNX Runtime takes
     for (const auto& word : arguments) {
         if (word == "--json") as_json = true;
         else if (word == "--pixels") as_pixels = true;
+        else if (word.rfind("--threads=", 0) == 0) threads = std::max(0, std::atoi(word.c_str() + 10));
         else files.push_back(word);
     }
-    if (files.empty()) throw std::runtime_error("usage: classify BUNDLE [--json | --pixels] IMAGE...");
+    if (files.empty()) throw std::runtime_error("usage: classify BUNDLE [--json | --pixels] [--threads=N] IMAGE...");
     fs::path folder = files.front();
     if (fs::is_symlink(folder / "current")) folder /= "current";  // packs were installed: the version that runs
     folder = fs::canonical(folder);
-    Student student(folder);
+    Student student(folder, threads);
     if (!proves_itself(student, folder)) {
         std::cerr << "failed: this machine does not compute what the student computed\n";
         return 1;
