@@ -477,7 +477,7 @@ def test_profile_compare(cli, bundle, tmp_path):
     slower["end_to_end_ms"] = [4 * ms for ms in slower["end_to_end_ms"]]
     b.write_text(json.dumps(slower))
     assert cli("profile", "compare", a, b, "--floor", "0.1").out.splitlines()[2] == "B: slower"
-    cli("profile", "compare", a, tmp_path / "none.json").assert_refused("no latency report")
+    cli("profile", "compare", a, tmp_path / "none.json").assert_refused("no latency report", "No such file")
     assert "A B" in cli("profile", "compare", "--help").out.splitlines()[0]
     assert "profile compare A B" in cli("profile", "--help").out
 
