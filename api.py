@@ -83,9 +83,9 @@ def pretrain(
 
     threads: see limit_threads.
     """
-    from .errors import InputError
+    from .errors import InputError, choose
     from .train.hybrid import HYBRIDS, HybridConfig, pretrain_hybrid
-    from .train.pretrain import PretrainConfig
+    from .train.pretrain import ARCHITECTURES, PretrainConfig
     from .train.pretrain import pretrain as run
 
     given = {
@@ -103,6 +103,7 @@ def pretrain(
         "seed": seed,
     }
     options: dict[str, Any] = {k: v for k, v in given.items() if v is not None and v is not False}
+    choose("architecture", arch, [*ARCHITECTURES, *HYBRIDS])
     config: Any = HybridConfig if arch in HYBRIDS else PretrainConfig
     known = config.__dataclass_fields__
     if odd := [k for k in options if k not in known]:

@@ -39,11 +39,12 @@ def cli() -> None:
     """From a folder of photographs to a small, fast classifier on an edge device.
 
     \b
-    train      teacher and student, task by task            images  -> RUN
+    train      the student (and a teacher), task by task    images  -> RUN
     sweep      many trainings and their comparison          images  -> table
     export     the student as a static graph, proven equal  RUN     -> BUNDLE
     calibrate  8 bits, without the images of earlier tasks  BUNDLE  -> BUNDLE
     predict, evaluate, profile, report, serve, watch        BUNDLE  -> answers
+    enrol      a new class from ten pictures, on the device BUNDLE  -> BUNDLE
     pack       updates of a bundle, in kilobytes            BUNDLE  -> PACK -> BUNDLE
 
     Start with `cdl-edge quickstart`. Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.

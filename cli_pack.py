@@ -103,7 +103,7 @@ def _installed(bundle: Path, result: dict[str, Any]) -> str:
 def _trusted(keys: dict[str, Any]) -> str:
     """In one line, by their first digits."""
     revoked = f", revoked {', '.join(k[:16] for k in keys['revoked'])}" if keys["revoked"] else ""
-    return f"keys {', '.join(k[:16] for k in keys['trusted']) or 'none: signatures are not checked'}{revoked}"
+    return f"keys: {', '.join(k[:16] for k in keys['trusted']) or 'none: signatures are not checked'}{revoked}"
 
 
 @pack.command("push")

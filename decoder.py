@@ -87,8 +87,7 @@ class Picture:
     def __init__(self, source: Path | str | bytes) -> None:
         self.name = "the image" if isinstance(source, bytes) else str(source)
         self._shrunk = 1
-        with self._reading():
-            self._stream: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        self._stream: IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else self._opened(source)
         try:
             with self._reading():
                 self._bytes = self._stream.seek(0, io.SEEK_END)
@@ -171,6 +170,18 @@ class Picture:
             return result
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _opened(self, path: Path | str) -> IO[bytes]:
+        """The file, before anything is read of it."""
+        try:
+            return open(path, "rb")
+        except FileNotFoundError as error:
+            raise UnreadableImage(f"{self.name}: no such file", fix="check the path") from error
+        except IsADirectoryError as error:
+            raise UnreadableImage(f"{self.name}: a folder", expected="one picture") from error
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            got = getattr(error, "strerror", None) or str(error)
+            raise UnreadableImage(f"{self.name}: cannot be opened", got=got, fix="check the file") from error
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

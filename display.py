@@ -76,8 +76,8 @@ def forgetting_line(student: SideResult) -> str | None:
     if joint is None:
         return None
     return (
-        f"forgetting {student.forgetting:.2f} points; the same head made from all images at once: {joint:.2f}, "
-        "which comes with more classes alone"
+        f"forgetting {student.forgetting:.2f} points; the same head, made from all images at once, has {joint:.2f}: "
+        "so much comes from more classes to choose among"
     )
 
 

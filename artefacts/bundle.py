@@ -175,9 +175,12 @@ class Bundle:
         """Name of the file of one of the graphs. Raises: InputError when the bundle has no such graph."""
         graphs = self.manifest.graphs
         if name not in graphs:
-            raise InputError(
-                f"{self.path}: the bundle has no graph {name!r}", got=", ".join(graphs), fix="name one of these"
-            )
+            fix = "name one of these"
+            if ".int8" in name:
+                fix = "8-bit graphs are added by: cdl-edge calibrate BUNDLE --out NEW"
+            elif name.endswith(".fp16"):
+                fix = "fp16 graphs are in bundles of: cdl-edge export RUN --profile trt10 --out NEW"
+            raise InputError(f"{self.path}: the bundle has no graph {name!r}", got=", ".join(graphs), fix=fix)
         return graphs[name]
 
 
@@ -188,7 +191,7 @@ def foreign(path: Path) -> str | None:
     are not there again after a new export.
     """
     if (path / CURRENT).is_symlink() or (path / VERSIONS).exists():
-        return "a store with versions and a pinned key: make a pack, or export to another path"
+        return "a store of versions: make a pack, or export to another path"
     try:
         listed = {MANIFEST, *open_bundle(path).manifest.files}
     except InputError as error:

@@ -2,9 +2,10 @@
 
     python benchmarks/watch.py [--bundle BUNDLE | --vit tiny] [--frames 150] [--rounds 8] [--policy exact] [--fourcc F]
 
-Three calls over the same video, in an order drawn anew each round (see rounds.py): decoding it alone, computing as many
-frames that are decoded and scaled already, and watching it. The share is the slower of the two alone over watching,
-within a round: 1 where decoding, scaling and computing overlap wholly. The last line of stdout is JSON.
+Four calls over the same video, in an order drawn anew each round (see rounds.py): decoding it alone, computing as many
+frames that are decoded and scaled already, watching it, and the loop that one writes without `watch`: OpenCV reads and
+scales, ONNX Runtime computes, one after the other. The share is the slower of the two alone over watching, within a
+round: 1 where decoding, scaling and computing overlap wholly. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rounds import machine, race, ratio, version_of
+from rounds import Ratio, machine, race, ratio, version_of
 
+from cdl_edge.artefacts.bundle import Bundle
 from cdl_edge.runtime.policy import Selector, open_policy
 from cdl_edge.streams.video import opencv, opened_by_opencv
 from cdl_edge.streams.watch import source_of, watch
@@ -58,6 +60,27 @@ def decode(path: Path) -> None:
     capture.release()
 
 
+def loop(path: Path, session: Any, size: int) -> int:
+    """What one writes without `watch`; the whole frame is squashed to the graph's size, not cut as training did."""
+    cv2, count = opencv(), 0
+    video = cv2.VideoCapture(str(path))
+    while (shot := video.read())[0]:
+        frame = cv2.cvtColor(cv2.resize(shot[1], (size, size), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)
+        session.run(["logits"], {"images": frame[None]})[0].argmax()
+        count += 1
+    video.release()
+    return count
+
+
+def plain_session(bundle: Bundle) -> Any:
+    """The bundle's graph in ONNX Runtime, one thread, read from its file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(bundle.graph()), options, providers=["CPUExecutionProvider"])
+
+
 def measured(student: Selector, path: Path, count: int, rounds: int) -> dict[str, Any]:
     """Milliseconds a frame of the three, and the share with its interval."""
     student.close = lambda: None  # type: ignore[method-assign]  # it is watched with again and again
@@ -71,13 +94,16 @@ def measured(student: Selector, path: Path, count: int, rounds: int) -> dict[str
         source, newest = source_of(path, threads=1)
         assert sum(1 for _ in watch(student, source, source.open(), newest)) == count
 
-    times = race({"decode": lambda: decode(path), "compute": compute, "watch": watched}, rounds, warm_up=1)
+    session, size = plain_session(student.bundle), student.bundle.preprocessing.size
+    calls = {"decode": lambda: decode(path), "compute": compute, "watch": watched}
+    times = race({**calls, "loop": lambda: loop(path, session, size)}, rounds, warm_up=1)
     alone = np.maximum(times["decode"], times["compute"])
-    share = ratio(alone, times["watch"])
+    share, beside = ratio(alone, times["watch"]), ratio(times["watch"], times["loop"])
     return {
         "ms_a_frame": {name: float(np.median(ms)) / count for name, ms in times.items()},
         "share": {"median": share.median, "low": share.low, "high": share.high},
         "asked": SHARE,
+        "watch_over_loop": beside._asdict(),
     }
 
 
@@ -107,6 +133,7 @@ def main() -> None:
         grown = psutil.Process().memory_info().rss - before
     share, ms = found["share"], found["ms_a_frame"]
     print(f"{name}: decoding {ms['decode']:.1f} ms a frame, computing {ms['compute']:.1f}, watching {ms['watch']:.1f}")
+    print(f"a plain loop {ms['loop']:.1f} ms a frame; watching takes {Ratio(**found['watch_over_loop'])} of it")
     print(f"share {share['median']:.3f} ({share['low']:.3f} .. {share['high']:.3f}), asked {SHARE}")
     print(
         json.dumps(

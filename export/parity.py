@@ -10,6 +10,7 @@ import torch
 
 from ..data import Split
 from ..errors import GateError
+from ..heartbeat import at
 from ..runtime.runner import Runner
 from ..train.augment import Normalise
 from ..train.run import Run
@@ -47,6 +48,7 @@ def student_logits(run: Run, pixels: np.ndarray, classes: int) -> np.ndarray:
     normalise = Normalise(run.preprocessing, torch.device("cpu"))
     parts = []
     for start in range(0, len(pixels), CHUNK):
+        at(f"the trained student answers: {start:,} of {len(pixels):,} pictures")
         tokens = student.prepare(normalise(pixels[start : start + CHUNK]))
         parts.append(student.combine(student(tokens))[:, :classes].numpy())
     return np.concatenate(parts)

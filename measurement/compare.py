@@ -152,7 +152,8 @@ def _read(source: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:
         text = Path(source).read_text(encoding="utf-8").strip()
         report = json.loads(text if text.startswith("{") else (text.splitlines() or [""])[-1])
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: no latency report", got=str(error), expected=expected, fix=fix) from error
+        got = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{source}: no latency report", got=got, expected=expected, fix=fix) from error
     if not isinstance(report, dict):
         raise InputError(f"{source}: no latency report", got=type(report).__name__, expected=expected, fix=fix)
     return report

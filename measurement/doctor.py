@@ -226,6 +226,10 @@ def _purposes(root: Path) -> list[Check]:
     checks.append(_purpose("run on the CPU", [] if engines else ["onnxruntime"], "fail", "pip install onnxruntime"))
     checks += _gpu_purposes(root)
     checks.append(_purpose("serve", lacking["serve"], "ok", command("serve")))
+    # JetPack's OpenCV is no Python distribution: the module counts.
+    opencv = [] if importlib.util.find_spec("cv2") is not None else ["opencv-python-headless"]
+    mend = "sudo apt-get install python3-opencv" if jetson.on_jetson() else command("watch")
+    checks.append(_purpose("watch a camera or a video", opencv, "ok", mend))
     return [*checks, _purpose("sign packs, or check who signed", lacking["sign"], "ok", command("sign"))]
 
 

@@ -36,7 +36,7 @@ def verdict(metrics: Metrics) -> dict[str, Any]:
     gap = accuracy - other
     if metrics.config.get("learner") == "frozen":
         own = HEADS.get(str(metrics.config.get("head")), "learnt head").removesuffix(" head")
-        second = f"It is the frozen backbone with a {own} head: seconds, and nothing else was learnt."
+        second = f"It is the frozen backbone with a {own} head: nothing else was learnt."
         if other - accuracy >= 0.05:
             second = f"{second[:-1]}; with a {head} head it names {other:.1f} %."
         return {"sentences": [first, second], "good": None}

@@ -119,5 +119,5 @@ def check_admin(request: Request, token: str | None) -> None:
             401,
             "a token is needed",
             expected="Authorization: Bearer TOKEN",
-            fix="the server's first line names the file that holds it; see `serve --token`",
+            fix="the server says where it is kept when it starts; see `serve --token`",
         )

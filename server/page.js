@@ -4,6 +4,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEALTH_MS = 2000; // how often the state of the server is asked for
 const CAMERA_MS = 100; // at least between two pictures of the camera
 const CHART = 120; // answers in the chart
+const WITHOUT_PROMPTS = ["frozen", "finetune"]; // learners
 let model = null;
 let stream = null;
 let last = null; // the picture shown, to ask again about
@@ -44,6 +45,8 @@ async function ask(path, options = {}) {
 
 const milliseconds = (value) => (value === null || value === undefined ? "–" : `${value < 10 ? value.toFixed(2) : value.toFixed(1)} ms`);
 
+const counted = (n) => (n ? (n === 1 ? "1 answer" : `the last ${n} answers`) : "no answers");
+
 function percentile(values, share) {
   const sorted = [...values].sort((a, b) => a - b);
   return sorted.length ? sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] : null;
@@ -66,13 +69,13 @@ async function state() {
       `${model.runner.precision}, ${model.runner.threads} thread${model.runner.threads === 1 ? "" : "s"} · version ${model.version}`;
     $("p50").textContent = milliseconds(health.latency.p50_ms);
     $("p99").textContent = milliseconds(health.latency.p99_ms);
-    $("p-n").textContent = health.latency.n;
+    $("p-n").textContent = counted(health.latency.n);
     $("queue").textContent = health.in_flight;
     $("capacity").textContent = health.capacity;
     if (changed) {
       const chosen = $("task").value;
       $("task").replaceChildren(element("option", { value: "", textContent: "any" }));
-      for (let i = 0; i < model.tasks; i++) $("task").append(element("option", { value: i, textContent: i }));
+      for (let i = 0; i < model.tasks; i++) $("task").append(element("option", { value: i, textContent: i + 1 }));
       $("task").value = chosen < model.tasks ? chosen : "";
       classes();
       packs();
@@ -86,7 +89,7 @@ async function state() {
 async function classes() {
   const found = await ask("/classes").catch(() => ({ tasks: [] }));
   $("known").replaceChildren(...found.tasks.flatMap((task) => [
-    element("dt", { textContent: `Task ${task.task}` }),
+    element("dt", { textContent: `Task ${task.task + 1}` }),
     element("dd", { textContent: task.classes.join(", ") }),
   ]));
 }
@@ -114,8 +117,8 @@ async function classify(picture, type) {
 function show(answer, took) {
   const found = answer.predictions[0];
   const percent = (value) => `${(100 * value).toFixed(1)} %`;
-  const task = `task ${found.task} (${percent(found.task_posterior[found.task])})`;
-  const sure = element("span", { className: "note", textContent: `${percent(found.probability)} · ${task}` });
+  const task = `task ${found.task + 1} (${percent(found.task_posterior[found.task])})`;
+  const sure = element("span", { className: "note", textContent: `confidence ${percent(found.confidence)} · ${task}` });
   $("label").replaceChildren(found.label, " ", sure);
   if (found.unknown) {
     const doubt = element("span", { className: "badge warn", textContent: "looks like none of the classes" });
@@ -127,7 +130,7 @@ function show(answer, took) {
   times.push(took);
   if (times.length > CHART) times.shift();
   $("page-p50").textContent = milliseconds(percentile(times, 0.5));
-  $("page-n").textContent = times.length;
+  $("page-n").textContent = counted(times.length);
   chart();
   $("timing").textContent =
     `Here and back ${milliseconds(took)}, of which ${milliseconds(answer.ms.waited)} in the queue and ` +
@@ -150,8 +153,9 @@ function bar(name, share, text) {
 function prompts({ selected, weights }) {
   const selection = model ? model.selection : { kind: "none" };
   if (!selected.length) {
+    const none = model && WITHOUT_PROMPTS.includes(model.learner) ? "This student has no prompts." : "All prompts, for every picture.";
     $("prompts-note").textContent = "";
-    $("prompts").replaceChildren(element("p", { className: "note", textContent: "This learner uses all its prompts for every picture." }));
+    $("prompts").replaceChildren(element("p", { className: "note", textContent: none }));
     return;
   }
   const byBlock = selection.kind === "top-k";
@@ -177,9 +181,9 @@ function chart() {
   const points = times.map((t, i) => `${i ? "L" : "M"}${(i * step).toFixed(1)} ${height(t)}`);
   if (points.length === 1) points.push(`L6 ${height(times[0])}`);
   const floor = drawn("line", { x1: 0, x2: 600, y1: 79, y2: 79 });
-  $("chart-note").textContent = `· last ${times.length} answers on this page, up to ${milliseconds(high)}`;
+  $("chart-note").textContent = `· ${counted(times.length)} on this page, up to ${milliseconds(high)}`;
   $("chart").replaceChildren(floor, drawn("path", { d: points.join(" ") }));
-  $("chart").setAttribute("aria-label", `Latency of the last ${times.length} answers: p50 ${milliseconds(percentile(times, 0.5))}, p99 ${milliseconds(percentile(times, 0.99))}`);
+  $("chart").setAttribute("aria-label", `Latency of ${counted(times.length)}: p50 ${milliseconds(percentile(times, 0.5))}, p99 ${milliseconds(percentile(times, 0.99))}`);
 }
 
 function take(file) {

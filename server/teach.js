@@ -100,7 +100,7 @@ function form() {
 
 async function judge() {
   const name = $("teach-name").value.trim();
-  $("teach-count").replaceChildren(tray.length ? `${tray.length} of ${GOOD} pictures` : element("span", { className: "note", textContent: "No picture yet." }));
+  $("teach-count").replaceChildren(tray.length ? `${tray.length}${tray.length > GOOD ? "" : ` of ${GOOD}`} pictures` : element("span", { className: "note", textContent: "No picture yet." }));
   $("teach-go").disabled = tray.length === 0 || !name;
   if (judging) {
     stale = true;
@@ -235,7 +235,10 @@ $("teach-go").addEventListener("click", async () => {
 async function takeOut(name) {
   const query = new URLSearchParams({ name });
   const answer = await alter(`/enrolments/remove?${query}`, null, `Taking ${name} out …`, `${name} is taken out.`);
-  if (answer && name === lastTaught) $("teach-undo").hidden = true;
+  if (!answer || name !== lastTaught) return;
+  $("teach-undo").hidden = true;
+  judged = ""; // what stands there was of the class that is gone
+  judge();
 }
 
 $("teach-undo").addEventListener("click", () => takeOut(lastTaught));
@@ -269,10 +272,12 @@ async function gallery() {
     return;
   }
   for (const id of [...shownPictures.keys()]) if (!found.pictures.some((p) => p.id === id)) shownPictures.delete(id);
-  $("gallery-note").textContent = `${found.pictures.length} pictures that got no sure answer, ${(found.bytes / 1048576).toFixed(1)} MiB ` +
-    `of ${(found.most_bytes / 1048576).toFixed(0)}.`;
+  const mebibytes = (bytes) => (bytes && bytes < 104858 ? "less than 0.1" : (bytes / 1048576).toFixed(1));
+  $("gallery-note").textContent = `Pictures that got no sure answer: ${found.pictures.length}. With the sorted ones they take ` +
+    `${mebibytes(found.bytes)} of ${(found.most_bytes / 1048576).toFixed(0)} MiB.`;
+  const before = chosen();
   $("gallery-pictures").replaceChildren(...found.pictures.map((picture) => {
-    const box = element("input", { type: "checkbox", value: picture.id });
+    const box = element("input", { type: "checkbox", value: picture.id, checked: before.includes(picture.id) });
     box.addEventListener("change", choose);
     const image = element("img", { alt: picture.label });
     lookAt(picture.id, image);
@@ -284,13 +289,19 @@ async function gallery() {
   choose();
 }
 
-async function lookAt(id, image) {
+async function pictureOf(id) {
   if (!shownPictures.has(id)) {
     const answer = await fetch(`/collected/picture?${new URLSearchParams({ id })}`, { headers: admin() }).catch(() => null);
-    if (!answer || !answer.ok) return;
+    if (!answer || !answer.ok) return null;
     shownPictures.set(id, await answer.blob());
   }
-  image.src = URL.createObjectURL(shownPictures.get(id));
+  return shownPictures.get(id);
+}
+
+async function lookAt(id, image) {
+  const blob = await pictureOf(id);
+  if (!blob) return;
+  image.src = URL.createObjectURL(blob);
   image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
 }
 
@@ -321,7 +332,8 @@ $("gallery-discard").addEventListener("click", () => move("discard"));
 $("gallery-teach").addEventListener("click", async () => {
   const name = $("gallery-name").value.trim();
   $("teach-name").value = name;
-  await add(chosen().map((id) => shownPictures.get(id)).filter(Boolean));
+  // Also those that have not come yet: a picture that is sorted away without being taught would be lost to the class.
+  await add((await Promise.all(chosen().map(pictureOf))).filter(Boolean));
   await move("sort", name);
 });
 

@@ -54,7 +54,12 @@ class Video:
                 "address": "is it reached from here? ffplay shows whether it is",
                 "pipeline": "try it with gst-launch-1.0; it ends in: ! videoconvert ! video/x-raw,format=BGR ! appsink",
             }.get(self.kind, "play it with another program; convert it to H.264 in MP4")
-            raise InputError(f"{self.name}: cannot be opened", got=f"no {self.kind}", expected=EXPECTED, fix=fix)
+            raise InputError(
+                f"{self.name}: cannot be opened",
+                got="no video in it" if self.kind == "file" else f"no {self.kind}",
+                expected=EXPECTED,
+                fix=fix,
+            )
         return _Reading(capture, self._paced, self._clock)
 
     def ends(self, opened: Opened) -> bool:

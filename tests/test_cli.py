@@ -108,7 +108,7 @@ def choices(text):
     return [w.strip() for w in re.split(r"[:\[]", text)[0].split("|")]
 
 
-def test_help_names_exactly_what_there_is():
+def test_help_names_exactly_what_there_is(cli):
     # A flaw that recurs even in good projects: help that has gone stale.
     from cdl_edge.train.config import AUGMENTATIONS, KD_HEADS, PRECISIONS, QUERIES, TrainConfig
     from cdl_edge.train.distill import DISTILLERS, Distiller
@@ -122,7 +122,11 @@ def test_help_names_exactly_what_there_is():
     assert choices(help_of("train", "precision")[: help_of("train", "precision").index(",")]) == list(PRECISIONS)
     assert choices(help_of("train", "augment")) == list(AUGMENTATIONS)
     assert choices(help_of("train", "kd-head")) == choices(help_of("sweep", "kd-head")) == list(KD_HEADS)
-    assert choices(help_of("pretrain", "arch")) == [*HYBRIDS, *ARCHITECTURES]
+    arch = [*HYBRIDS, *ARCHITECTURES]
+    assert choices(help_of("pretrain", "arch")) == arch
+    cli("pretrain", "--data", "digits", "--arch", "vit", "--out", "x").assert_refused(
+        "one of " + ", ".join(sorted(arch))
+    )
     assert help_of("train", "tasks").endswith("[default: 1]")
     defaults = TrainConfig("digits", "x").to_json()
     for option in ("learner", "distill", "query", "epochs", "batch-size", "learning-rate", "alpha"):
@@ -209,7 +213,9 @@ def test_bad_training_input_writes_nothing(cli, tmp_path, options, words):
 
 
 def test_what_is_missing_is_named(cli, tmp_path):
-    cli("train", "--out", tmp_path / "run").assert_refused("a training option is missing", "data")
+    cli("train", "--out", tmp_path / "run").assert_refused(
+        "a training option is missing", "no data", "--data folder:PATH"
+    )
     cli("train", "--data", "digits").assert_refused("out")
 
 
@@ -376,10 +382,11 @@ def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
     good = photo(tmp_path / "a.png", 1)
     (tmp_path / "letter.jpg").write_text("dear aunt")
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("letter.jpg", "empty.png", "missing.png"):
-        cli("predict", bundle[0], tmp_path / name, "--json").assert_refused(name, "not a readable image")
+    reasons = {"letter.jpg": "not a readable image", "empty.png": "not a readable image", "missing.png": "no such file"}
+    for name, reason in reasons.items():
+        cli("predict", bundle[0], tmp_path / name, "--json").assert_refused(name, reason)
         answer = cli("predict", bundle[0], good, tmp_path / name, "--json")
-        assert answer.code == 1 and f"left out: {tmp_path / name}: not a readable image" in answer.err
+        assert answer.code == 1 and f"left out: {tmp_path / name}: {reason}" in answer.err and "Errno" not in answer.err
         assert [p["image"] for p in answer.json["predictions"]] == [str(good)]
         assert [u["image"] for u in answer.json["unreadable"]] == [str(tmp_path / name)]
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
@@ -470,7 +477,7 @@ def test_profile_compare(cli, bundle, tmp_path):
     slower["end_to_end_ms"] = [4 * ms for ms in slower["end_to_end_ms"]]
     b.write_text(json.dumps(slower))
     assert cli("profile", "compare", a, b, "--floor", "0.1").out.splitlines()[2] == "B: slower"
-    cli("profile", "compare", a, tmp_path / "none.json").assert_refused("no latency report")
+    cli("profile", "compare", a, tmp_path / "none.json").assert_refused("no latency report", "No such file")
     assert "A B" in cli("profile", "compare", "--help").out.splitlines()[0]
     assert "profile compare A B" in cli("profile", "--help").out
 

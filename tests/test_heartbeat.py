@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from cdl_edge.heartbeat import Watched, at, heartbeat
-from cdl_edge.train import phase
+from cdl_edge.train import baseline, evaluate, phase
 
 
 class Stream(io.StringIO):
@@ -97,7 +97,11 @@ def test_commands_have_one_and_a_server_has_none(cli, monkeypatch):
 def test_a_phase_of_training_says_its_epoch_and_loss(cli, tmp_path, fast_options, monkeypatch):
     """Also where no bar is shown, as in a log file."""
     told = []
-    monkeypatch.setattr(phase, "at", told.append)
+    for module in (phase, evaluate, baseline):
+        monkeypatch.setattr(module, "at", told.append)
     answer = cli("train", *fast_options, "--learner", "coda", "--min-steps", 0, "--out", tmp_path / "run")
     assert answer.code == 0, answer.err
     assert any(line.startswith("task 1/2 student: epoch 2/2, loss ") for line in told), told[-1:]
+    # Not "reading pictures: 128 of 128" while they are computed, for minutes.
+    assert any(line.startswith("student: features of the pictures: ") for line in told)
+    assert any(line.startswith("frozen baseline: features of the pictures: ") for line in told)

@@ -143,9 +143,11 @@ def test_a_truncated_jpeg_is_refused_by_name(tmp_path, photo):
 def test_files_that_are_no_image(tmp_path):
     (tmp_path / "text.jpg").write_text("this is a letter to my aunt\n" * 50)
     (tmp_path / "empty.png").write_bytes(b"")
-    for name in ("text.jpg", "empty.png", "missing.png"):
+    for name in ("text.jpg", "empty.png"):
         refused(tmp_path / name, name, "not a readable image")
-    refused(tmp_path, "not a readable image")
+    refused(tmp_path / "missing.png", "missing.png: no such file")
+    refused(tmp_path, "a folder", "one picture")
+    assert "Errno" not in refused(tmp_path / "a\0b.png", "cannot be opened") + refused(tmp_path / "missing.png")
     for content in (b"", b"\xff\xd8\xff\xe0", b"this is a letter to my aunt"):
         text = refused(content, "the image: not a readable image", "cannot identify image file")
         assert "BytesIO" not in text and "0x" not in text

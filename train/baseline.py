@@ -14,6 +14,7 @@ import torch
 
 from ..class_statistics import ClassStatistics
 from ..heads import CLOSED_FORM, feature_map
+from ..heartbeat import at
 from .backbone import Backbone
 from .batches import TaskImages
 from .closed_form import StatisticsKeeper, feature_parts
@@ -44,6 +45,7 @@ class FrozenBaseline:
         """Class token and pooled patches, as heads read them: float32 (N, 5 D)."""
         vit, parts = self.backbone.model, []
         for start in range(0, len(images), CHUNK):
+            at(f"frozen baseline: features of the pictures: {start:,} of {len(images):,}")
             tokens = images.bare_tokens("student", np.arange(start, min(start + CHUNK, len(images))))
             for i, block in enumerate(vit.blocks):
                 last = i == len(vit.blocks) - 1

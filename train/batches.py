@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Split
+from ..heartbeat import at
 from ..images import Preprocessing
 from . import augment
 from .devices import Share
@@ -114,6 +115,7 @@ class TaskImages:
         chunks = [np.arange(i, min(i + chunk, len(self))) for i in range(0, len(self), chunk)]
         for name in wanted:
             if name not in self._inputs:
+                at(f"{name}: {len(self):,} pictures through the stem")
                 self._inputs[name] = torch.cat([self.prepare(name, index) for index in chunks])
         for name in sources - set(self._queries):
             model = self.sides[name].model

@@ -271,5 +271,9 @@ class TrainConfig:
             choose("training option", key, names)
         for required in ("data", "out"):
             if required not in document:
-                raise InputError("a training option is missing", got="nothing", expected=required)
+                raise InputError(
+                    "a training option is missing",
+                    got=f"no {required}",
+                    expected="where the images are and the folder to write: --data folder:PATH --out RUN",
+                )
         return cls(**document)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..data import find_scored
+from ..heartbeat import at
 from ..log import LOG
 from .baseline import baseline_of
 from .batches import Pipeline, TaskImages
@@ -33,6 +34,7 @@ def logits_of(images: TaskImages, name: str, classes: int | None = None, rows: s
     parts = []
     wanted = np.arange(len(images))[rows]
     for start in range(0, len(wanted), CHUNK):
+        at(f"{name}: pictures that are answered: {start:,} of {len(wanted):,}")
         batch = images.batch(wanted[start : start + CHUNK], [name], nullcontext)
         output = model(batch.inputs[name], batch.queries[name])
         parts.append(model.combine(output)[:, :classes].float().cpu().numpy())
@@ -53,6 +55,7 @@ def features_of(images: TaskImages, name: str, rows: slice = slice(None)) -> lis
     parts = []
     wanted = np.arange(len(images))[rows]
     for start in range(0, len(wanted), CHUNK):
+        at(f"{name}: features of the pictures: {start:,} of {len(wanted):,}")
         batch = images.batch(wanted[start : start + CHUNK], [name], nullcontext)
         features = model(batch.inputs[name], batch.queries[name]).features
         assert features is not None

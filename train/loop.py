@@ -178,6 +178,8 @@ class _Training:
     def run(self) -> dict[str, Any]:
         if self.devices.is_main and any(len(task) == 1 for task in self.scenario.tasks):
             LOG.warning("a task of one class teaches prompts nothing: the loss compares the classes of one task")
+        if self.devices.is_main and len(self.dataset.classes) == 1:
+            LOG.warning("there is one class alone: every answer is that class, so 100 % accuracy says nothing")
         if (self.out / METRICS).exists():
             self._say(f"{self.out}: already finished")
             return dict(read_metrics(self.out).document)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..heartbeat import at
 from ..ranges import BINS, Histogram, Ranges, TaskRanges, TensorRange, bin_grid, drift, merge_tensors, tails
 from .batches import TaskImages
 from .student import PromptedViT
@@ -71,6 +72,7 @@ def collect(images: TaskImages, count: int, query: bool = True) -> dict[str, Ten
 
     wanted = np.arange(count) * len(images) // count
     for start in range(0, count, CHUNK):
+        at(f"ranges for 8 bits: pictures {start:,} of {count:,}")
         # Not what `images` may have kept: another chunk could differ in the last bit, and a resumed run has kept less.
         inputs = images.prepare("student", wanted[start : start + CHUNK])
         asked = None

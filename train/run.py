@@ -111,9 +111,8 @@ def read_run(path: Path) -> tuple[TrainConfig, Metrics]:
     for name in (CONFIG, METRICS, STUDENT_WEIGHTS):
         if not (path / name).is_file():
             fix = "run `cdl-edge train ... --resume` to finish it" if (path / CONFIG).is_file() else None
-            raise InputError(
-                f"{path}: not a finished run", got=f"no {name}", expected="a folder written by train", fix=fix
-            )
+            got = f"no {name}" if path.exists() else "no such folder"
+            raise InputError(f"{path}: not a finished run", got=got, expected="a folder written by train", fix=fix)
     try:
         config = TrainConfig.stored(json.loads((path / CONFIG).read_text()))
     except json.JSONDecodeError as error:

@@ -93,7 +93,8 @@ def from_hub(source: str, repository: str) -> tuple[nn.Module, Preprocessing, st
 def from_folder(source: str, folder: Path) -> tuple[nn.Module, Preprocessing, str]:
     """config.json and model.safetensors of a folder, as hub repositories hold them. Raises: InputError."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{source}: no config.json there", expected="a folder with config.json and model.safetensors")
+        missing = "no config.json there" if folder.is_dir() else "no such folder"
+        raise InputError(f"{source}: {missing}", expected="a folder with config.json and model.safetensors")
     described = read_config(folder / "config.json")
     files = [folder / n for n in WEIGHTS if (folder / n).is_file()] or sorted(folder.glob("*.safetensors"))
     if len(files) != 1:

@@ -135,6 +135,9 @@ def _learn(
     check_name(name)
     name = known_as(name, store.bundle.classes)
     sources, skipped = named_pictures(images)
+    for source in sources:  # before they are counted: one wrong path is not "too few pictures"
+        if isinstance(source, (str, Path)) and not Path(source).exists():
+            raise InputError(f"{source}: no such file", fix="check the path")
     LOG.info(f"{len(sources)} picture(s) of {name!r}, {sum(skipped.values())} left out {reasons(skipped)}".strip())
     base = base_of(store)
     enrolled, kind = Enrolled.of(store.bundle), head_of(base)

@@ -31,10 +31,11 @@ public:
     json manifest;
     Preprocessing preprocessing;
 
-    explicit Student(const fs::path& folder)
+    Student(const fs::path& folder, int threads)
         : manifest(json::parse(read_file(folder / "manifest.json"))), preprocessing(manifest["input"]["preprocessing"]),
           session_(nullptr) {
         Ort::SessionOptions options;
+        if (threads) options.SetIntraOpNumThreads(threads);
         const fs::path graph = folder / manifest["graphs"]["student"].get<std::string>();
         session_ = Ort::Session(environment_, graph.c_str(), options);
         images_ = manifest["input"].value("name", "images");
@@ -155,17 +156,19 @@ bool proves_itself(Student& student, const fs::path& folder) {
 int main(int count, char** words) try {
     std::vector<std::string> arguments(words + 1, words + count), files;
     bool as_json = false, as_pixels = false;
+    int threads = 0;  // as many as ONNX Runtime takes
     for (const auto& word : arguments) {
         if (word == "--json") as_json = true;
         else if (word == "--pixels") as_pixels = true;
+        else if (word.rfind("--threads=", 0) == 0) threads = std::max(0, std::atoi(word.c_str() + 10));
         else files.push_back(word);
     }
     setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // the engine would tell its makers of every model
-    if (files.empty()) throw std::runtime_error("usage: classify BUNDLE [--json | --pixels] IMAGE...");
+    if (files.empty()) throw std::runtime_error("usage: classify BUNDLE [--json | --pixels] [--threads=N] IMAGE...");
     fs::path folder = files.front();
     if (fs::is_symlink(folder / "current")) folder /= "current";  // packs were installed: the version that runs
     folder = fs::canonical(folder);
-    Student student(folder);
+    Student student(folder, threads);
     if (!proves_itself(student, folder)) {
         std::cerr << "failed: this machine does not compute what the student computed\n";
         return 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -145,6 +146,8 @@ def test_cuda_driver(monkeypatch, library, devices, said):
 def test_each_purpose_and_what_mends_it(monkeypatch):
     monkeypatch.setattr(room, "version_of", lambda name: None)
     monkeypatch.setattr(room, "cuda_driver", lambda: machine.Driver(0, "no NVIDIA driver"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None if name == "cv2" else find(name))
     checks = by_name(doctor())
     assert {n: c["status"] for n, c in checks.items() if n.startswith("to ")} == {
         "to train": "ok",
@@ -153,11 +156,13 @@ def test_each_purpose_and_what_mends_it(monkeypatch):
         "to run on the CPU": "fail",
         "to run on an NVIDIA GPU": "ok",
         "to serve": "ok",
+        "to watch a camera or a video": "ok",
         "to sign packs, or check who signed": "ok",
     }
     assert checks["to export"]["fix"] == "pip install 'cdl-edge[train]'"
     assert checks["to serve"]["detail"] == "no: starlette, uvicorn, python-multipart missing"
     assert checks["to serve"]["fix"] == "pip install 'cdl-edge[serve]'"
+    assert checks["to watch a camera or a video"]["fix"] == "pip install 'cdl-edge[watch]'"
 
 
 def test_every_purpose_is_served(monkeypatch):
@@ -167,7 +172,7 @@ def test_every_purpose_is_served(monkeypatch):
     engine = SimpleNamespace(get_property=lambda device, name: [] if name.endswith("S") else "CPU")
     monkeypatch.setattr(room, "core", lambda: engine)
     found = [c for c in doctor()["checks"] if c["name"].startswith("to ")]
-    assert len(found) == 8
+    assert len(found) == 9
     assert all((c["status"], c["detail"], c["fix"]) == ("ok", "yes", None) for c in found)
 
 

@@ -58,7 +58,7 @@ def test_verdict_of_the_frozen_backbone_itself(counted: dict[str, Any], baseline
     counted["baseline"]["average_accuracy"] = baseline
     counted["config"] |= {"learner": "frozen", "head": "slda"}
     found = verdict(Metrics.of(counted, "metrics.json"))
-    said = "It is the frozen backbone with a SLDA head: seconds, and nothing else was learnt"
+    said = "It is the frozen backbone with a SLDA head: nothing else was learnt"
     assert found["sentences"][1] == said + more and found["good"] is None
 
 

@@ -95,7 +95,7 @@ def test_a_policy_is_kept_over_the_frames(tmp_path, bundle, make_video, cli):
     ("words", "told"),
     [
         (("nothing.mp4",), "no such source"),
-        (("notes.mp4",), "cannot be opened"),
+        (("notes.mp4",), "no video in it"),
         (("picture.jpg",), "cdl-edge predict"),
         (("notes.mp4", "--take", "some"), "take"),
     ],

@@ -161,7 +161,11 @@ def test_the_number_of_tasks_that_was_taken_is_stored(tmp_path, make_config, ima
     train(config, resume=True)  # None again means the same
     single = make_config(tmp_path / "single", data=f"folder:{root}", tasks=4, distill="kdp", epochs=1)
     train(single)
-    assert "warning: a task of one class teaches prompts nothing" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "warning: a task of one class teaches prompts nothing" in said and "one class alone" not in said
+    lonely = image_folder(tmp_path / "lonely", train={"a": 3}, val={"a": 2})
+    train(make_config(tmp_path / "one", data=f"folder:{lonely}", tasks=1, distill="none", epochs=1))
+    assert "warning: there is one class alone" in capfd.readouterr().err
 
 
 @pytest.mark.slow

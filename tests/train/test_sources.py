@@ -155,7 +155,7 @@ def test_configs_that_are_none(folder, content, words):
 
 
 def test_folders_that_are_none(tmp_path, folder):
-    refused(f"local-dir:{tmp_path}/none", "no config.json")
+    refused(f"local-dir:{tmp_path}/none", "no such folder")
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     assert load_backbone(f"local-dir:{folder}").depth == 6  # one file of another name is the weights
     (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())

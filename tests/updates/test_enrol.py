@@ -262,6 +262,7 @@ def test_graphs_of_an_earlier_release_are_refused(taught, tmp_path):
     ("name", "pictures", "words"),
     [
         ("stripes", frames(2), "too few pictures"),
+        ("stripes", ["missing.jpg"], "missing.jpg: no such file"),
         ("stripes", [*frames(3), frames(3)[1]], "nearly the same"),
         ("scarlet", more_of(0, 8), "look like the class 'r'"),
         (" stripes", frames(5), "cannot be the name"),

@@ -159,7 +159,7 @@ def test_from_the_command_line(device, cli, tmp_path):
     assert done.code == 0 and "as before, signature verified, keys" in done.out
     done = cli("pack", "list", str(device.bundle))
     assert done.code == 0
-    assert f"keys {keys[0].hex[:16]}, {keys[1].hex[:16]}, revoked {keys[2].hex[:16]}" in done.out
+    assert f"keys: {keys[0].hex[:16]}, {keys[1].hex[:16]}, revoked {keys[2].hex[:16]}" in done.out
     answer = cli("pack", "list", str(device.bundle), "--json").json["keys"]
     assert answer == {"trusted": [keys[0].hex, keys[1].hex], "revoked": [keys[2].hex]}
 
