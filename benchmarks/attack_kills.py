@@ -33,9 +33,17 @@ from cdl_edge.updates.store import locked
 
 
 def kill(
-    command: list[str], count: int, check: Callable[[bool], str | None], seed: int, fresh: Callable[[], None]
+    command: list[str],
+    count: int,
+    check: Callable[[bool], str | None],
+    seed: int,
+    fresh: Callable[[], None],
+    most_mb: float = MEMORY_MB,
 ) -> Found:
-    """Kill a command at random moments. fresh: before each. check: what is wrong; told whether the command ended."""
+    """Kill a command at random moments.
+
+    fresh: before each. check: what is wrong; told whether the command ended. most_mb: of its memory.
+    """
     rng, found = random.Random(f"{seed} {command[3:5]}"), Found()
     fresh()
     begin = time.monotonic()
@@ -61,7 +69,7 @@ def kill(
             found.faults.append(f"kill {number}, after the next command: {wrong}")
         found.outcomes["killed" if killed else "was done"] += 1
         found.cases += 1
-    if found.peak_mb > MEMORY_MB:
+    if found.peak_mb > most_mb:
         found.faults.append(f"{found.peak_mb:.0f} MB")
     return found
 
@@ -87,6 +95,11 @@ def leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
+def workshop_mb() -> float:
+    """Most memory of a command that trains or exports: the bound of all, and what its libraries take when imported."""
+    return MEMORY_MB + ended([sys.executable, "-c", "import timm"])[2]
+
+
 def kill_bundle_command(command: list[str], out: Path, count: int, seed: int) -> Found:
     """Of a command that writes a bundle at `out`."""
 
@@ -100,7 +113,8 @@ def kill_bundle_command(command: list[str], out: Path, count: int, seed: int) ->
             return "no bundle"
         return f"left behind: {left}" if finished and (left := leftovers(out.parent)) else None
 
-    return kill(command, count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
+    most_mb = workshop_mb() if "export" in command else MEMORY_MB
+    return kill(command, count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True), most_mb)
 
 
 def kill_installs(pack: Path, old: Path, count: int, work: Path, seed: int, cli: list[str]) -> Found:
@@ -179,7 +193,9 @@ def kill_trainings(command: list[str], out: Path, count: int, seed: int) -> Foun
             return "other numbers than without the kill"
         return f"left behind: {left}" if (left := leftovers(out)) else None
 
-    return kill([*command, "--resume"], count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True))
+    return kill(
+        [*command, "--resume"], count, check, seed, lambda: shutil.rmtree(out, ignore_errors=True), workshop_mb()
+    )
 
 
 # -- what is killed ---------------------------------------------------------------------------------------------------

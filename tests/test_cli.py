@@ -378,6 +378,7 @@ def test_predict(cli, bundle, photo, tmp_path):
     assert text.startswith(f"{one}: ") and text.splitlines()[3].startswith("by onnxruntime in")
 
 
+@pytest.mark.slow
 def test_predict_of_what_is_no_image(cli, bundle, photo, tmp_path):
     good = photo(tmp_path / "a.png", 1)
     (tmp_path / "letter.jpg").write_text("dear aunt")

@@ -363,6 +363,7 @@ def test_the_glossary_has_ten_words():
     assert len(rows) == 10 and rows == sorted(set(rows), key=rows.index)
 
 
+@pytest.mark.slow
 def test_every_field_of_a_manifest_is_explained(base):
     fields = json.loads((base / "bundles/fruit/manifest.json").read_text("utf-8"))
     text = (DOCS / "bundle.md").read_text("utf-8")

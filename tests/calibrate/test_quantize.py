@@ -52,6 +52,7 @@ def test_with_many_tokens_the_last_block_has_no_keys_and_values(tools, learner, 
     assert_near(tools, graphs, folder)
 
 
+@pytest.mark.slow
 def test_the_passes_apart_and_one_pass(tools):
     graphs = tools.make("coda")
     assert set(graphs.whole("query")) == whole("query", range(5)) | last("query", 5)
@@ -148,6 +149,7 @@ def test_the_runtimes_own_kernels_agree(tools, scheme):
     assert np.abs(slow - fast).max() <= 0.05 * np.ptp(slow)
 
 
+@pytest.mark.slow
 def test_zero_points_and_biases_of_each_scheme(tools):
     graphs = tools.make("coda")
     for scheme in SCHEMES.values():
@@ -323,6 +325,7 @@ def test_half_precision_around_the_bytes(tools):
                 assert np.array_equal(constants[name], value)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_always_zero_has_a_scale(tools):
     from dataclasses import replace
 

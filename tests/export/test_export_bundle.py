@@ -308,7 +308,7 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, file: str, where: float) -> None:
     monkeypatch.setattr(module, "assemble", wrong)
 
 
-@pytest.mark.quick("prompts.bin-0.5")
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "where"), [("backbone.bin", 0.3), ("backbone.bin", 0.7), ("prompts.bin", 0.5)])
 def test_one_wrong_constant_fails_and_leaves_nothing(make_run, tmp_path, monkeypatch, file, where):
     spoiled(monkeypatch, file, where)

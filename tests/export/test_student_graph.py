@@ -105,7 +105,7 @@ def test_other_kd_prompts(lab, kd):
 MIXED = [("coda", "normalised"), ("dualprompt", "normalised"), ("apt", "linear")]
 
 
-@pytest.mark.quick("coda-normalised-one", "apt-linear-dynamic")
+@pytest.mark.quick("apt-linear-dynamic")
 @pytest.mark.parametrize("batch", [1, None], ids=["one", "dynamic"])
 @pytest.mark.parametrize(("learner", "kd_head"), MIXED)
 def test_a_kd_head_of_another_kind_than_the_own_one(lab, learner, kd_head, batch):
@@ -119,7 +119,7 @@ def test_a_kd_head_of_another_kind_than_the_own_one(lab, learner, kd_head, batch
     np.testing.assert_allclose(logits, got["logits"][:, :4], atol=TOLERANCE)
 
 
-@pytest.mark.quick("l2p-1", "coda-4")
+@pytest.mark.quick("l2p-1")
 @pytest.mark.parametrize("learnt", [1, 4])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_other_numbers_of_tasks(lab, learner, learnt):
@@ -138,6 +138,7 @@ def test_pool_of_which_nothing_was_selected_yet(lab):
     assert lab.export(student).outputs["prompt_weights"] == [1, 30]
 
 
+@pytest.mark.slow
 def test_coda_with_a_component_that_is_zero(lab):
     """F.cosine_similarity clamps the length: 0, not NaN."""
     student = lab.student("coda")

@@ -226,6 +226,7 @@ def test_preprocessing_of_a_timm_model_is_its_own():
     assert (got.mean, got.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # trap 10: AugReg is not trained on raw [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", ["vit_tiny_patch16_224.augreg_in21k_ft_in1k", "deit_tiny_patch16_224.fb_in1k"])
 def test_without_the_hub_there_is_one_message(tag):
     text = refused(tag, "the weights could not be fetched", "check the network", "builtin:student")

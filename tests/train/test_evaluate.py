@@ -44,6 +44,7 @@ def test_the_frozen_baseline_of_a_whole_network_is_of_the_bare_one(tmp_path, mak
     assert got["baseline"]["heads"] == pytest.approx(metrics["baseline"]["heads"])
 
 
+@pytest.mark.slow
 def test_a_run_of_before_has_no_baseline(finished, photos, tmp_path):
     import shutil
 

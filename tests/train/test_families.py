@@ -121,6 +121,7 @@ def test_image_sizes_that_patches_do_not_divide():
             load_backbone("builtin:student-v1", size)
 
 
+@pytest.mark.slow
 def test_another_size_of_a_convolutional_stem():
     native, larger = load_backbone("builtin:student-v1"), load_backbone("builtin:student-v1", 96)
     assert (larger.grid, larger.preprocessing.size, larger.preprocessing.resize) == (6, 96, 96)

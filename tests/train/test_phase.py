@@ -213,6 +213,7 @@ def test_only_the_side_whose_turn_it_is_learns(bench, distill, name):
         assert all(p.grad is None for p in side.backbone.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distill", ["blockwise", "reviewkd"])
 def test_a_whole_network_as_teacher_does_not_learn_from_its_student(bench, distill):
     at = bench(distill=distill, learner="finetune", epochs=1, batch_size=4, learning_rate=0.003)

@@ -335,6 +335,7 @@ def test_a_damaged_file(kept):
     refused(config, str(path), "not a checkpoint of this project", "delete it")
 
 
+@pytest.mark.slow
 def test_a_foreign_file(kept):
     config, path = kept
     save_file({"a": torch.zeros(2)}, path)

@@ -55,6 +55,7 @@ def taught(make_teachable, colours, **options):
 # -- a pack from the workshop ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["slda", "ranpac"])
 def test_what_was_enrolled_survives_a_pack(make_teachable, newer, colours, tmp_path, head):
     device = taught(make_teachable, colours, head=head)

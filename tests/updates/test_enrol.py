@@ -283,6 +283,7 @@ def test_a_picture_that_was_enrolled_before_is_refused(device):
     assert [e["images"] for e in enrolments(device)] == [4]
 
 
+@pytest.mark.slow
 def test_an_accent_makes_no_second_class(make_teachable, colours):
     """In two characters or in one: both look the same, and were two classes."""
     device, one, two = make_teachable(), "th\xe9", "the\u0301"

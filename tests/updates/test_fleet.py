@@ -166,6 +166,7 @@ def test_signatures_count_as_they_do_for_files(small, chain, make_key, tmp_path)
     assert [step["signature"] for step in pulled["steps"]] == ["verified"] * 3
 
 
+@pytest.mark.slow
 def test_keys_change_on_the_way(at, chain, make_key, tmp_path):
     first, second, third = (make_key(name) for name in ("first", "second", "third"))
     to, steps = f"{at}/fruit/camera", []
