@@ -62,7 +62,7 @@ def test_a_pair(tmp_path, make_config, photos, kept, learner, distill):
         with pytest.raises(InputError, match="nothing that could be taught"):
             make_config(tmp_path / "run", **options)
         return
-    if kind.learners is not None and learner not in kind.learners:
+    if not kind.works_with(LEARNERS[learner]):
         with pytest.raises(InputError, match=f"--distill {distill}.*--learner {learner}"):
             make_config(tmp_path / "run", **options)
         return
