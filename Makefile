@@ -24,7 +24,7 @@ quickstart: $(READY)   ## environment, install, then the whole way once on bundl
 	rm -rf quickstart
 	$(BIN)/cdl-edge quickstart --out quickstart
 
-test: $(READY)         ## no network, no GPU; three to four minutes on two cores
+test: $(READY)         ## no network, no GPU; three minutes on two cores
 	$(PYTEST)
 
 test-all: $(READY)     ## the same and all that is marked slow: whole grids, kills, torchrun
