@@ -55,7 +55,7 @@ lock: $(READY)         ## newest versions within the ranges of deploy/requiremen
 bench: $(READY)        ## the machine should have nothing else to do
 	$(BIN)/python benchmarks/export.py
 
-attack: $(READY)       ## changed files and kills, in tens of minutes; with fewer: make attack ATTACK="--bundles 500 --trainings 5"
+attack: $(READY)       ## changed files and kills, more than an hour; with fewer: make attack ATTACK="--bundles 500 --trainings 5"
 	$(BIN)/python benchmarks/attack.py $(ATTACK)
 
 $(READY): pyproject.toml

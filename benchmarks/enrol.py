@@ -31,11 +31,8 @@ from cdl_edge.files import atomic_folder
 from cdl_edge.folders import class_folders, pictures_below
 from cdl_edge.runtime import load
 from cdl_edge.updates import enrol as room
-from cdl_edge.updates.enrolment_version import answers, base_of, present_head, statistics_of
+from cdl_edge.updates.enrolment_version import SAME, answers, base_of, present_head, statistics_of
 from cdl_edge.updates.store import Store
-
-SAME = 1e-3
-"difference of two features, as a share of the largest, below which they are called the same"
 
 
 def cli(*words: object) -> None:

@@ -167,8 +167,7 @@ def weights(workshop: ClassStatistics, total: ClassStatistics, enrolled: Enrolle
 
     Least squares hardly ever answer a class of 10 pictures beside classes of 100: it is rare. Here its pictures count
     as if it had as many as the median class of the workshop. LIFT was chosen on training pictures that nothing had
-    learnt from (`novel`, four draws of ten classes out of 100, 2026-11-28): 20 pictures gave new classes
-    66.2 % (56.0 without LIFT, 67.4 from 100 pictures in the workshop), the others 65.0 % (66.4, 65.9).
+    learnt from; docs/enrol.md has what comes of it.
     """
     typical, found = float(np.median(workshop.counts)), {}
     for name in enrolled.names:
