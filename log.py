@@ -53,11 +53,12 @@ def told(tell: Callable[[str], None] | None, threads: bool = False) -> Iterator[
     if tell is None:
         yield
         return
-    places = [_listeners.open, _elsewhere] if threads else [_listeners.open]
-    for place in places:
-        place.append(tell)
+    _listeners.open.append(tell)
+    if threads:
+        _elsewhere.append(tell)
     try:
         yield
     finally:
-        for place in places:
-            place.remove(tell)
+        _listeners.open.pop()
+        if threads:
+            _elsewhere.remove(tell)
