@@ -287,6 +287,8 @@ class _Training:
             self._checkpoint(started, None)
         left = self._left(task, side)
         told = f"loss {side.losses[-1][-1]:.3f}, {side.images_per_second:.0f} images/s"
+        if (epochs := config.epochs_of(len(images))) > config.epochs:
+            told += f", {epochs} epochs instead of {config.epochs} (--min-steps {config.min_steps})"
         self._say(f"task {task + 1}/{self.tasks} {name}: {told}" + (f", about {left} left" if left else ""))
         return phase.outputs
 

@@ -129,10 +129,16 @@ def test_the_teacher_does_not_depend_on_the_student(tmp_path, make_config):
 
 @pytest.mark.slow
 def test_progress_goes_to_stderr(tmp_path, make_config, capfd):
-    train(make_config(tmp_path / "run"))
+    train(make_config(tmp_path / "run", epochs=1))
     out, err = capfd.readouterr()
-    assert out == ""
+    assert out == "" and "--min-steps" not in err
     assert "task 1/2 teacher: loss" in err and "task 2/2 student: average accuracy" in err and "images/s" in err
+
+
+@pytest.mark.slow
+def test_more_epochs_than_were_asked_for_are_said(tmp_path, make_config, capfd):
+    train(make_config(tmp_path / "run", distill="none", epochs=1, min_steps=4, batch_size=64, limit_per_class=4))
+    assert "images/s, 4 epochs instead of 1 (--min-steps 4)" in capfd.readouterr().err
 
 
 @pytest.mark.slow
