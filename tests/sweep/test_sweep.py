@@ -314,6 +314,7 @@ def test_a_cell_that_an_orphan_still_works_on_is_not_started(run_sweep, fakes, t
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command(cli, fakes, tmp_path):
     arguments = (
         "sweep",

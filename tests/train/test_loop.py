@@ -96,7 +96,7 @@ def test_without_distillation_no_teacher_is_trained(tmp_path, make_config, learn
     assert not list((tmp_path / "run").glob("teacher*"))
 
 
-@pytest.mark.quick("coda", "apt")
+@pytest.mark.quick("coda")
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_it_learns(tmp_path, make_config, image_folder, learner):
     # Red, green and blue: a ViT of random weights is enough to tell them apart.

@@ -162,6 +162,7 @@ def test_drift_of_a_change_made_by_hand(make_model, images, tmp_path):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_ranges(tmp_path, make_config):
     out = tmp_path / "run"
     train(make_config(out, range_images=30), quiet=True)

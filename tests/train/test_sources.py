@@ -236,6 +236,7 @@ def test_from_the_hub_then_from_its_cache_then_without_a_network(hub, model, mon
     refused("hf-hub:org/other", "could not be fetched", "HF_HUB_OFFLINE is set")
 
 
+@pytest.mark.slow
 def test_a_network_that_is_gone_is_no_harm_once_it_is_cached(hub):
     first = load_backbone("hf-hub:org/tiny")
     hub.close()
