@@ -50,5 +50,6 @@ def test_every_target_selects_what_it_says(root):
     recipes = dict(re.findall(r"^([\w-]+):.*\n\t(.*)$", makefile, re.MULTILINE))
     assert recipes["test"] == "$(PYTEST)" and recipes["test-all"] == '$(PYTEST) -m ""'
     assert '"-m", "not slow"' in (root / "pyproject.toml").read_text("utf-8")
-    steps = re.findall(r"^(?:timeout .*)?make (\S+)(?: \|\| \{)?$", (root / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
+    script = (root / ".ci" / "run").read_text("utf-8")
+    steps = re.findall(r"^(?:timeout .*)?make (\S+)(?: \|\| \{)?$", script, re.MULTILINE)
     assert steps == ["check", "test", "quickstart", "test-all"]
