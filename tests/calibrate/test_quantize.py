@@ -242,7 +242,8 @@ def test_what_is_skipped_stays_as_it_was(tools):
     nothing = graphs.quantise(skip=everything)
     assert nothing.units == ()
     got = tools.run(graphs.write(nothing) / "student.onnx", {"images": graphs.pixels})["logits"]
-    assert np.array_equal(got, tools.run(graphs.path(), {"images": graphs.pixels})["logits"])
+    # For an older ONNX Runtime it is written with what Attention is defined as.
+    assert np.abs(got - tools.run(graphs.path(), {"images": graphs.pixels})["logits"]).max() < 1e-5
 
 
 def test_each_pass_has_its_own_ranges(tools):
