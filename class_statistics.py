@@ -28,6 +28,8 @@ from .files import atomic_file
 SCHEMA = 1
 KINDS = ("plain", "unit", "random")
 "what is done to features, see FeatureMap"
+TOKENS = ("class", "kd")
+"parts of features that are one token each"
 DAMAGED = (
     OSError,
     ValueError,
@@ -59,6 +61,8 @@ class FeatureMap:
     "columns of the random projection, L; 0 for the other kinds"
     seed: int = 0
     "of the random projection: one for all runs, so that their bundles share backbone.bin"
+    token_weight: float = 1.0
+    "what the random projection multiplies tokens (class, kd) by, beside pooled patches"
 
     @property
     def features(self) -> int:
@@ -66,10 +70,17 @@ class FeatureMap:
         return self.size if self.kind == "random" else self.width
 
     def projection(self) -> np.ndarray | None:
-        """float32 (D, L), standard normal, the same for the same seed everywhere; None for the other kinds."""
+        """float32 (D, L), standard normal times `token_weight`, the same for the same seed everywhere.
+
+        None for the other kinds.
+        """
         if self.kind != "random":
             return None
-        return np.random.default_rng([self.seed, 0x4A9]).standard_normal((self.width, self.size), np.float32)
+        drawn = np.random.default_rng([self.seed, 0x4A9]).standard_normal((self.width, self.size), np.float32)
+        if self.token_weight != 1:
+            for part, rows in zip(self.parts, np.split(drawn, len(self.parts)), strict=True):
+                rows *= self.token_weight if part in TOKENS else 1
+        return drawn
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, F) in float64."""
@@ -79,8 +90,9 @@ class FeatureMap:
         return np.maximum(x @ _projection(self), 0) if self.kind == "random" else x
 
     def to_json(self) -> dict[str, Any]:
-        """The map as plain JSON values."""
-        return {**vars(self), "parts": list(self.parts)}
+        """The map as plain JSON values; a weight of 1 is left out, as releases before it had one wrote it."""
+        weight = {} if self.token_weight == 1 else {"token_weight": self.token_weight}
+        return {**{k: v for k, v in vars(self).items() if k != "token_weight"}, "parts": list(self.parts), **weight}
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> FeatureMap:
@@ -89,6 +101,8 @@ class FeatureMap:
         numbers = (found.width, found.size, found.seed)
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
             raise ValueError(f"width, size and seed {numbers}")
+        if not (isinstance(found.token_weight, float) and 0 < found.token_weight <= 1):
+            raise ValueError(f"weight of tokens {found.token_weight!r}")
         if found.kind not in KINDS or found.features < 1 or not all(isinstance(p, str) for p in found.parts):
             raise ValueError(f"features {document}")
         return found

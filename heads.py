@@ -151,10 +151,19 @@ def best_ridge(statistics: ClassStatistics) -> float:
     return float(ridges[int(np.argmin(errors))]) if np.isfinite(errors).any() else float(ridges[-1])
 
 
-def feature_map(head: str, parts: tuple[str, ...], width: int, random_features: int = RANDOM_FEATURES) -> FeatureMap:
+def feature_map(
+    head: str,
+    parts: tuple[str, ...],
+    width: int,
+    random_features: int = RANDOM_FEATURES,
+    token_weight: float = 1.0,
+) -> FeatureMap:
     """The features that a head of CLOSED_FORM (or `aligned`, which reads plain ones) reads.
 
-    parts: see FeatureMap. width: of their concatenation. random_features: of ranpac, L.
+    parts: see FeatureMap. width: of their concatenation. random_features: of ranpac, L. token_weight: likewise; what
+    the other heads answer hardly depends on the scale of a part.
     """
     kind = CLOSED_FORM[head][0] if head in CLOSED_FORM else "plain"
-    return FeatureMap(parts, width, kind, random_features if kind == "random" else 0)
+    if kind != "random":
+        return FeatureMap(parts, width, kind)
+    return FeatureMap(parts, width, kind, random_features, token_weight=token_weight)

@@ -61,6 +61,7 @@ WORDS = {
     "augment": "Augmentation",
     "resize_rule": "How a picture becomes a square",
     "decoder": "Decoder rule",
+    "token_weight": "Weight of class and KD token in the head's features",
     "tau": "Temperature (tau)",
     "alpha": "Distillation share (alpha)",
     "head": "Head",

@@ -11,6 +11,7 @@ MAPS = {
     "plain": FeatureMap(("class", "patches"), WIDTH),
     "unit": FeatureMap(("class", "patches"), WIDTH, "unit"),
     "random": FeatureMap(("class", "patches"), WIDTH, "random", 40, 3),
+    "weighted": FeatureMap(("class", "kd", "patches"), WIDTH, "random", 40, 3, 0.5),
 }
 kinds = pytest.mark.parametrize("map", MAPS.values(), ids=MAPS)
 
@@ -46,7 +47,8 @@ def test_they_are_what_their_definition_says(map):
                 x = x / np.sqrt(sum(v * v for v in x))
             if map.kind == "random":
                 drawn = np.random.default_rng([3, 0x4A9]).standard_normal((WIDTH, 40), np.float32).astype(np.float64)
-                x = np.array([max(0.0, sum(x * column)) for column in drawn.T])
+                weights = np.repeat([map.token_weight if p in ("class", "kd") else 1 for p in map.parts], WIDTH)
+                x = np.array([max(0.0, sum(x * weights[:: len(map.parts)] * column)) for column in drawn.T])
             rows.append((name, x))
     assert found.counts.tolist() == [5, 3] and found.images == 8 and found.map.features == len(rows[0][1])
     for i, name in enumerate(("cat", "dog")):
@@ -123,6 +125,19 @@ def test_statistics_of_other_features():
         for combine in (plain.__add__, plain.__sub__):
             with pytest.raises(InputError, match="different features"):
                 combine(task(map, ("a", 3)))
+
+
+def test_tokens_may_count_less_than_patches():
+    plain = FeatureMap(("class", "kd", "patches"), WIDTH, "random", 40, 3)
+    x, scale = images("a", 5), np.repeat([0.5, 0.5, 1.0], WIDTH // 3)
+    assert np.allclose(MAPS["weighted"].apply(x), plain.apply(x * scale), rtol=1e-6)
+    # A map without a weight is written and read as it was before there was one.
+    assert "token_weight" not in plain.to_json() and FeatureMap.from_json(plain.to_json()) == plain
+    document = MAPS["weighted"].to_json()
+    assert FeatureMap.from_json(document) == MAPS["weighted"]
+    for wrong in (0.0, 2.0, "much", float("nan")):
+        with pytest.raises(ValueError, match="weight of tokens"):
+            FeatureMap.from_json({**document, "token_weight": wrong})
 
 
 def test_the_order_of_classes():

@@ -30,13 +30,23 @@ class StatisticsHead(nn.Module):
     """Logits of features by a linear map that was made from class statistics; nothing here learns by gradient."""
 
     def __init__(
-        self, kind: str, width: int, kd_token: bool, classes: int, random_features: int = RANDOM_FEATURES
+        self,
+        kind: str,
+        width: int,
+        kd_token: bool,
+        classes: int,
+        random_features: int = RANDOM_FEATURES,
+        token_weight: float = 1.0,
     ) -> None:
-        """width: of a token, D; the features are five or six times as wide. classes: of all tasks, C."""
+        """width: of a token, D; the features are five or six times as wide. classes: of all tasks, C.
+
+        token_weight: of ranpac, where there are two tokens (`kd_token`); see FeatureMap.
+        """
         super().__init__()
         parts = feature_parts(kd_token)
         self.kind, self.classes = kind, classes
-        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), random_features)
+        weight = token_weight if kd_token else 1.0
+        self.map: FeatureMap = feature_map(kind, parts, width * len(parts), random_features, weight)
         self.weight: Tensor
         self.bias: Tensor
         self.projection: Tensor | None

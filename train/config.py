@@ -25,7 +25,7 @@ PROMPT_OPTIONS = {
     *("epochs", "learning_rate", "min_steps", "exemplars", "retrain_epochs", "pruned"),
 }
 "options that do nothing without prompts, or a network, that learn"
-FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1}
+FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1, "token_weight": 1.0}
 "options that runs had before there was a name for them"
 
 
@@ -82,6 +82,9 @@ class TrainConfig:
     after each task: ncm | slda | ranpac | aligned; auto: ranpac, but learned with --compat and for a whole network"""
     random_features: int = 2000
     "of --head ranpac, and of the frozen baseline; statistics grow with their square, time with their cube"
+    token_weight: float = 0.5
+    """of --head ranpac on a student with a KD token: what class and KD token count beside the patches. Chosen on
+    training images that nothing had learnt from (LOG.md, 2026-11-28); a run that was started keeps its own"""
     prompt_tasks: int | None = None
     """tasks in which prompts learn, from the first; None: all for learned heads, 1 for heads from statistics, which
     would otherwise grow stale (first-session adaptation: APER, RanPAC)"""
@@ -172,6 +175,7 @@ class TrainConfig:
             ("exemplars", self.exemplars >= 0, "0 or more"),
             ("retrain_epochs", self.retrain_epochs >= 0, "0 or more"),
             ("compat_schema", self.compat_schema in (1, 2), "1 or 2"),
+            ("token_weight", 0 < self.token_weight <= 1, "above 0, at most 1"),
         ):
             if not holds:
                 option = name.replace("_", "-")

@@ -80,9 +80,9 @@ class _Training:
         self.quiet, self.keep_threads = quiet, keep_threads
         self.out = Path(config.out)
         self.folder = RunFolder(self.out)
-        if resume and (self.out / CONFIG).is_file():  # pixels stay as they were when the run was started
+        if resume and (self.out / CONFIG).is_file():  # what has no option stays as it was when the run was started
             begun = TrainConfig.stored(json.loads((self.out / CONFIG).read_text()))
-            config = replace(config, decoder=begun.decoder)
+            config = replace(config, decoder=begun.decoder, token_weight=begun.token_weight)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
         self.devices = Devices(config.devices, "fp32" if auto else config.precision)

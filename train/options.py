@@ -23,6 +23,7 @@ class SharedOptions(TypedDict, total=False):
     tau: float | None
     query_regulariser: float
     random_features: int
+    token_weight: float
     prompt_tasks: int | None
     kd_blocks: int
     kd_length: int

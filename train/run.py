@@ -97,6 +97,7 @@ def build_model(
             apt_momentum=config.apt_momentum,
             head=config.head,
             random_features=config.random_features,
+            token_weight=config.token_weight,
         ),
     )
 

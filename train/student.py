@@ -168,6 +168,8 @@ class ModelSpec:
     "learned, or one of closed_form.statistics_heads(), which then answers in place of the learnt heads"
     random_features: int = RANDOM_FEATURES
     "of `ranpac`"
+    token_weight: float = 1.0
+    "of `ranpac`, see StatisticsHead"
 
     def learner_spec(self, width: int, depth: int) -> LearnerSpec:
         """What the learner is built for; width, depth: of the backbone."""
@@ -205,7 +207,8 @@ class PromptedViT(nn.Module):
         self.mapped = MappedPrompts(LEARNERS[spec.learner], sizes, spec.mapped) if spec.mapped else None
         self.statistics_head: StatisticsHead | None = None
         if spec.head != "learned":
-            self.statistics_head = StatisticsHead(spec.head, width, bool(kd), spec.classes, spec.random_features)
+            features = spec.random_features, spec.token_weight
+            self.statistics_head = StatisticsHead(spec.head, width, bool(kd), spec.classes, *features)
 
     @property
     def backbone(self) -> VisionTransformer:

@@ -366,7 +366,7 @@ def test_every_option_of_train_is_one_of_sweep():
     from cdl_edge.sweep.grid import SETTINGS
 
     given = {p.name for p in group.commands["sweep"].params}
-    assert given >= set(SETTINGS) - {"decoder", "compat_schema"}
+    assert given >= set(SETTINGS) - {"decoder", "compat_schema", "token_weight"}
     assert len(given) == len(group.commands["sweep"].params)
 
 

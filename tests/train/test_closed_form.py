@@ -69,6 +69,8 @@ def test_the_module_is_the_numpy_head(head, kd):
     width = 8 * (6 if kd else 5)
     where = ("patches", "vertical", "horizontal", "diagonal")
     assert module.map.parts == (("class", "kd", *where) if kd else ("class", *where))
+    weighted = StatisticsHead(head, 8, kd, 6, 64, token_weight=0.5).map
+    assert weighted.token_weight == (0.5 if kd and head == "ranpac" else 1)  # one token is no too many
     rng = np.random.default_rng(0)
     x, labels = rng.standard_normal((80, width)).astype(np.float32) + 1, np.arange(80) % 4
     made = make(head, ClassStatistics.of(module.map, x, labels, list("abcd")), 0)

@@ -194,10 +194,16 @@ def test_a_run_of_before_is_read_as_what_it_was():
     old = {**BASE, "learner": "apt", "compat": True}
     assert TrainConfig.from_json(old).as_authors and not TrainConfig.stored(old).as_authors
     plain = TrainConfig.stored({**BASE, "learner": "apt"})
-    before = {"head": "learned", "min_steps": 0, "decoder": 1}
+    before = {"head": "learned", "min_steps": 0, "decoder": 1, "token_weight": 1.0}
     assert plain == TrainConfig.from_json({**BASE, "learner": "apt", **before}) and plain.apt_momentum == 0.7
     again = TrainConfig.from_json(old)
     assert TrainConfig.stored(again.to_json()) == again
+
+
+def test_a_stored_run_has_the_weight_of_tokens_of_its_time():
+    assert TrainConfig.stored(BASE).token_weight == 1
+    assert TrainConfig.stored(TrainConfig.from_json(BASE).to_json()).token_weight == 0.5
+    refused("--token-weight", "above 0", token_weight=0.0)
 
 
 def test_a_stored_run_without_a_decoder_rule_has_the_first():

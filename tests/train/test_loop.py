@@ -458,18 +458,19 @@ def test_leftovers_of_a_killed_write_are_removed(tmp_path, copied):
     assert not list((tmp_path / "run").glob(".*.part"))
 
 
-# -- rules of decoding ------------------------------------------------------------------------------------------------
+# -- what has no option -----------------------------------------------------------------------------------------------
 
 
-def test_a_run_keeps_the_decoder_rule_that_it_was_started_with(tmp_path, make_config):
-    made = _Training(make_config(tmp_path / "run", decoder=1), False, True)
+def test_a_run_keeps_what_has_no_option_as_it_was_when_it_was_started(tmp_path, make_config):
+    made = _Training(make_config(tmp_path / "run", decoder=1, token_weight=1.0), False, True)
     stored = json.loads((made.out / "config.json").read_text())
-    assert stored.pop("decoder") == 1
+    assert stored.pop("decoder") == 1 and stored.pop("token_weight") == 1
     (made.out / "config.json").write_text(json.dumps(stored))  # as it was before there were rules
     made.close()
     again = _Training(make_config(tmp_path / "run"), True, True)
     assert {side.preprocessing.decoder for side in again.pipelines.values()} == {1}
-    assert json.loads((made.out / "config.json").read_text())["decoder"] == 1
+    stored = json.loads((made.out / "config.json").read_text())
+    assert stored["decoder"] == 1 and stored["token_weight"] == 1
     new = _Training(make_config(tmp_path / "new"), False, True)
     assert {side.preprocessing.decoder for side in new.pipelines.values()} == {2}
 
