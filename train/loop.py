@@ -6,7 +6,6 @@ everything random of an epoch is drawn from (seed, task, side, epoch).
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -81,8 +80,7 @@ class _Training:
         self.out = Path(config.out)
         self.folder = RunFolder(self.out)
         if resume and (self.out / CONFIG).is_file():  # pixels stay as they were when the run was started
-            begun = TrainConfig.stored(json.loads((self.out / CONFIG).read_text()))
-            config = replace(config, decoder=begun.decoder)
+            config = replace(config, decoder=TrainConfig.read(self.out / CONFIG).decoder)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
         self.devices = Devices(config.devices, "fp32" if auto else config.precision)
@@ -96,6 +94,8 @@ class _Training:
             tasks = config.tasks or 1
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
         self._say(dataset.line)
+        for name, why in config.without_effect.items():
+            self._say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
         whole, self.tasks = dataset, len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
         self.config = config = replace(
