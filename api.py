@@ -33,11 +33,14 @@ def _silent(line: str) -> None:
 
 
 def limit_threads(threads: int | None) -> None:
-    """CPU threads of torch; None: OMP_NUM_THREADS, or the cores that are free."""
+    """CPU threads of torch; None: OMP_NUM_THREADS, or the cores that are free. Raises: InputError."""
     import torch
 
     from .cores import default_threads
+    from .errors import InputError
 
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError("--threads is out of range", got=repr(threads), expected="a number of 1 or more")
     torch.set_num_threads(threads or default_threads())
 
 
@@ -264,11 +267,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy per task: of a RUN in torch, of a BUNDLE on a backend. split: which images, see data.Dataset.scored.
 
-    say: for progress.
+    backend, precision: of a BUNDLE; a RUN is evaluated in fp32. say: for progress.
     """
     from .artefacts.layout import CONFIG
+    from .errors import InputError
 
     if (Path(source) / CONFIG).is_file():
+        if backend not in ("auto", "torch") or precision not in (None, "fp32"):
+            raise InputError(
+                f"{source}: a run is evaluated by torch in fp32",
+                got=f"--backend {backend}" + (f" --precision {precision}" if precision else ""),
+                expected="neither: they choose how a bundle runs",
+                fix=f"leave them out, or evaluate a bundle of it: cdl-edge export {source} --out BUNDLE",
+            )
         from .train.evaluate import evaluate_run
 
         limit_threads(threads)

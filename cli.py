@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a JSON file, those of the command line in front of them."""
+    """The options of a JSON file, those of the command line in front of them.
+
+    Raises: InputError for a file that is no JSON object, and for a name that the command line does not have.
+    """
     stored: dict[str, Any] = {}
     if config is not None:
         try:
@@ -87,6 +90,12 @@ def merged(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{config}: not JSON", got=str(error)) from error
         if not isinstance(stored, dict):
             raise InputError(f"{config}: not a JSON object", got=type(stored).__name__, expected='{"data": ...}')
+        for name in ("say", "quiet"):  # of the functions in api.py, which would take them
+            if name in stored:
+                raise InputError(f"{config}: unknown option", got=name, fix="leave it out")
+        for name in ("resume", "pictures"):
+            if not isinstance(stored.get(name, False), bool):
+                raise InputError(f"{config}: {name} is a switch", got=repr(stored[name]), expected="true or false")
     return {**stored, **{k: v for k, v in options.items() if v is not None}}
 
 
@@ -218,18 +227,16 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
 @pictures_option
 @threads_option
 @json_option
-def train(
-    config: Path | None, resume: bool, pictures: bool, threads: int | None, as_json: bool, **options: Any
-) -> None:
+def train(config: Path | None, resume: bool, pictures: bool | None, as_json: bool, **options: Any) -> None:
     """Train a student, and a teacher where it distils, on one task after another; write a RUN folder."""
-    given = merged(config, options)
+    given = merged(config, {**options, "resume": resume or None, "pictures": pictures})
     from . import api
     from .artefacts.layout import REPORT
     from .artefacts.run_record import Metrics
     from .display import accuracy_table, baseline_line, baseline_warning, forgetting_line
 
     with resumable(f"{given.get('out')}: the last whole epoch is kept; go on with the same command and --resume"):
-        metrics = Metrics.of(api.train(resume, threads=threads, pictures=pictures, **given), "what train returned")
+        metrics = Metrics.of(api.train(**given), "what train returned")
     out = str(metrics.config["out"])
     report = Path(out) / REPORT
     keys = ("average_accuracy", "forgetting", "matrix")

@@ -290,20 +290,28 @@ def evaluate(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help=".html file to write")
 @pictures_option
 @json_option
-def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, pictures: bool, as_json: bool) -> None:
+def report(
+    sources: tuple[Path, ...], profile_file: Path | None, out: Path, pictures: bool | None, as_json: bool
+) -> None:
     """One self-contained HTML page about a run, a bundle, or both."""
     from . import api
 
-    run = bundle = None
+    bundles = [s for s in sources if (s / MANIFEST).is_file()]
+    runs = [s for s in sources if s not in bundles and (s / METRICS).is_file()]
     for source in sources:
-        if (source / MANIFEST).is_file():
-            bundle = source
-        elif (source / METRICS).is_file():
-            run = source
-        else:
+        if source not in (*bundles, *runs):
             raise InputError(
                 f"{source}: neither a finished run nor a bundle", expected="metrics.json or manifest.json in it"
             )
+    for found, kind in ((runs, "run"), (bundles, "bundle")):
+        if len(found) > 1:
+            raise InputError(
+                f"a page is about one {kind}",
+                got=", ".join(map(str, found)),
+                expected=f"one {kind}, and what belongs to it",
+                fix="write a page for each",
+            )
+    run, bundle = next(iter(runs), None), next(iter(bundles), None)
     measured = None
     if profile_file is not None:
         text = profile_file.read_text(encoding="utf-8", errors="replace").strip()
@@ -313,7 +321,7 @@ def report(sources: tuple[Path, ...], profile_file: Path | None, out: Path, pict
             raise InputError(f"{profile_file}: not the output of `profile --json`", got=str(error)) from error
         if not isinstance(measured, dict):
             raise InputError(f"{profile_file}: not the output of `profile --json`", got=type(measured).__name__)
-    path = api.report(out, run, bundle, measured, pictures)
+    path = api.report(out, run, bundle, measured, pictures is not False)
     emit({"report": str(path)}, as_json, f"report: {path}")
 
 

@@ -20,7 +20,7 @@ force_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Last line of stdout: one JSON document.")
 pictures_option = click.option(
-    "--pictures/--no-pictures", default=True, help="show validation pictures in the report [default: yes]"
+    "--pictures/--no-pictures", default=None, help="show validation pictures in the report [default: yes]"
 )
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads [default: OMP_NUM_THREADS, or the free cores]"

@@ -235,6 +235,8 @@ class Scored:
     "classes of the student without an image"
     classes: int
     "that the student has"
+    comparable: bool
+    "they are the validation images that its training was measured on: accuracy lost since then is forgetting"
 
     @property
     def lines(self) -> list[str]:
@@ -270,7 +272,12 @@ def find_scored(source: str, split: str, training: Mapping[str, Any] | None, cla
             expected="images of at least one of " + ", ".join(list(classes)[:8]) + (" ..." if len(classes) > 8 else ""),
             fix="evaluate on the data the student was trained on, or rename the class folders",
         )
-    return Scored(dataset, images, which, missing, len(classes))
+    measured = Fingerprint.from_json(record["fingerprint"]).val if record and "fingerprint" in record else None
+    comparable = images is dataset.val and not missing
+    if comparable and measured is not None:
+        own = images.of_classes([dataset.classes.index(c) for c in classes]).hashes(dataset.classes)
+        comparable = own == measured
+    return Scored(dataset, images, which, missing, len(classes), comparable)
 
 
 def _check_complete(dataset: Dataset, path: str) -> None:
@@ -285,6 +292,7 @@ def _check_complete(dataset: Dataset, path: str) -> None:
                 fix="add images",
             )
     train, val = (dataset.parts.get(part, part) for part in ("train", "val"))
+    both = set(dataset.train.labels.tolist()) | set(dataset.val.labels.tolist())
     for split, here, there in ((dataset.val, val, train), (dataset.train, train, val)):
         absent = sorted(set(range(len(dataset.classes))) - set(split.labels.tolist()))
         if len(absent) == len(dataset.classes):
@@ -293,6 +301,8 @@ def _check_complete(dataset: Dataset, path: str) -> None:
                 got=", ".join(f"{name}/" for name in dataset.parts.values()),
                 expected=EXPECTED,
             )
+        if absent and absent[0] not in both:
+            there = dataset.parts.get("test", "test")
         if absent:
             first = dataset.classes[absent[0]]
             raise InputError(

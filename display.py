@@ -110,8 +110,9 @@ def parity_line(parity: dict[str, Any]) -> str:
 
 def quantisation_table(result: dict[str, Any]) -> str:
     """What `calibrate` found, a line for each quantisation scheme and each precision."""
-    lines = []
+    lines, images = [], 0
     for name, found in result[SCHEMES_KEY].items():
+        images = found["images"]  # the same for every scheme
         line = f"{name}: {found['layers_int8']} layers in 8 bits, {len(found['layers_float'])} left in float"
         line += f"; same answer as fp32 on {found['agreement']:.2f} % of {found['images']} images"
         if found["after"] is not None:
@@ -133,5 +134,6 @@ def quantisation_table(result: dict[str, Any]) -> str:
         lines.append(f"{label:20s} {entry['compute_ms']:8.2f} ms  {1 / entry['ratio']:.2f}x")
     lines += [f"not recommended: {r['backend']} {r['precision']}: {r['reason']}" for r in result["refused"]]
     advice = result["recommended"]
-    lines.append(f"recommended here: --backend {advice['backend']} --precision {advice['precision']}")
+    compared = "" if advice["precision"] == "fp32" else f", by the answers to {images} image(s)"
+    lines.append(f"recommended here: --backend {advice['backend']} --precision {advice['precision']}{compared}")
     return "\n".join(lines)

@@ -117,8 +117,13 @@ def find_parts(root: Path, left_out: LeftOut) -> dict[str, Path]:
             )
         if part is not None:
             parts[part] = folder
-    others = [f for f in folders if f not in parts.values() and _has_pictures(f)]
     divided = {p for p, f in parts.items() if not _has_pictures_itself(f) and any(map(_has_pictures, class_folders(f)))}
+    if "train" in divided and "test" in parts and not class_folders(parts["test"]):
+        # As competitions hand them out: test pictures whose classes nobody is told.
+        unlabelled = parts.pop("test")
+        left_out[f"in {unlabelled.name}/ without class folders"] += len(pictures_below(unlabelled, Counter()))
+        folders.remove(unlabelled)
+    others = [f for f in folders if f not in parts.values() and _has_pictures(f)]
     whole = "train" in divided and bool(divided & {"val", "test"})
     if others and not whole:
         if divided:  # class folders in it, and class folders beside it

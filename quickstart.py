@@ -20,6 +20,9 @@ from .display import (
 from .errors import InputError
 from .log import LOG
 
+TASKS = 5
+"that the classes are cut into, where there are as many"
+
 
 def _profile(bundle: Path) -> dict[str, Any]:
     """`cdl-edge profile` in a process of its own: this one has trained, and its peak memory is the training's."""
@@ -38,6 +41,7 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     from .artefacts.layout import SCHEMES_KEY
     from .artefacts.run_record import Metrics
     from .calibrate.calibrate_bundle import calibrate
+    from .data import load_dataset
     from .export.export_bundle import export
     from .measurement.evaluate import find_images, score
     from .report.model_page import write_report
@@ -48,9 +52,11 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not empty", expected="a new folder", fix="remove it, or give another --out")
     started = time.perf_counter()
-    LOG.info("1/5 train: CODA-Prompt teacher and student, KDP distillation, 5 tasks")
+    tasks = min(TASKS, len(load_dataset(data).classes))
+    LOG.info(f"1/5 train: CODA-Prompt teacher and student, KDP distillation, {tasks} tasks")
     # Scans of digits are few (1,420) and look like nothing the backbones have seen: slda is ahead of ranpac on them.
-    config = TrainConfig(data, str(out / "run"), learner="coda", distill="kdp", tasks=5, epochs=20, head="slda")
+    options = {"learner": "coda", "distill": "kdp", "tasks": tasks, "epochs": 20, "head": "slda"}
+    config = TrainConfig.from_json({"data": data, "out": str(out / "run"), **options})
     metrics = Metrics.of(train(config), "what train returned")
     average, baseline = metrics.student.average_accuracy, metrics.document["baseline"]
     if warning := baseline_warning(average, baseline, metrics.config):

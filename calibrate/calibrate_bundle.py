@@ -84,27 +84,33 @@ def calibrate(
         raise InputError("the opset of 8-bit graphs is out of range", got=opset, expected=allowed)
     if max_drop is not None and not max_drop >= 0:
         raise InputError("--max-drop is out of range", got=max_drop, expected="0 or more points")
+    if limit_per_class is not None and data is None:
+        raise InputError(
+            "--limit-per-class chooses among validation images", got="no --data", fix="leave it out, or name images"
+        )
     check_target(Path(out), replace)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
     found = images_of(opened, data, images, limit_per_class) if data is not None else None
-    if max_drop is not None and (found is None or not len(found.labels)):
+    labels = found.labels if found is not None and len(found.labels) else None
+    if max_drop is not None and labels is None:
         raise InputError(
             "--max-drop needs images to measure accuracy on",
-            got="no --data",
+            got="no --data" if data is None else f"no validation image of the bundle's classes in {data}",
             fix="name the images of at least one task with --data, or leave --max-drop out",
         )
-    pixels = found.validation if found is not None else opened.selftest()[0]
-    labels = found.labels if found is not None else None
-    LOG.info(f"fp32: answers to {len(pixels)} images" + ("" if found is not None else " of the bundle's own"))
+    pixels = found.validation if found is not None and labels is not None else opened.selftest()[0]
+    if found is not None and labels is None:
+        LOG.warning(f"{data}: no validation image of the bundle's classes: no accuracy is measured")
+    LOG.info(f"fp32: answers to {len(pixels)} images" + ("" if labels is not None else " of the bundle's own"))
     expected = CpuSession(opened.graph().read_bytes(), opened.path).logits(pixels)
     if not np.isfinite(expected).all():
         raise InputError(
             f"{opened.path}: the answers of fp32 are not finite", fix="export the run again, or look at the images"
         )
-    if found is not None:
-        _warn_unlike(opened, measure(expected, found.labels, opened.tasks), len(pixels))
+    if labels is not None:
+        _warn_unlike(opened, measure(expected, labels, opened.tasks), len(pixels))
     kept, situation = _ranges(opened, found, ranges)
     chosen = [get_scheme(f) for f in schemes or OF_PROFILE.get(str(opened.manifest.profile), ("int8-x86",))]
     for scheme in chosen:

@@ -219,13 +219,18 @@ def _check_images(run: Run, dataset: Dataset) -> None:
         )
 
 
-def _statistics(run: Run) -> Path | None:
-    """The file of class statistics that the student's head is made from; None for a learnt head.
+def _statistics(run: Run) -> Path:
+    """The file of class statistics that the student's head is made from.
 
-    Raises: InputError where it is missing, damaged, or of other classes.
+    Raises: InputError for a learnt head, and where the file is missing, damaged, or of other classes.
     """
     if run.student.statistics_head is None:
-        return None
+        raise InputError(
+            f"{run.path}: there are no class statistics to put into the bundle",
+            got=f"--head {run.config.head}",
+            expected="a run whose head is made from class statistics: ncm, slda, ranpac or aligned",
+            fix="leave --statistics out, or train with --head ranpac",
+        )
     tasks = len(run.metrics.tasks)
     load_statistics(run.path, "student", tasks).ordered(run.metrics.classes)
     return statistics_file(run.path, "student", tasks)

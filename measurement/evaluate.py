@@ -22,7 +22,8 @@ DEFINITIONS = {
     "without being told the task",
     "average_accuracy": "mean of per_task (%)",
     "forgetting": "mean over all tasks of (accuracy just after learning the task, in the training run) minus (per_task "
-    "now), in points; null when the bundle carries no accuracy matrix of its run",
+    "now), in points; null for other images than those that the training run was measured on, and when the bundle "
+    "carries no accuracy matrix of its run",
 }
 
 
@@ -107,8 +108,8 @@ def score(runner: Runner, found: Scored, progress: str | None = None) -> dict[st
     measured = [accuracy for accuracy in per_task if accuracy is not None]
     return {
         "average_accuracy": float(np.mean(measured)),
-        # With classes missing, the accuracy of the training run was measured on something else.
-        "forgetting": None if found.missing else forgetting(training, measured),
+        # Of other images the difference to what the training run has measured is anything but forgetting.
+        "forgetting": forgetting(training, measured) if found.comparable else None,
         "per_task": per_task,
         "images": int(seen.sum()),
         "backend": runner.describe()["backend"],

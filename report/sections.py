@@ -370,7 +370,11 @@ def _limitations(
         if metrics.skipped:
             lines.append(f"{len(metrics.skipped):,} image(s) could not be read and were left out.")
     if bundle and bundle.manifest.quantisation:
-        lines.append("In 8 bits single classes may lose more than the tasks' averages show.")
+        compared = min((s.images for s in bundle.manifest.quantisation.schemes.values()), default=0)
+        lines.append(
+            f"8 bits were compared with fp32 on {compared:,} image{'s' * (compared != 1)}: single classes may lose "
+            "more than the averages show."
+        )
     if bundle and not bundle.manifest.accuracy:
         lines.append("The bundle records no accuracy: run `cdl-edge evaluate` on it before it is used.")
     if profile:

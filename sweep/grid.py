@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -144,8 +145,7 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> SweepPlan:
             expected="data" + (" (ImageNet-R has no usual place: imagenet-r:PATH)" if preset else ""),
         )
     given.setdefault("teachers", str(out / "teachers"))
-    settings = TrainConfig.from_json({**given, "out": str(out)}).to_json()
-    settings = {k: settings[k] for k in SETTINGS}
+    settings = _settings(lists, {**given, "out": str(out)})
     pairs = _pairs(preset, given, settings)
     cells, refused = _cells(out, pairs, lists, seeds, settings)
     if not cells:
@@ -164,6 +164,20 @@ def make_plan(out: Path, options: Mapping[str, Any]) -> SweepPlan:
         departures=_departures(preset, settings, pairs) if preset else (),
         **{**lists, "heads": tuple(dict.fromkeys(c.config.head for c in cells))},
     )
+
+
+def _settings(lists: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of train that all cells share, complete. Raises: InputError for those that no cell can have.
+
+    An option of one method (--exemplars) is looked at beside that method; cells of others are refused one by one.
+    """
+    for learner in lists["learners"]:
+        for head in lists["heads"]:
+            for distiller in lists["distillers"]:
+                with contextlib.suppress(InputError):
+                    config = TrainConfig.from_json({**given, "learner": learner, "head": head, "distill": distiller})
+                    return {k: v for k, v in config.to_json().items() if k in SETTINGS}
+    return {k: v for k, v in TrainConfig.from_json(dict(given)).to_json().items() if k in SETTINGS}
 
 
 def differing(mine: TrainConfig, theirs: TrainConfig) -> str:
@@ -246,12 +260,12 @@ def _cells(
             **{"learner": learner, "distill": distiller, "query": query, "seed": seed},
         }
         try:
-            config, usual = (TrainConfig.from_json({**options, "head": h}) for h in (head, "auto"))
+            config = TrainConfig.from_json({**options, "head": head})
         except InputError as error:
             reason = " ".join(str(error).split())
             refused[learner, distiller, query, head] = ExcludedCombination(learner, distiller, query, head, reason)
             continue
-        suffix = [*([query] if query != "two-pass" else []), *([head] if config.head != usual.head else [])]
+        suffix = [*([query] if query != "two-pass" else []), *([head] if config.head != config.usual_head else [])]
         name = "-".join([*([pair.name] if pair.name else []), learner, distiller, *suffix, str(seed)])
         if name not in names:  # auto is a head that may be named beside it
             names.add(name)

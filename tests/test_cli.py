@@ -227,6 +227,9 @@ def test_config_files(cli, tmp_path, fast_options):
         ('{"lerner": "coda"}', ["unknown training option", "did you mean 'learner'?"]),
         ('{"epochs": "2"}', ["'epochs' has the wrong type"]),
         ('{"compat": "no"}', ["'compat' has the wrong type"]),
+        ('{"threads": "2"}', ["--threads is out of range", "'2'"]),
+        ('{"resume": "no"}', ["resume is a switch", "true or false"]),
+        ('{"quiet": true}', ["unknown option", "quiet"]),
     ]:
         path.write_text(content)
         out = tmp_path / "run"
@@ -234,6 +237,28 @@ def test_config_files(cli, tmp_path, fast_options):
         assert not out.exists()
     path.write_bytes(b"\xff\xfe\x00")
     cli("train", "--data", "digits", "--out", "x", "--config", path).assert_refused("not JSON")
+
+
+def test_a_file_holds_every_option_of_the_command(cli, tmp_path, monkeypatch):
+    """threads, resume and pictures ended in a trace: they are not options of a run, but they are of `train`."""
+    from cdl_edge import api
+    from cdl_edge.errors import InputError
+
+    got = {}
+
+    def train(**given):
+        got.update(given)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(api, "train", train)
+    path = tmp_path / "c.json"
+    path.write_text('{"data": "digits", "out": "x", "threads": 1, "resume": true, "pictures": false}')
+    cli("train", "--config", path).assert_refused("stopped")
+    assert got == {"data": "digits", "out": "x", "threads": 1, "resume": True, "pictures": False}
+    cli("train", "--config", path, "--threads", 2, "--pictures").assert_refused("stopped")
+    assert (got["threads"], got["pictures"]) == (2, True)
+    path.write_text('{"say": 1}')
+    cli("sweep", "--config", path, "--data", "digits", "--out", "x").assert_refused("unknown option", "say")
 
 
 @pytest.mark.slow
@@ -247,6 +272,23 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(cli, 
     stored = json.loads((out / "config.json").read_text())
     assert (stored["learner"], stored["seed"], stored["compat"], stored["epochs"]) == ("apt", 4, False, 2)
     assert stored["alpha"] == 0.5
+
+
+def test_quickstart_takes_fewer_classes_than_its_tasks(cli, tmp_path, image_folder, monkeypatch):
+    """It asked for 5 tasks of 4 classes, and told who has no such option to give fewer --tasks."""
+    from cdl_edge.errors import InputError
+    from cdl_edge.train import loop
+
+    got = []
+
+    def train(config):
+        got.append(config.tasks)
+        raise InputError("stopped")
+
+    monkeypatch.setattr(loop, "train", train)
+    root = image_folder(tmp_path / "photos", unsplit={"a": 3, "b": 3})
+    cli("quickstart", "--data", f"folder:{root}", "--out", tmp_path / "out").assert_refused("stopped")
+    assert got == [2]
 
 
 @pytest.mark.parametrize("name", ["photos", "letter"])
@@ -350,6 +392,8 @@ def test_evaluate_a_run(cli, trained):
     text = cli("evaluate", trained[0], "--data", "digits", "--limit-per-class", 2).out
     assert "20 images" in text and "average_accuracy: mean" in text
     cli("evaluate", trained[0], "--data", "folder:/nowhere").assert_refused("no such folder")
+    for options in (["--backend", "openvino"], ["--precision", "int8"]):  # they were silently without effect
+        cli("evaluate", trained[0], "--data", "digits", *options).assert_refused("a run is evaluated by torch in fp32")
 
 
 def test_export_json(bundle):
@@ -564,9 +608,11 @@ def test_export_refuses_what_is_no_run(cli, tmp_path, trained):
     assert not out.exists()
 
 
-def test_report_refuses(cli, tmp_path):
+def test_report_refuses(cli, tmp_path, trained):
     out = tmp_path / "page.html"
     cli("report", tmp_path, "--out", out).assert_refused("neither a finished run nor a bundle")
+    again = shutil.copytree(trained[0], tmp_path / "again")
+    cli("report", again, trained[0], "--out", out).assert_refused("a page is about one run", str(again))
     assert not out.exists()
 
 

@@ -589,3 +589,20 @@ def test_splits_are_joined_in_order(tmp_path):
     paths = [Split([tmp_path / str(n)], np.array([n])) for n in (5, 4)]
     both = joined(paths)
     assert both.items == [tmp_path / "5", tmp_path / "4"] and both.labels.tolist() == [5, 4]
+
+
+def test_test_pictures_without_classes_are_left_out(tmp_path, image_folder):
+    """As competitions hand data out: they made a good train/ and val/ unreadable."""
+    root = image_folder(tmp_path, train={"a": 5, "b": 5}, val={"a": 2, "b": 2})
+    shutil.copytree(root / "val" / "a", root / "test")
+    dataset = load_dataset(f"folder:{root}")
+    assert (len(dataset.train), len(dataset.val), dataset.test) == (10, 4, None)
+    assert dataset.left_out == {"in test/ without class folders": 2}
+    shutil.rmtree(root / "val")
+    dataset = load_dataset(f"folder:{root}")
+    assert dataset.held_out and (len(dataset.train), len(dataset.val)) == (8, 2)
+
+
+def test_a_class_of_the_test_part_alone_is_said_to_be_there(tmp_path, image_folder):
+    root = image_folder(tmp_path, train={"a": 5}, val={"a": 2}, test={"a": 1, "other": 1})
+    refused(f"folder:{root}", "1 class(es) of test/ are missing in val/", "or remove test/other")

@@ -153,7 +153,9 @@ def load_backbone(
     elif kind == "file":
         path = Path(rest).expanduser()
         if not path.is_file():
-            raise InputError(f"{path}: no such file", expected="file:PATH.safetensors")
+            here = f"it is looked for in {Path.cwd()}: name its whole path, or start where the run was trained"
+            fix = None if path.is_absolute() else here
+            raise InputError(f"{path}: no such file", expected="file:PATH.safetensors", fix=fix)
         if architecture is None and has_own_metadata(path):
             model, preprocessing = load_file(path)
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, choose
@@ -136,17 +138,16 @@ class TrainConfig:
             object.__setattr__(self, "learner", "coda" if self._asks_for_prompts() else "frozen")
         choose("learner", self.learner, LEARNERS)
         choose("head", self.head, head_kinds())
-        whole = LEARNERS[self.learner].whole_network
         if self.distill == "auto":
             object.__setattr__(self, "distill", "none" if self.learner == "frozen" else "kdp")
         if self.head == "auto":
-            object.__setattr__(self, "head", "learned" if self.compat or whole else "ranpac")
+            object.__setattr__(self, "head", self.usual_head)
         choose("distiller", self.distill, DISTILLERS)
         choose("query", self.query, QUERIES)
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 1e-3 if self.compat else 5e-3)
+            object.__setattr__(self, "learning_rate", self.usual_rate)
         if self.min_steps is None:
-            object.__setattr__(self, "min_steps", 0 if self.compat else 200)
+            object.__setattr__(self, "min_steps", self.usual_steps)
         self._check_pair()
         choose("precision", self.precision, PRECISIONS)
         choose("augmentation", self.augment, AUGMENTATIONS)
@@ -238,6 +239,50 @@ class TrainConfig:
         return max(self.epochs, -(-(self.min_steps or 0) // -(-images // self.batch_size)))
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        """Options that were given and change nothing beside the others: name -> why."""
+        learner, distiller = LEARNERS[self.learner], DISTILLERS[self.distill]
+        why: dict[str, str] = {}
+
+        def idle(reason: str, *names: str) -> None:
+            why.update(dict.fromkeys(names, reason))
+
+        if not distiller.needs_teacher:
+            names = ("teacher", "teacher_arch", "teacher_image_size", "teachers")
+            idle(f"with --distill {self.distill} there is no teacher", *names)
+        if self.distill == "none":
+            idle("with --distill none nothing is distilled", "alpha", "tau")
+        if not distiller.kd_token:
+            idle(f"--distill {self.distill} has no KD token", "kd_blocks", "kd_length", "kd_head")
+        if not learner.needs_query:
+            idle(f"--learner {self.learner} asks no query", "query", "query_regulariser")
+        if self.query == "two-pass":
+            idle("with --query two-pass there is nothing to tie it to", "query_regulariser")
+        if self.learner != "apt":
+            idle("it is of --learner apt", "apt_momentum")
+        if self.learner == "frozen" and self.head != "learned":
+            options = ("epochs", "batch_size", "learning_rate", "min_steps", "augment", "prompt_tasks")
+            idle(f"with --learner frozen --head {self.head} nothing learns by gradient", *options)
+        usual = {f.name: f.default for f in fields(self)}
+        usual |= {"learning_rate": self.usual_rate, "min_steps": self.usual_steps}
+        return {name: reason for name, reason in why.items() if getattr(self, name) != usual[name]}
+
+    @property
+    def usual_head(self) -> str:
+        """What answers where no head is given."""
+        return "learned" if self.compat or LEARNERS[self.learner].whole_network else "ranpac"
+
+    @property
+    def usual_rate(self) -> float:
+        """Adam's peak where none is given."""
+        return 1e-3 if self.compat else 5e-3
+
+    @property
+    def usual_steps(self) -> int:
+        """Steps of a task at least, where no number is given."""
+        return 0 if self.compat else 200
+
+    @property
     def as_authors(self) -> bool:
         """Whether inference is that of the authors' code, as --compat has it today: masks, heads, test images."""
         return self.compat and self.compat_schema > 1
@@ -266,6 +311,17 @@ class TrainConfig:
         """The config of a run as it was written, perhaps before an option existed."""
         old = {"compat_schema": 1} if document.get("compat") else {}
         return cls.from_json({**FIRST_SCHEMA, **old, **document})
+
+    @classmethod
+    def read(cls, path: Path) -> TrainConfig:
+        """The config.json of a run. Raises: InputError for a damaged one."""
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # also no UTF-8
+            raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
+        if not isinstance(document, dict):
+            raise InputError(f"{path}: damaged run", got=type(document).__name__, expected="a JSON object")
+        return cls.stored(document)
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TrainConfig:

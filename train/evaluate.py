@@ -132,8 +132,8 @@ def evaluate_run(path: Path, source: str, limit_per_class: int | None = None, sp
     drops = [(matrix[i][i] or 0.0) - a for i, a in enumerate(measured)]
     return {
         "average_accuracy": sum(measured) / len(measured),
-        # With classes missing, the accuracy of the training run was measured on something else.
-        "forgetting": None if found.missing else sum(drops) / len(drops),
+        # Of other images the difference to what the training run has measured is anything but forgetting.
+        "forgetting": sum(drops) / len(drops) if found.comparable else None,
         "baseline": frozen.compare(bare) if frozen is not None else None,
         "per_task": per_task,
         "images": count,

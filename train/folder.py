@@ -68,7 +68,7 @@ class RunFolder:
 
     def _check_same(self, config: TrainConfig, dataset: Dataset) -> None:
         try:
-            old = TrainConfig.stored(json.loads(self.config.read_text(encoding="utf-8")))
+            old = TrainConfig.read(self.config)
             metrics = json.loads(self.metrics.read_text(encoding="utf-8")) if self.metrics.exists() else None
         except ValueError as error:
             raise InputError(f"{self.path}: damaged run", got=str(error), expected="JSON") from error

@@ -6,7 +6,6 @@ everything random of an epoch is drawn from (seed, task, side, epoch).
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
@@ -81,7 +80,7 @@ class _Training:
         self.out = Path(config.out)
         self.folder = RunFolder(self.out)
         if resume and (self.out / CONFIG).is_file():  # what has no option stays as it was when the run was started
-            begun = TrainConfig.stored(json.loads((self.out / CONFIG).read_text()))
+            begun = TrainConfig.read(self.out / CONFIG)
             config = replace(config, decoder=begun.decoder, token_weight=begun.token_weight)
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
@@ -96,6 +95,8 @@ class _Training:
             tasks = config.tasks or 1
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
         self._say(dataset.line)
+        for name, why in config.without_effect.items():
+            self._say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
         whole, self.tasks = dataset, len(self.scenario.tasks)
         kind = DISTILLERS[config.distill]
         self.config = config = replace(

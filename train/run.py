@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,11 +113,7 @@ def read_run(path: Path) -> tuple[TrainConfig, Metrics]:
             fix = "run `cdl-edge train ... --resume` to finish it" if (path / CONFIG).is_file() else None
             got = f"no {name}" if path.exists() else "no such folder"
             raise InputError(f"{path}: not a finished run", got=got, expected="a folder written by train", fix=fix)
-    try:
-        config = TrainConfig.stored(json.loads((path / CONFIG).read_text()))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: damaged run", got=str(error), expected="JSON") from error
-    return config, read_metrics(path)
+    return TrainConfig.read(path / CONFIG), read_metrics(path)
 
 
 def load_run(path: Path) -> Run:

@@ -33,6 +33,7 @@ def _no_timing(monkeypatch):
     """One test measures latency; the others would wait for OpenVINO's compiler."""
     monkeypatch.setattr(module, "time_candidates", lambda bundle, images: [timed(bundle, images, "fp32", 1.0)])
     monkeypatch.setattr(floor, "AGREEMENT", 0.0)  # of tiny students, whose answers lie near each other
+    monkeypatch.setattr(floor, "ERROR", np.inf)
     monkeypatch.setattr(trial, "SENSITIVITY_IMAGES", 8)
 
 
@@ -491,6 +492,7 @@ def test_wrong_options(exported, image_folder, tmp_path):
         ({"smooth": "much"}, "0 to 1"),
         ({"max_drop": -1.0}, "0 or more points"),
         ({"opset": 22}, "opset of 8-bit graphs is out of range"),
+        ({"limit_per_class": 3}, "--limit-per-class chooses among validation images"),
         (
             {"data": f"folder:{image_folder(tmp_path / 'other', unsplit={'cat': 3, 'dog': 3})}"},
             "no class of the bundle",
@@ -501,6 +503,21 @@ def test_wrong_options(exported, image_folder, tmp_path):
     with pytest.raises(InputError, match="no such bundle"):
         calibrate(tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_for_ranges_alone(exported, source, tmp_path, lines):
+    """One picture a class cannot be divided: it gives ranges, and the self-test is compared. It was a trace."""
+    for name in "01":
+        (tmp_path / "one" / name).mkdir(parents=True)
+        picture = next((Path(source.removeprefix("folder:")) / "train" / name).iterdir())
+        shutil.copy(picture, tmp_path / "one" / name)
+    source = f"folder:{tmp_path / 'one'}"
+    result = calibrate(exported(), tmp_path / "out", source, schemes=["int8-x86"])
+    found = result["flavours"]["int8-x86"]
+    assert (found["images"], found["after"], result["ranges"]["images"]) == (4, None, 2)
+    assert f"warning: {source}: no validation image of the bundle's classes: no accuracy is measured" in lines
+    with pytest.raises(InputError, match="no validation image of the bundle's classes"):
+        calibrate(exported(), tmp_path / "gated", source, max_drop=1.0)
 
 
 def test_what_is_no_bundle_is_not_replaced(exported, tmp_path):

@@ -129,6 +129,9 @@ def test_a_learnt_head_has_none(tmp_path, run_of):
     export(run_of("apt", "learned"), tmp_path / "bundle", images=8)
     opened = open_bundle(tmp_path / "bundle")
     assert opened.manifest.document["statistics"] is None and "statistics.npz" not in opened.manifest.document["files"]
+    with pytest.raises(InputError, match="no class statistics to put into the bundle"):
+        export(run_of("apt", "learned"), tmp_path / "asked", images=8, statistics=True)
+    assert not (tmp_path / "asked").exists()
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "of other classes"])

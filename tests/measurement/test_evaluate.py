@@ -222,3 +222,20 @@ def test_a_source_of_arrays(make_bundle):
         report = evaluate(runner, "digits", limit_per_class=3)
     assert report["images"] == 12
     assert report["left_out"] == {"classes": 6, "images": 18}
+
+
+def test_forgetting_is_of_the_images_that_the_run_was_measured_on(make_bundle, folder):
+    """Training pictures, or those of another camera, differ for other reasons: -10 points were called forgetting."""
+    source = folder(VAL)
+    dataset = load_dataset(source)
+    training = {
+        "student": {"matrix": [[90.0, None], [80.0, 70.0]]},
+        "data": {"given": source, "fingerprint": dataset.fingerprint.to_json()},
+    }
+    with load(make_bundle(training=training), threads=1) as loaded:
+        assert evaluate(loaded, source)["forgetting"] == pytest.approx(((90 - 75) + (70 - 40)) / 2)
+        assert evaluate(loaded, source, split="train")["forgetting"] is None
+        assert evaluate(loaded, source, split="all")["forgetting"] is None
+        first = next((dataset.val.items[0].parents[1] / "red").glob("*.png"))
+        first.write_bytes(first.read_bytes() + b" ")  # the same picture in another file
+        assert evaluate(loaded, source)["forgetting"] is None

@@ -209,3 +209,20 @@ def test_differing_options():
     assert differing(mine, TrainConfig(data="digits", out="a", epochs=4)) == "epochs=4 (now 3)"
     asked = TrainConfig(data="digits", out="a", tasks=4)
     assert differing(asked, TrainConfig(data="digits", out="a", tasks=5)) == "tasks=5 (now 4)"
+
+
+@pytest.mark.parametrize(
+    ("learner", "options"),
+    [("coda", {"exemplars": 5, "heads": "learned"}), ("finetune", {"retrain_epochs": 2, "pruned": "zero"})],
+)
+def test_options_of_one_method_go_into_a_sweep_of_it(plan_of, learner, options):
+    """They were refused, because the settings were looked at beside the default learner and distiller."""
+    plan = plan_of(learners=learner, distillers="none,m2kd", seeds=0, **options)
+    assert names(plan) == [f"{learner}-m2kd-{'learned-' if learner == 'coda' else ''}0"]
+    assert plan.settings["exemplars"] == options.get("exemplars", 0)
+    assert [(r.distiller, "is of M2KD" in r.reason) for r in plan.refused] == [("none", True)]
+
+
+def test_an_option_that_no_cell_can_have_is_refused_as_before(tmp_path):
+    refused(tmp_path, "--exemplars is of M2KD", learners="coda", distillers="kd", exemplars=5)
+    refused(tmp_path, "--epochs is too small", epochs=0)

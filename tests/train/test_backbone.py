@@ -157,6 +157,7 @@ def test_files_that_are_something_else(tmp_path):
     refused(f"file:{tmp_path}/a.safetensors", "not a safetensors file")
     refused(f"file:{tmp_path}/none.safetensors", "no such file")
     refused(f"file:{tmp_path}", "no such file")
+    refused("file:none.safetensors", "no such file", "it is looked for in", "where the run was trained")
 
 
 def test_a_cut_off_file(tmp_path, tiny_vit):

@@ -233,3 +233,24 @@ def test_prompts_learn_where_an_option_asks_for_them(options, learner, distill):
     config = TrainConfig("digits", "x", **options)
     assert (config.learner, config.distill) == (learner, distill)
     assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_options_that_change_nothing_are_named():
+    def idle(**options):
+        return sorted(TrainConfig(data="digits", out="x", **options).without_effect)
+
+    assert idle() == idle(learner="coda", distill="kdp", teacher="x", kd_length=4, epochs=3, augment="none") == []
+    assert idle(learner="coda", distill="none", teacher="x", tau=3.0) == ["tau", "teacher"]
+    assert idle(batch_size=8) == idle(learner="frozen", batch_size=8) == ["batch_size"]
+    assert idle(learner="frozen", head="learned", epochs=3, learning_rate=0.1) == []
+    assert idle(learner="frozen", epochs=3, learning_rate=0.1) == ["epochs", "learning_rate"]
+    assert idle(learner="apt", query="one-pass", compat=True) == ["query"]
+    assert idle(learner="coda", query_regulariser=0.1, apt_momentum=0.8) == ["apt_momentum", "query_regulariser"]
+    assert idle(learner="coda", distill="kd", kd_blocks=3, kd_head="linear") == ["kd_blocks", "kd_head"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match="damaged run"):
+        TrainConfig.read(tmp_path / "config.json")
