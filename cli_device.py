@@ -295,8 +295,9 @@ def report(
 ) -> None:
     """One self-contained HTML page about a run, a bundle, or both."""
     from . import api
+    from .artefacts.bundle import VERSIONS
 
-    bundles = [s for s in sources if (s / MANIFEST).is_file()]
+    bundles = [s for s in sources if (s / MANIFEST).is_file() or (s / VERSIONS).is_dir()]  # a store of bundles, too
     runs = [s for s in sources if s not in bundles and (s / METRICS).is_file()]
     for source in sources:
         if source not in (*bundles, *runs):

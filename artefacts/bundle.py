@@ -33,8 +33,9 @@ from .manifest import (
     sealed,
 )
 
-CURRENT, VERSIONS = "current", "versions"
-"of a store of bundles (see store.py): the link to the version that runs, and the folder of all of them"
+CURRENT, VERSIONS, STATE = "current", "versions", "store.json"
+"""of a store of bundles (see store.py): the link to the version that runs, the folder of all of them, and what the store
+knows besides"""
 SELFTEST_IMAGES = 64
 "at most; export takes a few"
 
@@ -298,20 +299,41 @@ def open_bundle(path: Path | str, verify: bool = True) -> Bundle:
 def current_version(path: Path) -> Path:
     """The folder that runs: of a store (a folder with `current` and `versions`) what the link names, else `path`.
 
-    Raises: InputError for a link to anything but one of the versions.
+    Raises: InputError for a link to anything but one of the versions, and for a store whose link was lost when it was
+        copied: the files of the bundle that it was before may lie beside it, and would be taken for what runs.
     """
     link = path / CURRENT
-    if not link.is_symlink() or not (path / VERSIONS).is_dir():
+    if not link.is_symlink():
+        copied = link.is_dir() or (link.exists() and (path / VERSIONS).is_dir())
+        if copied or _was_a_store(path):
+            raise InputError(
+                f"{link}: the link to the version that runs was lost",
+                got="a folder" if link.is_dir() else "a file" if copied else "nothing there",
+                expected=f"a link to one of {_versions(path)}",
+                fix="copy the whole folder again with a program that keeps links: rsync -a, cp -a, tar; not scp -r",
+            )
         return path
     target = os.readlink(link)
     if not re.fullmatch(VERSIONS + "/[0-9a-f]{16}", target) or not (path / target).is_dir():
         raise InputError(
             f"{link}: names no version of this store",
             got=target,
-            expected=", ".join(sorted(f"{VERSIONS}/{p.name}" for p in (path / VERSIONS).iterdir())) or "a version",
+            expected=_versions(path),
             fix=f"ln -sfn {VERSIONS}/VERSION {link}",
         )
     return path / target
+
+
+def _was_a_store(path: Path) -> bool:
+    """Whether a change was finished here: before the first one is, there may be the file, too, but no link yet."""
+    try:
+        return bool(json.loads((path / STATE).read_bytes())["next"] is None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _versions(path: Path) -> str:
+    return ", ".join(sorted(f"{VERSIONS}/{p.name}" for p in (path / VERSIONS).glob("*"))) or "its versions"
 
 
 def _check_file(path: Path, name: str, entry: object, verify: bool) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import workspace
 
 LEAST = 16
 "characters of a token; a made one has 43, for 256 bits"
@@ -100,13 +101,19 @@ def kept(path: Path) -> tuple[str, bool]:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        except FileExistsError:
+        if os.path.lexists(path):
             return _read(path), False
-        with open(made, "w", encoding="ascii") as stream:
-            token = secrets.token_urlsafe(32)
-            stream.write(token + "\n")
+        token = secrets.token_urlsafe(32)
+        with workspace(path.parent) as work:
+            made = os.open(work / "new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(made, "w", encoding="ascii") as stream:
+                stream.write(token + "\n")
+                stream.flush()
+                os.fsync(made)
+            try:  # whole or not at all, and never over another one: two services may start at the same time
+                os.link(work / "new", path)
+            except FileExistsError:
+                return _read(path), False
         return token, True
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         raise InputError(

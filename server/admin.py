@@ -19,11 +19,13 @@ import anyio
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..artefacts.bundle import open_bundle
 from ..errors import InputError
 from ..updates import packs
 from ..updates.store import read_store
 from .body import save
 from .change import in_a_process
+from .live_model import version_name
 from .refuse import Refused
 from .server import Server, answered, server_of
 
@@ -93,7 +95,13 @@ def _changed(server: Server, key: str, change: Callable[[], dict[str, Any]]) -> 
     if not server.changing.acquire(blocking=False):
         raise Refused(409, "another change of the bundle is going on", fix="wait for its end, then look at /packs")
     try:
-        done = change()
+        before = _on_disk(server)
+        try:
+            done = change()
+        except InputError:
+            if _on_disk(server) != before:  # its process was ended behind the moment that counts
+                _rolled_back(server, before, lambda _: None)
+            raise
         try:
             swapped = server.exchange()
         except InputError:
@@ -102,6 +110,10 @@ def _changed(server: Server, key: str, change: Callable[[], dict[str, Any]]) -> 
         return {key: done, **swapped}
     finally:
         server.changing.release()
+
+
+def _on_disk(server: Server) -> str:
+    return version_name(open_bundle(server.source, verify=False))
 
 
 def check_admin(request: Request, token: str | None) -> None:

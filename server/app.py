@@ -205,7 +205,7 @@ async def _probing(server: Server) -> None:
 
 async def _watch(server: Server) -> None:
     """Every WATCH_S: is there another version on the disk? One that cannot be put in is named once."""
-    seen = server.stamp()
+    seen = None  # loading takes a while, and another version may have come meanwhile
     with ThreadPoolExecutor(1, "cdl-edge-watch") as looking:
         while True:
             await anyio.sleep(WATCH_S)

@@ -23,6 +23,9 @@ from ..runtime.selftest import extremes, prove, prove_answers, prove_finite, ref
 
 WARMUP = 3
 "calls of each runner before it answers: the first ones allocate and choose kernels"
+LOAD_S, BUILD_S = 120.0, 1800.0
+"seconds until a new version has to have passed its self-test; on a backend that first builds an engine"
+BUILDERS = ("tensorrt", "trt", "ort-tensorrt")
 Result = TypeVar("Result")
 
 
@@ -126,7 +129,7 @@ class LiveModel:
         runners: sessions that compute side by side; each has its own memory, and `threads` threads.
         queue: calls that may wait; one more is refused with Busy.
         limit_s: a call of the engine that takes longer than this makes `health` say "stuck".
-        load_s: a new version that has not passed its self-test after this is given up.
+        load_s: a new version that has not passed its self-test after this is given up; None: by the backend.
 
     Raises: InputError when the bundle cannot be loaded, or does not compute what its self-test says.
     """
@@ -140,10 +143,11 @@ class LiveModel:
         runners: int = 1,
         queue: int = 32,
         limit_s: float = 10.0,
-        load_s: float = 120.0,
+        load_s: float | None = None,
     ) -> None:
         self.backend, self.threads, self.precision, self._runners = backend, threads, precision, runners
-        self.limit_s, self.load_s = limit_s, load_s
+        self.limit_s = limit_s
+        self.load_s = (BUILD_S if backend in BUILDERS else LOAD_S) if load_s is None else load_s
         # One more worker than runners, so that a picture is decoded while another is computed.
         self._workers = max(runners + 1, usable_cores())
         self.capacity = self._workers + queue

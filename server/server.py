@@ -31,9 +31,6 @@ from .live_model import Busy, LiveModel, version_name
 from .refuse import Refused
 from .request_metrics import RequestMetrics
 
-BUILD_S = 1800.0
-"for a trial on a backend that first builds an engine"
-BUILDERS = ("tensorrt", "ort-tensorrt")
 Result = TypeVar("Result")
 
 
@@ -52,7 +49,7 @@ class Server:
     allow_unsigned: bool = False
     "where no key is given or pinned: take packs without a signature"
     install_s: float = 0.0
-    "until a pack is unpacked and has passed its self-test; 0: by the backend"
+    "until a pack is unpacked and has passed its self-test; 0: as long as the live model has for it"
     name: str = ""
     "of the model in the Open Inference Protocol: stays, whatever is installed; empty: the name of the folder"
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
@@ -70,7 +67,7 @@ class Server:
     def __post_init__(self) -> None:
         self.name = self.name or self.source.resolve().name
         self.uploads = Uploads(self.limits.held_bytes)
-        self.install_s = self.install_s or (BUILD_S if self.live.backend in BUILDERS else self.live.load_s)
+        self.install_s = self.install_s or self.live.load_s
 
     @contextlib.contextmanager
     def reader(self, request: Request) -> Iterator[BodyReader]:

@@ -28,7 +28,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
         self._seen: dict[Path, Stamp] = {}
-        "what was given: only of files that are still there"
+        "what was given: only of files that are still there, or were when there were any"
 
     def open(self) -> Opened:
         """Open the folder. Raises: InputError where there is none."""
@@ -63,8 +63,9 @@ class _Look:
             with suppress(OSError):  # gone meanwhile
                 found = path.stat()
                 now[path] = (found.st_mtime_ns, found.st_size)
-        for path in [p for p in self._seen if p not in now]:
-            del self._seen[path]
+        if now:  # else a file system may have been taken away: its folder stays, and is empty until it is back
+            for path in [p for p in self._seen if p not in now]:
+                del self._seen[path]
         fresh = {p: s for p, s in now.items() if self._seen.get(p) != s}
         whole = [p for p, s in fresh.items() if self._before.get(p) == s]
         self._before = fresh

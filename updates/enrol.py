@@ -207,7 +207,7 @@ def remove(bundle: Path | str, name: str, backend: str = "auto", threads: int | 
         else:
             store.clean()
             previous, tested_now = store.state.current, self_test(base, backend, threads)
-            store.rollback(base)
+            store.rollback(base, newest=True)
             swapped = {"version": base.manifest.version, "previous": previous, "self_test": tested_now}
         classes = len(base.classes) + len(set(left.names) - set(base.classes))
     return {"bundle": str(bundle), "name": name, "images": images, "classes": classes, **swapped}

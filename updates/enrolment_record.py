@@ -85,6 +85,22 @@ class Enrolled:
         """The same with another name for a class; its place among the classes stays."""
         return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
 
+    def joined(self, other: Enrolled) -> Enrolled:
+        """With what was enrolled elsewhere, behind these; the same pictures count once, whatever they are called."""
+        known = {x.tobytes() for _, x in self._parts()}
+        more = [(entry, x) for entry, x in other._parts() if x.tobytes() not in known]
+        names = {picture for entry, _ in more for picture in entry.pictures}
+        return Enrolled(
+            (*self.entries, *(entry for entry, _ in more)),
+            np.concatenate([self.features, *(x for _, x in more)]),
+            {**self.files, **{name: content for name, content in other.files.items() if name in names}},
+        )
+
+    def _parts(self) -> list[tuple[Enrolment, np.ndarray]]:
+        """Each entry with the features of its pictures."""
+        ends = np.cumsum([entry.images for entry in self.entries], dtype=int)
+        return list(zip(self.entries, np.split(self.features, ends[:-1]), strict=True)) if self.entries else []
+
     def bare(self) -> Enrolled:
         """The same without the pictures that are kept; what was learnt from them stays."""
         return Enrolled(tuple(replace(e, pictures=()) for e in self.entries), self.features)

@@ -239,35 +239,41 @@ def build(
 
 def carry(
     running: Bundle, base: Bundle, new: Bundle, folder: Path, backend: str, threads: int | None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Write the version that `new` becomes with what was enrolled in `running` into an empty folder.
 
     Args:
-        running: with enrolments on `base`. new: the workshop's next version, proven.
+        running: with enrolments on `base`. new: the workshop's next version, proven; or one that another device has
+            made of `base`, whose enrolments then come first.
 
     Returns: {"names", "images", "recomputed": whether pictures were looked at again, "old_classes": what the classes
-        of `new` lose, see enrolment_checks.losses}.
+        of `new` lose, see enrolment_checks.losses}; None where `new` holds all that was enrolled, and nothing was
+        written.
 
     Raises: InputError for a `new` that can take no enrolments, or whose features are others and whose pictures were
         not kept.
     """
-    enrolled = Enrolled.of(running)
+    enrolled, theirs = Enrolled.of(running), Enrolled.of(new)
+    ground = base if new.manifest.enrolled_on == base.manifest.version else new
     try:
-        workshop = statistics_of(new)
+        workshop = statistics_of(ground)
     except InputError as error:
-        reason = str(error).splitlines()[0].removeprefix(f"{new.path}: ")
+        reason = str(error).splitlines()[0].removeprefix(f"{ground.path}: ")
         raise _refused(enrolled, reason) from error
-    x, tested = _features_on(running, base, new, enrolled, backend, threads)
-    carried = replace(enrolled, features=x)
-    total, head, *_ = made(new, workshop, carried)
+    x, tested = _features_on(running, base, ground, enrolled, backend, threads)
+    carried = theirs.joined(replace(enrolled, features=x))
+    more = carried.entries[len(theirs.entries) :]
+    if not more:
+        return None
+    total, head, *_ = made(ground, workshop, carried)
     old = present_head(new)
     logits = [answers(h, total.map, tested) for h in (old, head)]
-    build(new, carried, total.classes, head, logits[1], folder)
+    build(ground, carried, total.classes, head, logits[1], folder)
     return {
-        "names": enrolled.names,
-        "images": len(x),
+        "names": list(dict.fromkeys(entry.name for entry in more)),
+        "images": sum(entry.images for entry in more),
         "recomputed": x is not enrolled.features,
-        "old_classes": losses(workshop, old, total, head, logits),
+        "old_classes": losses(theirs.added_to(workshop), old, total, head, logits),
     }
 
 

@@ -85,6 +85,14 @@ def create(
             expected="a bundle without them",
             fix=f"cdl-edge enrol export {new} OUT, which makes a pack without pictures",
         )
+    if (ground := after.manifest.enrolled_on) not in (None, before.manifest.version, before.manifest.enrolled_on):
+        raise InputError(
+            f"{new}: its classes were enrolled on a version that devices with {old} do not have: they could not take a "
+            "class out again, nor the workshop's next version",
+            got=f"version {ground}",
+            expected=f"NEW as the workshop made it, or with classes that were enrolled on {before.manifest.version}",
+            fix="make two packs: one to that version, and one of what was enrolled: cdl-edge enrol export",
+        )
     backbones = [_backbone(b) for b in (before, after)]
     if backbones[0] != backbones[1] or backbones[0] is None:
         raise InputError(
@@ -170,13 +178,15 @@ def install(
                 _build(opened, base, folder)
                 proven = open_bundle(folder)
                 tested = self_test(proven, backend, threads)
-                if base is store.bundle:
+                if base is not store.bundle:
+                    carried = carry(store.bundle, base, proven, above, backend, threads)
+                if carried is None:
                     state = store.install(proven, sequence, keys)
                 else:
-                    carried = carry(store.bundle, base, proven, above, backend, threads)
                     whole = open_bundle(above)
                     tested = self_test(whole, backend, threads)
-                    state = store.install(whole, sequence, keys, beneath=proven)
+                    ground = proven if proven.manifest.enrolled_on is None else None
+                    state = store.install(whole, sequence, keys, beneath=ground)
     signed = opened.document["signature"] is not None
     return {
         "bundle": str(bundle),
@@ -201,7 +211,14 @@ def rollback(
     """
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         kept, previous = [v.version for v in store.state.versions], store.state.current
-        wanted = store.state.before() if to is None else next((v for v in kept if to and v.startswith(to)), None)
+        found = [store.state.before()] if to is None else [v for v in kept if to and v.startswith(to)]
+        if len(found) > 1:
+            raise InputError(
+                f"{bundle}: more than one version begins with {to!r}",
+                got=", ".join(map(str, found)),
+                expected="as many digits as tell them apart",
+            )
+        wanted = found[0] if found else None
         if wanted is None or wanted == previous:
             others = [v for v in kept if v != previous]
             raise InputError(

@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..artefacts.bundle import CURRENT, VERSIONS, Bundle, open_bundle
-from ..artefacts.layout import MANIFEST
+from ..artefacts.bundle import CURRENT, STATE, VERSIONS, Bundle, open_bundle
+from ..artefacts.layout import ENGINES, MANIFEST
 from ..artefacts.manifest import Manifest, canonical
 from ..errors import InputError
 from ..files import atomic_file, sha256
@@ -35,7 +35,6 @@ from .keys import Keys
 
 SCHEMA = 2
 "2: several keys, and revoked ones; of schema 1 are stores with one key"
-STATE = "store.json"
 KEEP = 2
 "versions before the one that runs"
 _OURS = re.compile(r"[0-9a-f]{16}|\.(new|old)-.*")
@@ -67,20 +66,34 @@ class State:
     "packs have to be signed by one of them; like `sequence` they do not go back in a rollback"
     left: tuple[str, ...] = ()
     "files of the plain bundle that this store was, not removed yet"
+    beneath: tuple[str, ...] = ()
+    "versions that never ran: classes were carried over to them, and the version with these ran instead"
+
+    def past(self) -> list[Installed]:
+        """The versions that ran, up to the one that runs."""
+        names = [v.version for v in self.versions]
+        until = self.versions[: names.index(self.current) + 1]
+        return [v for v in until if v.version == self.current or v.version not in self.beneath]
 
     def before(self) -> str | None:
         """The version that a rollback goes to."""
-        names = [v.version for v in self.versions]
-        place = names.index(self.current)
-        return names[place - 1] if place else None
+        past = self.past()
+        return past[-2].version if len(past) > 1 else None
 
 
 class Store:
     """A store, or a bundle folder that may become one, under its lock; see `locked`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises: InputError for what is no bundle, is damaged, or has lost what it knows."""
+        """Raises: InputError for what is no bundle, is damaged, has lost what it knows, or is a version of a store."""
         self.path = path
+        whole = path.resolve().parent.parent
+        if path.resolve().parent == whole / VERSIONS and (whole / CURRENT).is_symlink():
+            raise InputError(
+                f"{path}: one version of a store: it is never changed, the next one lies beside it",
+                expected="the folder of the store",
+                fix=f"name that: {whole}",
+            )
         self.bundle = open_bundle(path)
         self.plain = self.bundle.path == path
         self.state = _first(self.bundle) if self.plain else _read(path, self.bundle.path.name)
@@ -119,12 +132,17 @@ class Store:
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
-        """A new folder on the same filesystem, where no reader looks; it is gone afterwards unless committed."""
+        """A new folder on the same filesystem, where no reader looks; it is gone afterwards unless committed.
+
+        It holds the engines of the version that runs: new prompts are put into them in seconds, building takes minutes.
+        """
         versions = self.path / VERSIONS
         versions.mkdir(exist_ok=True)
         folder = versions / f".new-{os.urandom(8).hex()}"
         folder.mkdir()  # readable for whom the umask says
         try:
+            for name in self._engines():
+                link(self.bundle.path / name, folder / name)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -143,22 +161,22 @@ class Store:
                 os.replace(self.folder(target), self.path / VERSIONS / f".old-{target}")
             os.replace(bundle.path, self.folder(target))
         left = self._adopt() if self.plain else ()
-        names, made = [v.version for v in self.state.versions], {b.manifest.version for b in (proven, beneath) if b}
-        past = [v for v in self.state.versions[: names.index(self.state.current) + 1] if v.version not in made]
-        if beneath is not None:  # in front of what ran: a rollback goes to that
-            past.insert(max(0, len(past) - 1), Installed(beneath.manifest.version, sequence, _now()))
+        made = [Installed(b.manifest.version, sequence, _now()) for b in (beneath, proven) if b is not None]
+        others = [v for v in self.state.versions if v.version not in {m.version for m in made}]
+        past, beneath_before = self.state.past(), self.state.beneath
+        recent = [v for v in past if v in others][-KEEP:]
         # What classes were enrolled on stays: every later version with enrolments is made from it.
-        recent = past[-KEEP:]
         needed = {proven.manifest.enrolled_on, *(self._enrolled_on(v.version) for v in recent)}
+        kept = [v for v in others if v in recent or v.version in needed]
+        kept.sort(key=lambda v: v in past or v.version in beneath_before)  # the one that runs stays the one before
+        names = {v.version for v in kept}
         after = State(
             current=proven.manifest.version,
-            versions=(
-                *(v for v in past if v in recent or v.version in needed),
-                Installed(proven.manifest.version, sequence, _now()),
-            ),
+            versions=(*kept, *made),
             sequence=max(sequence, self.state.sequence),
             keys=keys,
             left=left,
+            beneath=(*(v for v in beneath_before if v in names), *(m.version for m in made[:-1])),
         )
         self._swap(after)
         return after
@@ -181,7 +199,11 @@ class Store:
                     link(self.path / name, folder / name)
             _sync_folders(folder)
             os.replace(folder, self.folder(self.state.current))
-        return files
+        return (*files, *self._engines())
+
+    def _engines(self) -> list[str]:
+        """Names of the files of the engines that the version that runs has."""
+        return [f"{ENGINES}/{p.name}" for p in sorted((self.bundle.path / ENGINES).glob("*")) if p.is_file()]
 
     def trust(self, sequence: int, keys: Keys) -> State:
         """Change what is trusted, and the sequence number, alone: the same version runs on."""
@@ -192,9 +214,18 @@ class Store:
             self._settle(after)
         return self.state
 
-    def rollback(self, proven: Bundle) -> State:
-        """Make a kept version, opened and proven, run again."""
-        after = replace(self.state, current=proven.manifest.version)
+    def rollback(self, proven: Bundle, newest: bool = False) -> State:
+        """Make a kept version, opened and proven, run again.
+
+        newest: it counts as installed now, so that the next rollback goes to the one that runs at this moment.
+        """
+        name, order = proven.manifest.version, list(self.state.versions)
+        if newest:
+            (mine,) = (v for v in order if v.version == name)
+            order.remove(mine)
+            order.insert([v.version for v in order].index(self.state.current) + 1, mine)
+        beneath = tuple(v for v in self.state.beneath if v != name)  # it has run from now on
+        after = replace(self.state, current=name, versions=tuple(order), beneath=beneath)
         self._swap(after)
         return after
 
@@ -277,11 +308,15 @@ def write_file(path: Path, blocks: Iterable[bytes]) -> None:
 
 
 def sequence_of(manifest: Manifest) -> int:
-    """Seconds since 1970 of `created`; 0 for a bundle without it."""
+    """Seconds since 1970 of `created`, and one more for each time that a class was enrolled; 0 without the date.
+
+    So what was enrolled later is newer, and the workshop's next version, made minutes later at least, is newer still.
+    """
     try:
-        return calendar.timegm(time.strptime(str(manifest.created), "%Y-%m-%dT%H:%M:%SZ"))
+        seconds = calendar.timegm(time.strptime(str(manifest.created), "%Y-%m-%dT%H:%M:%SZ"))
     except ValueError:
         return 0
+    return seconds + len(manifest.enrolments)
 
 
 def _first(bundle: Bundle) -> State:
@@ -334,7 +369,8 @@ def _state(fields: dict[str, Any] | None) -> State | None:
         keys = Keys(() if fields["public_key"] is None else (fields["public_key"],))
     else:
         keys = Keys(*(tuple(fields["keys"][name]) for name in ("trusted", "revoked")))
-    return State(**known, versions=versions, keys=keys, left=tuple(fields["left"]))
+    beneath = tuple(fields.get("beneath", ()))  # not in stores of earlier releases
+    return State(**known, versions=versions, keys=keys, left=tuple(fields["left"]), beneath=beneath)
 
 
 def _write(path: Path, now: State, then: State | None) -> None:

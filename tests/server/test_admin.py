@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle
 from cdl_edge.runtime.secret import default_file, kept
+from cdl_edge.server.change import changed
 from cdl_edge.server import admin as admin_room
 from cdl_edge.server import change, guard, listen_locally, serve
 from cdl_edge.server.body import Limits
@@ -139,6 +141,33 @@ def test_what_cannot_be_put_in_is_taken_back_from_the_disk(make_server, make_cli
     assert answer.status_code == 400 and "not on this machine" in answer.text
     assert version_name(open_bundle(server.source)) == server.live.health()["version"] == before
     assert 'cdl_edge_swaps_total{result="failed"} 1' in client.get("/metrics").text
+
+
+def test_a_change_whose_process_was_ended_too_late_is_taken_back(
+    make_server, make_client, pack_between, monkeypatch, admin
+):
+    """The version was swapped in already when the time was over: to be refused has to mean that nothing has changed."""
+    server = make_server()
+    client, before = make_client(server), server.live.health()["version"]
+    monkeypatch.setattr("cdl_edge.server.admin.in_a_process", late := Late())
+    answer = client.post("/packs", headers=admin, content=pack_between(0, 1).read_bytes())
+    assert answer.status_code == 400 and "does not come to an answer" in answer.text
+    assert [order["do"] for order in late.orders] == ["install", "rollback"]
+    assert version_name(open_bundle(server.source)) == server.live.health()["version"] == before
+
+
+class Late:
+    """In place of `in_a_process`: an install is done, and its process then ended."""
+
+    def __init__(self):
+        self.orders = []
+
+    def __call__(self, order, seconds, started):
+        self.orders.append(order)
+        done = changed(order)
+        if order["do"] == "install":
+            raise InputError("the new version does not come to an answer")
+        return done
 
 
 def test_one_install_at_a_time(make_server, make_client, pack_between, admin):
@@ -324,6 +353,32 @@ def test_a_token_is_made_once_and_read_by_its_user_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "elsewhere").exists()
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
     assert default_file() == tmp_path / "token"
+
+
+def test_a_token_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Ended, or out of room, while it is written: an empty file stayed, which every later start refused."""
+    path = tmp_path / "token"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(InputError, match="No space left"):
+            kept(path)
+    assert list(tmp_path.iterdir()) == []
+    assert kept(path)[1]
+
+
+def test_two_services_that_start_at_the_same_time_have_one_token(tmp_path, monkeypatch):
+    path = tmp_path / "token"
+    real, others = os.link, []
+
+    def link(source, target):
+        if not others:
+            others.append("")
+            others.append(kept(path))
+        real(source, target)
+
+    monkeypatch.setattr("os.link", link)
+    assert kept(path) == (others[1][0], False) and others[1][1]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("token", ["", " ", "short", "x" * 15, "ö" * 20, "two words of a token", "a" * 20 + "\n"])

@@ -282,11 +282,8 @@ def test_a_client_that_leaves(make_server, listen, tiny):
 # -- --watch -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_version_that_appears_on_the_disk_is_put_in(
-    make_server, make_client, make_version, tmp_path, monkeypatch, said
-):
-    monkeypatch.setattr(application, "WATCH_S", 0.02)
-    place = tmp_path / "store"
+def putter(place):
+    """put(bundle): make it the version that runs in a store at `place`."""
     (place / "versions").mkdir(parents=True)
 
     def put(bundle):
@@ -295,12 +292,35 @@ def test_a_version_that_appears_on_the_disk_is_put_in(
         (place / "next").symlink_to(f"versions/{name}")
         (place / "next").replace(place / "current")
 
-    def until(condition):
-        end = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.01)
+    return put
 
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_version_that_came_while_the_first_one_was_loaded_is_put_in(
+    make_server, make_client, make_version, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(application, "WATCH_S", 0.02)
+    place = tmp_path / "store"
+    put = putter(place)
+    put(make_version(0))
+    server = make_server(place)
+    put(make_version(1))
+    client = make_client(server, watch=True)
+    until(lambda: client.get("/health").json()["model"]["classes"] == 5)
+
+
+def test_a_version_that_appears_on_the_disk_is_put_in(
+    make_server, make_client, make_version, tmp_path, monkeypatch, said
+):
+    monkeypatch.setattr(application, "WATCH_S", 0.02)
+    place = tmp_path / "store"
+    put = putter(place)
     put(make_version(0))
     server = make_server(place)
     client = make_client(server, watch=True)

@@ -278,6 +278,17 @@ def test_a_version_that_never_comes_to_an_answer_is_given_up(make_version, image
         go.set()
 
 
+@pytest.mark.parametrize(
+    ("backend", "seconds"), [("auto", 120), ("tensorrt", 1800), ("trt", 1800), ("ort-tensorrt", 1800)]
+)
+def test_a_backend_that_builds_an_engine_has_the_time_for_it(make_version, monkeypatch, backend, seconds):
+    """A version that `pack install` put in is built for by the server that watches."""
+    real = load
+    monkeypatch.setattr("cdl_edge.server.live_model.load", lambda b, _, *options: real(b, "auto", *options))
+    with LiveModel(make_version(0), backend, threads=1) as live:
+        assert live.load_s == seconds and LiveModel(live.runner.bundle, backend, 1, load_s=7).load_s == 7
+
+
 def test_what_gets_no_answer_does_not_come_in(make_version, images):
     """The graph passes its self-test; the function that answers requests fails on what the manifest says."""
     broken = {"temperature": "hot", "unknown": {"below": 0.0}, "task": {"scale": 0.0}}

@@ -70,9 +70,27 @@ def test_a_file_that_is_written_anew_comes_again(tmp_path):
 def test_nothing_is_remembered_of_what_is_gone(tmp_path):
     folder = Folder(tmp_path)
     write(tmp_path / "a.jpg", at=1)
+    write(tmp_path / "b.jpg", at=2)
     steps = Steps(nothing, lambda: (tmp_path / "a.jpg").unlink(), nothing)
-    assert read_all(folder, steps) == ["a.jpg"]
-    assert folder._seen == {}
+    assert read_all(folder, steps) == ["a.jpg", "b.jpg"]
+    assert [path.name for path in folder._seen] == ["b.jpg"]
+
+
+def test_a_disk_that_was_taken_away_and_came_back_gives_nothing_twice(tmp_path):
+    """What is left of it meanwhile is the empty folder on which it was mounted."""
+    place = tmp_path / "mounted"
+    write(place / "a.jpg", at=1)
+
+    def away():
+        place.rename(tmp_path / "disk")
+        place.mkdir()
+
+    def back():
+        place.rmdir()
+        (tmp_path / "disk").rename(place)
+        write(place / "b.jpg", at=2)
+
+    assert read_all(Folder(place), Steps(nothing, away, nothing, back, nothing, nothing)) == ["a.jpg", "b.jpg"]
 
 
 def test_a_folder_that_is_gone_is_lost_and_gives_nothing_twice(tmp_path):
