@@ -34,8 +34,7 @@ from .manifest import (
 )
 
 CURRENT, VERSIONS, STATE = "current", "versions", "store.json"
-"""of a store of bundles (see store.py): the link to the version that runs, the folder of all of them, and what the store
-knows besides"""
+"of a store of bundles (see store.py): the link to the version that runs, the folder of all of them, what it knows"
 SELFTEST_IMAGES = 64
 "at most; export takes a few"
 

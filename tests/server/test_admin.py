@@ -13,10 +13,10 @@ import pytest
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle
 from cdl_edge.runtime.secret import default_file, kept
-from cdl_edge.server.change import changed
 from cdl_edge.server import admin as admin_room
 from cdl_edge.server import change, guard, listen_locally, serve
 from cdl_edge.server.body import Limits
+from cdl_edge.server.change import changed
 from cdl_edge.server.live_model import version_name
 
 PNG = {"content-type": "image/png"}
