@@ -6,8 +6,8 @@ What is refused, before anything is written where a reader looks (nothing change
   from then on this store takes packs of those, and of the keys that such packs add;
 - a pack that would leave no key, or bring a revoked one back;
 - a pack for another backbone, or for another version than the one that runs: its difference would not fit;
-- a replayed pack: sequence numbers only rise. A version that was rolled back from comes back by `rollback` to it, or
-  by a pack with a higher number; there is no switch to override this;
+- a replayed pack: sequence numbers only rise. A version that was rolled back from comes back by `rollback` to it, as
+  long as nothing else was installed, or by a pack with a higher number; there is no switch to override this;
 - a new version whose hashes, or whose self-test on this machine, do not hold.
 """
 

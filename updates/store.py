@@ -134,7 +134,8 @@ class Store:
     def stage(self) -> Iterator[Path]:
         """A new folder on the same filesystem, where no reader looks; it is gone afterwards unless committed.
 
-        It holds the engines of the version that runs: new prompts are put into them in seconds, building takes minutes.
+        It holds the engines of the version that runs: where no shape has changed the new prompts are put into them in
+        seconds, otherwise they are built again, in minutes, with the same options and what is known of the kernels.
         """
         versions = self.path / VERSIONS
         versions.mkdir(exist_ok=True)
@@ -142,7 +143,10 @@ class Store:
         folder.mkdir()  # readable for whom the umask says
         try:
             for name in self._engines():
-                link(self.bundle.path / name, folder / name)
+                try:
+                    link(self.bundle.path / name, folder / name)
+                except OSError:  # another user's, or no room: it can be built
+                    (folder / name).unlink(missing_ok=True)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import pytest
 from cdl_edge import api
 from cdl_edge.artefacts.bundle import CURRENT, STATE, open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.updates import packs
+from cdl_edge.updates import packs, store
 from cdl_edge.updates.enrol import enrol, export_enrolments, remove, rename
 from cdl_edge.updates.packs import create, install, listed, rollback
 from cdl_edge.updates.store import Installed, State
@@ -244,6 +244,26 @@ def test_the_next_version_has_the_engines_to_refit(make_version, tmp_path):
         assert all((found / name).read_text() == name for name in names)
     assert not (bundle / "engines").exists(), "they have gone into the version that they were built for"
     assert all((bundle / "versions" / v / "engines" / names[0]).is_file() for v in kept(bundle))
+
+
+def test_an_engine_that_cannot_be_handed_on_stops_nothing(make_version, tmp_path, monkeypatch):
+    bundle = make_version(0)
+    create(bundle, make_version(1), tmp_path / "update.pack")
+    (bundle / "engines").mkdir()
+    (bundle / "engines" / "student.engine").write_text("whole")
+    real = store.link
+
+    def link(source, target):
+        if source.suffix == ".engine":
+            target.parent.mkdir(exist_ok=True)
+            target.write_text("who")
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(store, "link", link)
+    install(tmp_path / "update.pack", bundle, threads=1)
+    assert list(open_bundle(bundle).path.glob("engines/*")) == []
+    assert (bundle / "engines" / "student.engine").read_text() == "whole"
 
 
 @pytest.mark.slow
