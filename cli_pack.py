@@ -175,8 +175,9 @@ def pack_list(bundle: Path, as_json: bool) -> None:
 
     versions, keys = api.versions(bundle), api.trusted_keys(bundle)
     lines = [
-        f"{'*' if v['current'] else ' '} {v['version']}  {v['classes']} classes, {v['tasks']} tasks, "
-        f"sequence {v['sequence']}, since {v['installed']}"
+        f"{'*' if v['current'] else ' '} {v['version']}  "
+        + (f"{v['classes']} classes, {v['tasks']} tasks, " if v["damaged"] is None else f"damaged: {v['damaged']}, ")
+        + f"sequence {v['sequence']}, since {v['installed']}"
         for v in versions
     ]
     lines.append(_trusted(keys))

@@ -239,23 +239,28 @@ def rollback(
 def listed(bundle: Path | str) -> list[dict[str, Any]]:
     """The versions that are kept, oldest first; of a plain bundle folder itself. Their hashes are not checked.
 
-    Returns: [{"version", "manifest_sha256", "current", "sequence", "installed", "created", "classes", "tasks"}].
+    Returns: [{"version", "manifest_sha256", "current", "sequence", "installed", "created", "classes", "tasks",
+        "damaged": None, or why nothing more can be said of it: the four from its manifest are None then}].
     """
     current, state = read_store(Path(bundle))
     found = []
     for entry in state.versions:
-        runs = entry.version == state.current
-        opened = current if runs else open_bundle(current.path.parent / entry.version, verify=False)
+        runs, damaged, opened = entry.version == state.current, None, None
+        try:
+            opened = current if runs else open_bundle(current.path.parent / entry.version, verify=False)
+        except InputError as error:
+            damaged = str(error).splitlines()[0]
         found.append(
             {
                 "version": entry.version,
-                "manifest_sha256": opened.manifest.manifest_sha256,
+                "manifest_sha256": opened.manifest.manifest_sha256 if opened else None,
                 "current": runs,
                 "sequence": entry.sequence,
                 "installed": entry.at,
-                "created": opened.manifest.created,
-                "classes": len(opened.classes),
-                "tasks": len(opened.tasks),
+                "created": opened.manifest.created if opened else None,
+                "classes": len(opened.classes) if opened else None,
+                "tasks": len(opened.tasks) if opened else None,
+                "damaged": damaged,
             }
         )
     return found

@@ -121,6 +121,17 @@ def test_a_damaged_old_version_is_not_run(device, contents):
     assert version(device.bundle) == version(device.v[1])
 
 
+def test_a_damaged_old_version_is_listed(device, cli):
+    """The list of versions is what somebody asks for to find out."""
+    install(device.packs[0], device.bundle, threads=1)
+    names = [version(device.v[i]) for i in (0, 1)]
+    (device.bundle / "versions" / names[0] / "prompts.bin").unlink()
+    old, new = listed(device.bundle)
+    assert (old["version"], old["classes"], new["version"], new["damaged"]) == (names[0], None, names[1], None)
+    assert "prompts.bin: missing" in old["damaged"]
+    assert f"{names[0]}  damaged: " in cli("pack", "list", device.bundle).out
+
+
 def test_packs_for_something_else(device, contents, make_version, tmp_path):
     refused(contents, device.packs[1], device.bundle, "made for another version", version(device.v[0]))
     create(make_version(0, salt=1), make_version(1, salt=1), tmp_path / "other.pack")
