@@ -86,15 +86,20 @@ class Enrolled:
         return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
 
     def joined(self, other: Enrolled) -> Enrolled:
-        """With what was enrolled elsewhere, behind these; the same pictures count once, whatever they are called."""
-        known = {x.tobytes() for _, x in self._parts()}
-        more = [(entry, x) for entry, x in other._parts() if x.tobytes() not in known]
-        names = {picture for entry, _ in more for picture in entry.pictures}
-        return Enrolled(
-            (*self.entries, *(entry for entry, _ in more)),
-            np.concatenate([self.features, *(x for _, x in more)]),
-            {**self.files, **{name: content for name, content in other.files.items() if name in names}},
-        )
+        """With what was enrolled elsewhere, behind these; the same pictures count once, under the name they have here.
+
+        Those that are kept on either side stay.
+        """
+        theirs = {x.tobytes(): entry for entry, x in other._parts()}
+        entries, parts = [], [x for _, x in self._parts()]
+        for entry, x in self._parts():
+            same = theirs.pop(x.tobytes(), None)
+            entries.append(entry if entry.pictures or same is None else replace(entry, pictures=same.pictures))
+        more = [(entry, x) for entry, x in other._parts() if x.tobytes() in theirs]
+        entries += [entry for entry, _ in more]
+        names = {picture for entry in entries for picture in entry.pictures}
+        files = {name: content for name, content in {**other.files, **self.files}.items() if name in names}
+        return Enrolled(tuple(entries), np.concatenate([self.features[:0], *parts, *(x for _, x in more)]), files)
 
     def _parts(self) -> list[tuple[Enrolment, np.ndarray]]:
         """Each entry with the features of its pictures."""

@@ -262,7 +262,7 @@ def carry(
         raise _refused(enrolled, reason) from error
     x, tested = _features_on(running, base, ground, enrolled, backend, threads)
     carried = theirs.joined(replace(enrolled, features=x))
-    more = carried.entries[len(theirs.entries) :]
+    more = [entry for entry in carried.entries if entry not in theirs.entries]
     if not more:
         return None
     total, head, *_ = made(ground, workshop, carried)

@@ -196,8 +196,9 @@ def _bases(opened: Bundle, state: State) -> list[str]:
 
 
 def _way_on(known: list[Step], opened: Bundle, state: State) -> list[Step]:
-    """The best way from one of them."""
-    return max((way(known, base, state.sequence) for base in _bases(opened, state)), key=_rank)
+    """The best way from one of them; no step makes what runs already, as on the device that has taught the others."""
+    steps = [step for step in known if step.target != state.current or step.base == step.target]
+    return max((way(steps, base, state.sequence) for base in _bases(opened, state)), key=_rank)
 
 
 def _step(

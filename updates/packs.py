@@ -185,8 +185,11 @@ def install(
                 else:
                     whole = open_bundle(above)
                     tested = self_test(whole, backend, threads)
-                    ground = proven if proven.manifest.enrolled_on is None else None
-                    state = store.install(whole, sequence, keys, beneath=ground)
+                    if whole.manifest.version == previous:  # this device has taught the others, and kept the pictures
+                        state = store.trust(sequence, keys)
+                    else:
+                        ground = proven if proven.manifest.enrolled_on is None else None
+                        state = store.install(whole, sequence, keys, beneath=ground)
     signed = opened.document["signature"] is not None
     return {
         "bundle": str(bundle),

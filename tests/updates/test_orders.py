@@ -16,6 +16,7 @@ from cdl_edge.artefacts.bundle import CURRENT, STATE, open_bundle
 from cdl_edge.errors import InputError
 from cdl_edge.updates import packs, store
 from cdl_edge.updates.enrol import enrol, export_enrolments, remove, rename
+from cdl_edge.updates.fleet import pull, push
 from cdl_edge.updates.packs import create, install, listed, rollback
 from cdl_edge.updates.store import Installed, State
 
@@ -150,6 +151,31 @@ def test_a_device_that_has_learnt_itself_takes_what_others_have_learnt(make_teac
     for name in ("yellow", "grey"):
         remove(own, name, threads=1)
     assert version(own) == open_bundle(device).manifest.enrolled_on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_device_that_has_taught_the_others_pulls_too(make_teachable, make_registry, colours, tmp_path, keep):
+    """From the same repository, by the same timer: there is nothing to do, and its pictures stay."""
+    device, place = make_teachable("device"), f"{make_registry().at}/fruit/camera"
+    enrol(device, "yellow", colours.pictures(YELLOW, 6), threads=1, keep_pictures=keep)
+    before = version(device)
+    push(export_enrolments(device, tmp_path / "out")["pack"]["pack"], place)
+    for _ in range(2):
+        assert pull(place, device, threads=1)["version"] == before
+    assert [e["kept"] for e in api.enrolments(device)] == [6 * keep]
+    assert version(device) == before and len(kept(device)) == 2
+
+
+@pytest.mark.slow
+def test_kept_pictures_stay_where_a_pack_has_the_same_ones(make_teachable, teach, colours, tmp_path):
+    device, own = make_teachable("device"), make_teachable("own")
+    enrol(own, "yellow", colours.pictures(YELLOW, 6), threads=1, keep_pictures=True)
+    for name, colour in (("sun", YELLOW), ("grey", GREY)):
+        teach(device, name, colour)
+    assert install(export_enrolments(device, tmp_path / "out")["pack"]["pack"], own, threads=1)["carried"]
+    assert [(e["name"], e["kept"]) for e in api.enrolments(own)] == [("sun", 6), ("grey", 0)]
+    assert len(list((open_bundle(own).path / "pictures").iterdir())) == 6
 
 
 @pytest.mark.slow
