@@ -147,7 +147,7 @@ def test_every_training_option_is_on_the_command_line():
     from cdl_edge.train.pretrain import PretrainConfig
 
     names = {p.name for p in group.commands["train"].params}
-    stored = {"decoder", "compat_schema"}  # rules that a run was made by: for nobody to choose
+    stored = {"decoder", "compat_schema", "token_weight"}  # rules that a run was made by: for nobody to choose
     assert (
         names - {"config", "resume", "pictures", "threads", "as_json"}
         == set(TrainConfig("digits", "x").to_json()) - stored
