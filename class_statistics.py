@@ -62,7 +62,7 @@ class FeatureMap:
     seed: int = 0
     "of the random projection: one for all runs, so that their bundles share backbone.bin"
     token_weight: float = 1.0
-    "what the random projection multiplies tokens (class, kd) by, beside pooled patches"
+    "factor of class and KD token in front of the random projection; what is pooled from patches has 1"
 
     @property
     def features(self) -> int:

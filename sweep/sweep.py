@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..files import hold, write_json, write_text
 from ..log import LOG
 from ..report.sweep_page import write_sweep_report
-from ..train.config import FIRST_SCHEMA, TrainConfig
+from ..train.config import FIRST_SCHEMA, RULES, TrainConfig
 from ..train.metrics import DEFINITIONS as METRIC_DEFINITIONS
 from .grid import ELSEWHERE, SETTINGS, Cell, Key, SweepPlan, differing, make_plan
 from .markdown import markdown
@@ -244,12 +244,12 @@ def _telling(lines: list[str]) -> str:
 
 
 def _as_begun(out: Path, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The options; what has none is as the sweep that is continued had it, if there is one: its cells are compared."""
+    """The options, with the RULES of the sweep that is continued, if there is one: its cells are compared."""
     if not (out / "sweep.json").is_file():
         return options
     settings = _read_json(out / "sweep.json").get("settings")
     begun = settings if isinstance(settings, dict) else {}
-    return {name: begun.get(name, FIRST_SCHEMA[name]) for name in ("decoder", "token_weight")} | dict(options)
+    return {name: begun.get(name, FIRST_SCHEMA[name]) for name in RULES} | dict(options)
 
 
 def _check_images(path: Path, record: Mapping[str, Any], dataset: Dataset) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ PROMPT_OPTIONS = {
 "options that do nothing without prompts, or a network, that learn"
 FIRST_SCHEMA = {"head": "learned", "min_steps": 0, "decoder": 1, "token_weight": 1.0}
 "options that runs had before there was a name for them"
+RULES = ("decoder", "token_weight")
+"fields without an option, which stay as they were when a run or a sweep was begun"
 
 
 def head_kinds() -> tuple[str, ...]:
@@ -322,6 +324,10 @@ class TrainConfig:
         if not isinstance(document, dict):
             raise InputError(f"{path}: damaged run", got=type(document).__name__, expected="a JSON object")
         return cls.stored(document)
+
+    def with_rules_of(self, begun: TrainConfig) -> TrainConfig:
+        """The same options, but the RULES of another config."""
+        return replace(self, **{name: getattr(begun, name) for name in RULES})
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> TrainConfig:

@@ -79,9 +79,8 @@ class _Training:
         self.quiet, self.keep_threads = quiet, keep_threads
         self.out = Path(config.out)
         self.folder = RunFolder(self.out)
-        if resume and (self.out / CONFIG).is_file():  # what has no option stays as it was when the run was started
-            begun = TrainConfig.read(self.out / CONFIG)
-            config = replace(config, decoder=begun.decoder, token_weight=begun.token_weight)
+        if resume and (self.out / CONFIG).is_file():
+            config = config.with_rules_of(TrainConfig.read(self.out / CONFIG))
         # The authors train in fp32.
         auto = config.compat and config.precision == "auto"
         self.devices = Devices(config.devices, "fp32" if auto else config.precision)

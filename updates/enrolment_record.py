@@ -86,9 +86,9 @@ class Enrolled:
         return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
 
     def joined(self, other: Enrolled) -> Enrolled:
-        """With what was enrolled elsewhere, behind these; the same pictures count once, under the name they have here.
+        """These enrolments, then those of another device; the same pictures count once, under the name they have here.
 
-        Those that are kept on either side stay.
+        Pictures that either of the two has kept stay.
         """
         theirs = {x.tobytes(): entry for entry, x in other._parts()}
         entries, parts = [], [x for _, x in self._parts()]
