@@ -213,7 +213,7 @@ def calibrate(
     method: str = "max",
     smooth: float | str | None = "auto",
     schemes: Sequence[str] | None = None,
-    images: int = 64,
+    images: int | None = None,
     max_drop: float | None = None,
     searching: bool = True,
     opset: int | None = None,

@@ -347,7 +347,7 @@ def export(
 @click.option(
     "--scheme", "--flavour", "schemes", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]"
 )
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="training images of each task")
+@click.option("--images", type=click.IntRange(1), help="training images of each task of --data [default: 64]")
 @click.option(
     "--max-drop", type=click.FloatRange(0), help="points that a task, and the average, may lose; needs --data"
 )

@@ -14,7 +14,7 @@ from ..errors import InputError, choose
 from ..files import workspace
 from ..log import LOG
 from ..ranges import Ranges, TensorRange, merge_tensors
-from .calibration_images import FEW, CalibrationImages, images_of
+from .calibration_images import FEW, PER_TASK, CalibrationImages, images_of
 from .collect import collect
 from .cpu_session import CpuSession
 from .float_graph import float_graph
@@ -47,7 +47,7 @@ def calibrate(
     method: str = "max",
     smooth: float | str | None = "auto",
     schemes: Sequence[str] | None = None,
-    images: int = 64,
+    images: int | None = None,
     max_drop: float | None = None,
     searching: bool = True,
     opset: int | None = None,
@@ -63,7 +63,7 @@ def calibrate(
             images give ranges, its validation images measure accuracy. None: the ranges kept while learning decide.
         ranges: key of SOURCES. method: key of scales.METHODS. smooth: see smooth.py; None: not at all.
         schemes: keys of SCHEMES; None: those of the bundle's export profile.
-        images: training images of each task to take ranges from.
+        images: training images of each task to take ranges from; None: PER_TASK.
         max_drop: points of accuracy that any task with images, and their average, may lose; None: no gate. A loss that
             chance explains fails nothing, see search.Gate.
         searching: leave sensitive layers in float until the gate is passed; False: refuse then.
@@ -88,11 +88,13 @@ def calibrate(
         raise InputError(
             "--limit-per-class chooses among validation images", got="no --data", fix="leave it out, or name images"
         )
+    if images is not None and data is None:
+        raise InputError("--images counts training images of --data", got="no --data", fix="leave it out, or give both")
     check_target(Path(out), replace)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
-    found = images_of(opened, data, images, limit_per_class) if data is not None else None
+    found = images_of(opened, data, images or PER_TASK, limit_per_class) if data is not None else None
     labels = found.labels if found is not None and len(found.labels) else None
     if max_drop is not None and labels is None:
         raise InputError(

@@ -14,6 +14,8 @@ from ..log import LOG
 
 FEW = 32
 "calibration images below which a warning is given; 500 are the usual advice"
+PER_TASK = 64
+"training images of each task to take ranges from, unless another number is given"
 LARGEST_BYTES = 4 << 30
 
 

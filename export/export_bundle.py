@@ -245,6 +245,16 @@ def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:
     return pixels
 
 
+def _without_places(value: Any) -> Any:
+    """JSON in which a path from the root or from the home is its last name: file:/a/b is file:b."""
+    if isinstance(value, dict):
+        return {k: _without_places(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_places(v) for v in value]
+    kind, colon, path = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else value
+
+
 def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs: dict[str, Graph]) -> dict[str, Any]:
     config, student, size = run.config, run.student, run.preprocessing.size
     outputs = graphs["student"].outputs
@@ -285,7 +295,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
             "blocks": list(learner.blocks()),
         },
         "backbone": {
-            "source": run.backbone.source,
+            "source": _without_places(run.backbone.source),
             "identity": run.backbone.identity,
             "width": run.backbone.width,
             "depth": run.backbone.depth,
@@ -305,7 +315,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         "graph_parity": None,
         "confidence": None,
         "selections": None,
-        "training": training,
+        "training": _without_places(training),
         "versions": {
             "cdl-edge": __version__,
             **{package: version(package) for package in ("torch", "timm", "onnx")},

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ..data import Scored, Split, find_scored
 from ..errors import InputError
 from ..images import Preprocessing, UnreadableImage
 from ..log import LOG
 from ..runtime.predict import check_finite
 from ..runtime.runner import Runner
+from ..scored import Scored, find_scored
+from ..splits import Split
 
 CHUNK = 32
 "images decoded at a time: a board cannot hold a whole validation set"
@@ -43,7 +43,7 @@ def evaluate(runner: Runner, source: str, limit_per_class: int | None = None, sp
         LOG.info(line)
     if limit_per_class is not None:
         seed = ((runner.bundle.manifest.training or {}).get("config") or {}).get("seed")
-        found = replace(found, images=found.images.limited(limit_per_class, seed or 0))
+        found = found.limited(limit_per_class, seed or 0)
     return score(runner, found, "classified")
 
 

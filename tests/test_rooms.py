@@ -34,6 +34,7 @@ BASE = (
     "files.py",
     "heartbeat.py",
     "data.py",
+    "scored.py",
     "folders.py",
     "splits.py",
     "ranges.py",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import find_scored
 from ..heartbeat import at
 from ..log import LOG
+from ..scored import find_scored
 from .baseline import baseline_of
 from .batches import Pipeline, TaskImages
 from .devices import Devices, Share
@@ -109,7 +109,8 @@ def evaluate_run(path: Path, source: str, limit_per_class: int | None = None, sp
     found = find_scored(source, split, run.metrics.document, names)
     for line in found.lines:
         LOG.info(line)
-    chosen = found.images if limit_per_class is None else found.images.limited(limit_per_class, run.config.seed)
+    if limit_per_class is not None:
+        found = found.limited(limit_per_class, run.config.seed)
     # A class that is missing has no image: it may have any number that is nobody else's.
     number = {name: index for index, name in enumerate(found.dataset.classes)}
     order = tuple(number.setdefault(name, len(number)) for name in names)
@@ -120,7 +121,7 @@ def evaluate_run(path: Path, source: str, limit_per_class: int | None = None, sp
     frozen, bare = baseline_of(run), []
     count, skipped = 0, []
     for task in range(len(scenario.tasks)):
-        part = scenario.split(chosen, task)
+        part = scenario.split(found.images, task)
         images = TaskImages(part, sides, device) if len(part) else None
         per_task.append(accuracy(images, "student", len(names)) if images is not None else None)
         if images is not None and frozen is not None:
@@ -142,7 +143,7 @@ def evaluate_run(path: Path, source: str, limit_per_class: int | None = None, sp
         "skipped": skipped,
         "left_out": {
             "classes": len(set(found.dataset.classes) - set(names)),
-            "images": int((~np.isin(chosen.labels, order)).sum()),
+            "images": int((~np.isin(found.images.labels, order)).sum()),
         },
         "missing": list(found.missing),
         "split": found.which,

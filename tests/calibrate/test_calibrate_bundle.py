@@ -493,6 +493,7 @@ def test_wrong_options(exported, image_folder, tmp_path):
         ({"max_drop": -1.0}, "0 or more points"),
         ({"opset": 22}, "opset of 8-bit graphs is out of range"),
         ({"limit_per_class": 3}, "--limit-per-class chooses among validation images"),
+        ({"images": 3}, "--images counts training images of --data"),
         (
             {"data": f"folder:{image_folder(tmp_path / 'other', unsplit={'cat': 3, 'dog': 3})}"},
             "no class of the bundle",

@@ -148,6 +148,13 @@ def test_of_the_images_of_the_training_only_those_held_out_count(make_bundle, te
         assert evaluate(runner, f"folder:{tmp_path / 'moved'}")["images"] == 4
 
 
+def test_a_folder_of_the_same_name_elsewhere_is_another(make_bundle, test_set, folder, tmp_path):
+    """A bundle keeps no place: `folder:t` of its maker says nothing about `folder:t` of its user."""
+    trained = {"data": {**record(folder(VAL)), "given": test_set}}
+    with load(make_bundle(training=trained), threads=1) as runner:
+        assert evaluate(runner, test_set)["images"] == 20
+
+
 def test_a_bundle_that_does_not_say_what_it_has_learnt_from(make_bundle, test_set):
     with load(make_bundle(training={"student": None}), threads=1) as runner:
         report = evaluate(runner, test_set)
@@ -234,6 +241,8 @@ def test_forgetting_is_of_the_images_that_the_run_was_measured_on(make_bundle, f
     }
     with load(make_bundle(training=training), threads=1) as loaded:
         assert evaluate(loaded, source)["forgetting"] == pytest.approx(((90 - 75) + (70 - 40)) / 2)
+        assert evaluate(loaded, source, limit_per_class=1)["forgetting"] is None  # a sample of them
+        assert evaluate(loaded, source, limit_per_class=99)["forgetting"] is not None
         assert evaluate(loaded, source, split="train")["forgetting"] is None
         assert evaluate(loaded, source, split="all")["forgetting"] is None
         first = next((dataset.val.items[0].parents[1] / "red").glob("*.png"))

@@ -55,7 +55,8 @@ def test_a_run_of_before_has_no_baseline(finished, photos, tmp_path):
 
 
 def test_fewer_images(finished, photos):
-    assert evaluate_run(finished[0], f"folder:{photos}", limit_per_class=1)["images"] == 4
+    got = evaluate_run(finished[0], f"folder:{photos}", limit_per_class=1)
+    assert got["images"] == 4 and got["forgetting"] is None
 
 
 def test_classes_go_by_name_and_others_do_not_matter(finished, photos, tmp_path, image_folder):

@@ -300,7 +300,10 @@ def test_from_such_weights_to_an_answer(way, hub, folder, model, tmp_path, photo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # an export needs the cache only
     result = export(tmp_path / "run", tmp_path / "bundle", images=8)
     assert result["parity"]["max_abs_error"] <= 1e-4
-    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    text = (tmp_path / "bundle" / "manifest.json").read_text()
+    assert str(tmp_path) not in text and str(folder) not in text  # a bundle goes out of the house
+    manifest = json.loads(text)
+    assert manifest["backbone"]["source"].startswith(options["student"].partition(":")[0])
     side = 24 if way == "folder" else 32
     assert manifest["input"]["shape"] == [1, side, side, 3]
     assert manifest["backbone"]["identity"].startswith("sha256:")

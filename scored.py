@@ -1,0 +1,73 @@
+"""What an evaluation scores: which images of a source, and whether a training run was measured on the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .data import SCORED, Dataset, Fingerprint, held_out_early, load_dataset
+from .errors import InputError, choose
+from .splits import Split
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation scores."""
+
+    dataset: Dataset
+    images: Split
+    which: str
+    "what they are, in a few words"
+    missing: tuple[str, ...]
+    "classes of the student without an image"
+    classes: int
+    "that the student has"
+    comparable: bool
+    "they are the validation images that its training was measured on: accuracy lost since then is forgetting"
+
+    def limited(self, limit: int, seed: int) -> Scored:
+        """The same with at most `limit` images of each class: a sample of them says nothing about forgetting."""
+        images = self.images.limited(limit, seed)
+        return replace(self, images=images, comparable=self.comparable and len(images) == len(self.images))
+
+    @property
+    def lines(self) -> list[str]:
+        """For people: what is read, what of it is scored, and which classes are missing."""
+        found = [self.dataset.line, f"scored: {self.which}"]
+        if self.missing:
+            names = ", ".join(self.missing[:8]) + (" ..." if len(self.missing) > 8 else "")
+            count = f"{len(self.missing)} of the {self.classes}"
+            found.append(f"{count} classes have no image here and are not measured: {names}")
+        return found
+
+
+def find_scored(source: str, split: str, training: Mapping[str, Any] | None, classes: Sequence[str]) -> Scored:
+    """The images of a source that a student is scored on.
+
+    Args:
+        split: one of SCORED, see Dataset.scored.
+        training: metrics.json of the student's run, or "training" of a manifest; None where nobody knows.
+        classes: of the student, by name.
+
+    Raises: InputError where there is nothing to score.
+    """
+    choose("split", split, SCORED)
+    record = (training or {}).get("data")
+    dataset = load_dataset(source, learning=False, early=held_out_early(training))
+    images, which = dataset.scored(split, record)
+    there = {dataset.classes[c] for c in set(images.labels.tolist())}
+    missing = tuple(c for c in classes if c not in there)
+    if len(missing) == len(classes):
+        raise InputError(
+            f"{source}: none of the {len(classes)} classes that the student has learnt",
+            got=", ".join(sorted(there)[:8]) or "no images",
+            expected="images of at least one of " + ", ".join(list(classes)[:8]) + (" ..." if len(classes) > 8 else ""),
+            fix="evaluate on the data the student was trained on, or rename the class folders",
+        )
+    measured = Fingerprint.from_json(record["fingerprint"]).val if record and "fingerprint" in record else None
+    comparable = images is dataset.val and not missing
+    if comparable and measured is not None:
+        own = images.of_classes([dataset.classes.index(c) for c in classes]).hashes(dataset.classes)
+        comparable = own == measured
+    return Scored(dataset, images, which, missing, len(classes), comparable)
