@@ -17,6 +17,8 @@ from .source import EXPECTED, Opened, Shot
 
 TIMEOUT_MS = 10_000
 "for which a stream may send nothing, before it is lost"
+POSITION_MS = 0
+"OpenCV's CAP_PROP_POS_MSEC: when in the video the last frame is shown"
 FRAMES_EACH_S = 25.0
 "of a video that does not say how fast it is"
 
@@ -77,18 +79,19 @@ class _Reading:
         "frames, as the file says; 0 for what has no end"
         rate_found = float(capture.get(rate))
         self._each_s = 1 / (rate_found if 0 < rate_found < 1000 else FRAMES_EACH_S)
-        self._count, self._begin = 0, clock()
+        self._seconds, self._begin = -self._each_s, clock()
 
     def read(self, pause: Pause) -> Shot | None:
         """The next frame; None where there is none."""
-        due = self._begin + self._count * self._each_s
-        if pause(max(0.0, due - self._clock()) if self._paced else 0):
-            return None
         found, pixels = self._capture.read()
         if not found or pixels is None:
             return None
-        self._count += 1
-        seconds = (self._count - 1) * self._each_s if self.length > 0 else None
+        # Phones film at a rate that changes: each frame has its own time. 0 where OpenCV knows none.
+        told = float(self._capture.get(POSITION_MS)) / 1000
+        self._seconds = told if told > max(self._seconds, 0.0) else self._seconds + self._each_s
+        if pause(max(0.0, self._begin + self._seconds - self._clock()) if self._paced else 0):
+            return None
+        seconds = self._seconds if self.length > 0 else None
         return Shot(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=-1), seconds)
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ def plain(colour, width=64, height=48):
 class Capture:
     """What OpenCV's VideoCapture is to its user."""
 
-    def __init__(self, shots=(), open_=True, length=0.0, rate=0.0):
-        self.shots, self.open, self.released = iter(shots), open_, False
+    def __init__(self, shots=(), open_=True, length=0.0, rate=0.0, times=()):
+        self.shots, self.open, self.released, self.times = iter(shots), open_, False, iter(times)
         self.properties = {7: length, 5: rate}
 
     def isOpened(self):  # noqa: N802
@@ -29,6 +29,7 @@ class Capture:
     def read(self):
         assert not self.released
         shot = next(self.shots, None)
+        self.properties[0] = next(self.times, 0.0)
         return shot is not None, shot
 
     def release(self):

@@ -72,6 +72,17 @@ def test_a_paced_file_plays_at_its_speed(capture, clock, colours):
     assert [round(time.now - begin, 3) for _ in found] == [0, 0.1, 0.2, 0.3, 0.4]
 
 
+def test_frames_of_a_changing_rate_have_their_own_times(capture, clock, colours):
+    """Of a phone: 30 a second, then 10. The first of them all is at 0, the last one has no time."""
+    time, times = clock(), [0.0, 33.0, 67.0, 167.0, 0.0]
+    shots = [colours["red"]] * 5
+    source = Video("a.mp4", "file", None, True, lambda: capture(shots, length=5, rate=20, times=times), clock=time)
+    found, _ = run(source, time)
+    begin = time.now
+    played = [(round(f.shot.seconds, 3), round(time.now - begin, 3)) for f in found]
+    assert played == [(0, 0), (0.033, 0.033), (0.067, 0.067), (0.167, 0.167), (0.217, 0.217)]
+
+
 def test_grey_frames_become_three_equal_channels(capture, clock, colours):
     source = Video("0", "camera", capture=lambda: capture([colours["red"][..., 2]]))
     found, _ = run(source, clock(stop_after=1))
