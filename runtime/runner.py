@@ -111,6 +111,7 @@ def choose_graph(
     int8: str = INT8,
     hints: Collection[str] = (),
     newest_opset: int | None = None,
+    backend: str | None = None,
 ) -> ChosenGraph:
     """The graph that an engine computes for this precision.
 
@@ -120,21 +121,28 @@ def choose_graph(
         int8: the quantisation scheme of the 8-bit graphs that the engine runs well.
         hints: precisions that the engine computes the fp32 graph in by itself.
         newest_opset: of the 8-bit graphs that the engine loads; None: any.
+        backend: the engine's name in a calibration's times. Where they have its 8 bits, and recommend another engine's,
+            it computes in fp32; None: a recommendation is for every engine.
 
     Raises: InputError for an unknown precision, or when the bundle has no such graph.
     """
     if precision is not None:
         choose("precision", precision, PRECISIONS)
-    precision = precision or _recommended(bundle, graph, int8, newest_opset)
+    precision = precision or _recommended(bundle, graph, int8, newest_opset, backend)
     own = int8 if precision == "int8" else precision
     chosen = ChosenGraph(bundle, precision, graph if own in ("fp32", *hints) else f"{graph}.{own}")
     bundle.graph(chosen.key)  # raises where there is none
     return chosen
 
 
-def _recommended(bundle: Bundle, graph: str, int8: str, newest_opset: int | None) -> str:
+def _recommended(bundle: Bundle, graph: str, int8: str, newest_opset: int | None, backend: str | None) -> str:
     found = bundle.manifest.quantisation
     if found is None or found.recommended.get("precision") != "int8":
+        return "fp32"
+    # One engine's 8 bits may be fast and right where another's are slow, or answer otherwise. On x86 alone there are
+    # two that compute in 8 bits: what was measured there says nothing about another processor.
+    measured = {entry.backend for entry in found.latency if entry.precision == "int8"}
+    if int8 == "int8-x86" and backend in measured - {found.recommended.get("backend")}:
         return "fp32"
     scheme = found.schemes.get(int8)
     opset = scheme.opset if scheme and scheme.opset is not None else bundle.manifest.opset or 0

@@ -261,6 +261,7 @@ def _cells(
         }
         try:
             config = TrainConfig.from_json({**options, "head": head})
+            config.check_tasks(config.tasks or 1)
         except InputError as error:
             reason = " ".join(str(error).split())
             refused[learner, distiller, query, head] = ExcludedCombination(learner, distiller, query, head, reason)

@@ -295,6 +295,16 @@ class TrainConfig:
             return self.prompt_tasks is None or task < self.prompt_tasks
         return self.learner != "frozen" and task < (self.prompt_tasks or 1)
 
+    def check_tasks(self, tasks: int) -> None:
+        """Raises: InputError where the head of some of so many tasks would never learn: it learns when prompts do."""
+        if self.head == "learned" and not self.learns_prompts(tasks - 1):
+            raise InputError(
+                f"--prompt-tasks {self.prompt_tasks}: learnt heads learn with the prompts, so those of later tasks never",
+                got=f"--head learned, {tasks} tasks",
+                expected=f"--prompt-tasks {tasks}, or a head that is made from class statistics",
+                fix="leave --prompt-tasks out, or give --head ranpac",
+            )
+
     def _check_type(self, name: str, annotation: str) -> None:
         """annotation: the text of the field's type, such as "int | None"."""
         allowed = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "None": (type(None),)}

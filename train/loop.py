@@ -97,6 +97,7 @@ class _Training:
         for name, why in config.without_effect.items():
             self._say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
         whole, self.tasks = dataset, len(self.scenario.tasks)
+        config.check_tasks(self.tasks)
         kind = DISTILLERS[config.distill]
         self.config = config = replace(
             config, data=absolute(config.data), tasks=tasks, tau=kind.tau if config.tau is None else config.tau

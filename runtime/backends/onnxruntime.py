@@ -56,7 +56,7 @@ def open_onnxruntime(
         raise _no_provider(wanted, "this onnxruntime was built without it: " + _listed(ort))
     int8 = INT8_TENSORRT if provider == "tensorrt" else INT8
     newest = 21 if is_old(ort.__version__) else None
-    chosen = choose_graph(bundle, graph, precision, int8, newest_opset=newest)
+    chosen = choose_graph(bundle, graph, precision, int8, newest_opset=newest, backend="onnxruntime")
     return Runner.open(chosen, lambda model: OrtEngine(chosen, model, ort, wanted, count))
 
 

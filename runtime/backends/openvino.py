@@ -48,7 +48,7 @@ def open_openvino(
             expected="one of " + ", ".join(offered),
             fix="choose another precision, or use --backend onnxruntime",
         )
-    chosen = choose_graph(bundle, graph, precision, INT8, hints=("bf16",))
+    chosen = choose_graph(bundle, graph, precision, INT8, hints=("bf16",), backend="openvino")
     return Runner.open(chosen, lambda model: OpenVinoEngine(chosen, model, openvino, found, count))
 
 

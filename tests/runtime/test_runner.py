@@ -48,3 +48,27 @@ def test_an_engine_is_all_that_a_backend_adds(make_bundle, tiny, batch, batches)
 def test_an_engine_that_cannot_be_made(bundle):
     with pytest.raises(InputError, match="no room"):
         Runner.open(choose_graph(bundle), lambda model: Doubler(fails=True))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "backend", "recommended", "chosen"),
+    [
+        ("int8-x86", "onnxruntime", "onnxruntime", "int8"),
+        ("int8-x86", "openvino", "onnxruntime", "fp32"),
+        ("int8-x86", "onnxruntime", "openvino", "fp32"),
+        ("int8-arm", "onnxruntime", "openvino", "int8"),  # another processor than the one that was measured
+        ("int8-x86", "tensorrt", "onnxruntime", "int8"),  # nothing was measured of it
+    ],
+)
+def test_8_bits_are_recommended_for_an_engine(make_bundle, scheme, backend, recommended, chosen):
+    """They were taken by every engine, also by one whose answers in 8 bits calibration had refused."""
+    timed = [
+        {"backend": name, "precision": precision, "compute_ms": 1.0, "ratio": 1.0}
+        for name in ("onnxruntime", "openvino")
+        for precision in ("fp32", "int8")
+    ]
+    advice = {"latency": timed, "recommended": {"backend": recommended, "precision": "int8"}}
+    graphs = {"student": "student.onnx", f"student.{scheme}": "student.onnx"}
+    bundle = make_bundle(graphs=graphs, quantisation=advice)
+    assert choose_graph(bundle, int8=scheme, backend=backend).precision == chosen
+    assert choose_graph(bundle, precision="int8", int8=scheme, backend=backend).precision == "int8"

@@ -65,6 +65,12 @@ def test_what_train_refuses_is_left_out_once(plan_of):
     assert "\n" not in plan.refused[0].reason and "apt" in plan.refused[0].reason
 
 
+def test_a_head_that_would_never_learn_is_left_out(plan_of):
+    plan = plan_of(learners="apt", distillers="none", heads="learned,ranpac", seeds=0, tasks=3, prompt_tasks=2)
+    assert [c.config.head for c in plan.cells] == ["ranpac"]
+    assert [r.head for r in plan.refused] == ["learned"] and "--prompt-tasks 2" in plan.refused[0].reason
+
+
 MATRIX = "none,two-heads,kd,kd-token,kdp"
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -180,6 +181,20 @@ def test_every_option_has_its_line():
 )
 def test_options_that_have_no_meaning_are_refused(change, words):
     refused(*words, **change)
+
+
+@pytest.mark.parametrize("learner", ["coda", "finetune", "frozen"])
+def test_a_head_that_would_never_learn_is_refused(learner):
+    """Learnt heads learn when prompts do: the classes of later tasks were answered by their initial values."""
+    config = TrainConfig.from_json({**BASE, "learner": learner, "head": "learned", "distill": "none", "prompt_tasks": 1})
+    with pytest.raises(InputError, match="--prompt-tasks 1") as info:
+        config.check_tasks(3)
+    assert "--prompt-tasks 3" in str(info.value) and "--head ranpac" in str(info.value)
+    config.check_tasks(1)
+    replace(config, prompt_tasks=None).check_tasks(3)
+    replace(config, prompt_tasks=3).check_tasks(3)
+    if learner == "coda":
+        replace(config, head="ranpac").check_tasks(3)
 
 
 def test_options_of_m2kd():

@@ -313,6 +313,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, make_config):
         ({"data": "folder:/nowhere"}, "no such folder"),
         ({"data": "didgits"}, "did you mean 'digits'?"),
         ({"tasks": 11}, "10 classes, 11 tasks"),
+        ({"prompt_tasks": 1}, "--prompt-tasks 1: learnt heads learn with the prompts"),
         ({"student": "builtin:studnet"}, "did you mean 'student'?"),
         ({"teacher": "file:/nowhere"}, "no such file"),
     ],
