@@ -146,6 +146,7 @@ def calibrate(
         "definitions": DEFINITIONS,
     }
     manifest = {**opened.manifest.document, "name": Path(out).name, "graphs": graphs, "signatures": signatures or None}
+    manifest["ranges"] = _ranges_file(opened)
     with workspace(Path(out).parent) as folder:
         draft = write_bundle(folder / "draft", {**manifest, "quantisation": document}, files)
         LOG.info("latency: every precision that runs here, in turns")
@@ -183,29 +184,37 @@ def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str
     graphs = {name: file for name, file in manifest.graphs.items() if name.partition(".")[2] not in SCHEMES}
     old = {*manifest.graphs.values()} - {*graphs.values()}
     old |= {WEIGHTS, *(scales_file(scheme) for scheme in SCHEMES.values())}
+    if manifest.ranges and _ranges_file(bundle) is None:
+        old.add(manifest.ranges)
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in manifest.files if name not in old}
     return files, graphs, {k: v for k, v in manifest.signatures.items() if k in graphs}
+
+
+def _ranges_file(bundle: Bundle) -> str | None:
+    """Name of the file of kept ranges, where it is there: of a version that came in a pack it stayed in the workshop."""
+    name = bundle.manifest.ranges
+    return name if name and (bundle.path / name).is_file() else None
 
 
 def _ranges(
     bundle: Bundle, found: CalibrationImages | None, source: str
 ) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """The range of every tensor, and what it comes from. Raises: InputError when there is nothing to take it from."""
-    name = bundle.manifest.ranges
+    name = _ranges_file(bundle)
     kept = Ranges.load(bundle.path / name) if name else None
     if source == "images" or (source == "auto" and (kept is None or (found is not None and found.whole))):
         kept_used = None
     else:
         kept_used = kept
     if source == "kept" and kept is None:
-        raise InputError(f"{bundle.path}: no ranges were kept", fix="train with --range-images, or give --data")
+        raise InputError(f"{bundle.path}: no ranges were kept", fix=_without_ranges(bundle))
     use_images = found is not None and len(found.training) > 0 and source != "kept"
     if kept_used is None and not use_images:
         raise InputError(
             f"{bundle.path}: nothing to take ranges from",
             got="no ranges in the bundle, no --data with training images",
             expected="ranges kept while learning, or images",
-            fix="train with --range-images above 0 and export again, or give --data",
+            fix=_without_ranges(bundle),
         )
     fresh = collect(float_graph(bundle, "student"), found.training) if use_images and found is not None else None
     if fresh is not None and kept_used is None and fresh.images < FEW:
@@ -218,6 +227,13 @@ def _ranges(
         "tasks_with_images": list(found.tasks) if fresh and found is not None else [],
     }
     return merged, situation
+
+
+def _without_ranges(bundle: Bundle) -> str:
+    """What to do about a bundle without the file of kept ranges."""
+    if bundle.manifest.ranges:
+        return "packs leave the ranges out: calibrate in the workshop and send a pack of that, or give --data"
+    return "train with --range-images above 0 and export again, or give --data"
 
 
 def _warn_unlike(bundle: Bundle, found: Measured, images: int) -> None:

@@ -483,6 +483,21 @@ def test_nothing_to_take_ranges_from(exported, source, tmp_path):
     assert result["ranges"]["kept_tasks"] == 0
 
 
+@pytest.mark.slow
+def test_a_version_that_came_in_a_pack_has_left_its_ranges_in_the_workshop(exported, source, tmp_path):
+    """The manifest names them, the file is not there: calibrating from images was refused all the same."""
+    device = Path(shutil.copytree(exported(), tmp_path / "device"))
+    (device / "ranges.npz").unlink()
+    for options in ({}, {"data": source, "ranges": "kept"}):
+        with pytest.raises(InputError, match="packs leave the ranges out: calibrate in the workshop"):
+            calibrate(device, tmp_path / "out", **options)
+    result = calibrate(device, tmp_path / "out", source, schemes=["int8-x86"])
+    assert result["ranges"]["kept_tasks"] == 0 and result["ranges"]["images"] > 0
+    written = open_bundle(tmp_path / "out").manifest
+    assert written.ranges is None and "ranges.npz" not in written.files
+
+
+
 def test_wrong_options(exported, image_folder, tmp_path):
     for options, words in (
         ({"ranges": "keept"}, "did you mean 'kept'"),
