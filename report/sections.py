@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..artefacts.bundle import Bundle
@@ -29,7 +30,7 @@ STAGES = ("decode", "preprocess", "h2d", "enqueue", "gpu", "compute", "d2h", "po
 STAGE_NAMES = {"h2d": "Host to device", "d2h": "Device to host", "gpu": "GPU", "end_to_end": "End to end"}
 STATISTICS = ("n", "min", "mean", "std", "p50", "p90", "p95", "p99", "max")
 OF_DISTILLATION = ("teacher", "alpha", "tau", "kd_blocks", "kd_length", "kd_head")
-"options that mean nothing in a run without a teacher"
+"options that mean nothing in a run without a distiller; one without a teacher, as two-heads, has the others"
 GRAPH_FACTS = ("learner", "distiller", "query", "alpha", "selection", "backbone", "profile", "opset", "precision")
 
 
@@ -49,6 +50,12 @@ def _settings(metrics: Metrics | None, bundle: Bundle | None) -> dict[str, Any]:
     if metrics and metrics.teacher is None:
         found["teacher"] = None  # a run without distillation trains none, whatever the option's default says
     return found
+
+
+def _classes(metrics: Metrics | None, bundle: Bundle | None) -> tuple[Sequence[str], Sequence[Sequence[int]]]:
+    """Classes and tasks: of the bundle, which may have learnt some on the device, else of the run."""
+    known = bundle or metrics
+    return (known.classes, known.tasks) if known else ((), ())
 
 
 def header(metrics: Metrics | None, bundle: Bundle | None) -> dict[str, Any]:
@@ -95,8 +102,7 @@ def figures(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileReco
         add("Final average accuracy", f"{accuracy.average_accuracy:.2f}", "%", "of the exported student")
         if accuracy.forgetting is not None:
             add("Forgetting", f"{accuracy.forgetting:.2f}", "points", "lower is better")
-    classes = metrics.classes if metrics else bundle.classes if bundle else ()
-    tasks = metrics.tasks if metrics else bundle.tasks if bundle else ()
+    classes, tasks = _classes(metrics, bundle)
     add("Classes", f"{len(classes):,}", "", f"learnt in {len(tasks)} task{'s' * (len(tasks) != 1)}")
     images = _images(metrics, bundle)
     if images:
@@ -270,8 +276,7 @@ def _without_identity(value: object) -> object:
 def card_section(metrics: Metrics | None, bundle: Bundle | None, profile: ProfileRecord | None) -> dict[str, Any]:
     """The model card: use, limits, data, backbones, settings, definitions and versions."""
     settings = _settings(metrics, bundle)
-    classes = metrics.classes if metrics else bundle.classes if bundle else ()
-    tasks = metrics.tasks if metrics else bundle.tasks if bundle else ()
+    classes, tasks = _classes(metrics, bundle)
     backbones = {side: b.document for side, b in metrics.backbones.items()} if metrics else {}
     if not backbones and bundle and bundle.manifest.backbone:
         backbones = {"student": bundle.manifest.backbone.document}
@@ -308,7 +313,8 @@ def _training(metrics: Metrics) -> list[tuple[str, str]]:
     """The options, with what "auto" came to in place of the word."""
     known = {"device": metrics.device, "precision": metrics.precision, "threads": metrics.threads}
     resolved = {k: v for k, v in known.items() if v is not None}
-    left_out = () if metrics.teacher else OF_DISTILLATION
+    plain = metrics.config.get("distill", "none") == "none"
+    left_out = () if metrics.teacher else OF_DISTILLATION if plain else ("teacher",)
     return labelled({**metrics.config, **resolved}, (*left_out, "devices") if "device" in resolved else left_out)
 
 
@@ -369,6 +375,11 @@ def _limitations(
             lines.append(f"Training saw at most {config['limit_per_class']:,} images a class.")
         if metrics.skipped:
             lines.append(f"{len(metrics.skipped):,} image(s) could not be read and were left out.")
+    if bundle and (names := list(dict.fromkeys(entry.name for entry in bundle.manifest.enrolments))):
+        lines.append(
+            f"Enrolled on the device: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Every accuracy here was "
+            "measured before that: run `cdl-edge evaluate` with pictures of these classes too."
+        )
     if bundle and bundle.manifest.quantisation:
         compared = min((s.images for s in bundle.manifest.quantisation.schemes.values()), default=0)
         lines.append(

@@ -57,6 +57,28 @@ def test_bundle_alone_shows_the_training_it_keeps(
     assert "81.2" in page.text
 
 
+def test_classes_that_a_device_has_learnt_are_counted(
+    tmp_path: Path, metrics: dict[str, Any], save_bundle: Callable[..., Path], read_page: Callable[[Path], Any]
+) -> None:
+    """The page showed those of the training, as if the bundle could answer no other."""
+    names = [*metrics["classes"], "hornet"]
+    more = {"classes": names, "tasks": [*metrics["tasks"], [6]], "outputs": {"logits": [1, 7]}}
+    more |= {"enrolments": [{"name": "hornet", "images": 5, "at": "2026-11-28T00:00:00Z"}], "enrolled_on": "0" * 16}
+    bundle = save_bundle(tmp_path / "bundle", metrics, **more)
+    text = read_page(write_report(tmp_path / "r.html", bundle=bundle)).text
+    assert "Classes 7 learnt in 4 tasks" in text and "one of the 7 classes" in text
+    assert "Enrolled on the device: hornet. Every accuracy here was measured before that" in text
+
+
+def test_options_of_a_distiller_without_a_teacher_are_shown(
+    tmp_path: Path, metrics: dict[str, Any], save_run: Callable[..., Path], read_page: Callable[[Path], Any]
+) -> None:
+    metrics["teacher"] = None
+    metrics["config"] |= {"distill": "two-heads", "alpha": 0.3125}
+    text = read_page(write_report(tmp_path / "r.html", save_run(tmp_path / "run", metrics))).text
+    assert "0.3125" in text and "builtin:teacher" not in text.partition("Backbones")[0]
+
+
 def test_one_task(
     tmp_path: Path,
     metrics: dict[str, Any],
