@@ -233,6 +233,8 @@ class _Training:
         classes, first = self.scenario.classes_of(self.dataset), self.scenario.tasks[task][0]
         names = classes[first : self.scenario.seen(task)]
         own = images.labels >= first  # M2KD's exemplars of earlier classes are in their statistics already
+        if self.devices.bf16:  # the queries that were kept for training; whoever answers later asks in fp32
+            images.forget()
         for name, model in self.models.items():
             head = model.statistics_head
             if head is not None:

@@ -85,6 +85,10 @@ class Enrolled:
         """The same with another name for a class; its place among the classes stays."""
         return replace(self, entries=tuple(replace(e, name=new) if e.name == old else e for e in self.entries))
 
+    def spelt_as(self, classes: Sequence[str]) -> Enrolled:
+        """The same under the names of these classes, where they are the same but for how accents are written."""
+        return replace(self, entries=tuple(replace(e, name=known_as(e.name, classes)) for e in self.entries))
+
     def joined(self, other: Enrolled) -> Enrolled:
         """These enrolments, then those of another device; the same pictures count once, under the name they have here.
 

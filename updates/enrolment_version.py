@@ -261,7 +261,7 @@ def carry(
         reason = str(error).splitlines()[0].removeprefix(f"{ground.path}: ")
         raise _refused(enrolled, reason) from error
     x, tested = _features_on(running, base, ground, enrolled, backend, threads)
-    carried = theirs.joined(replace(enrolled, features=x))
+    carried = theirs.joined(replace(enrolled, features=x).spelt_as(new.classes))
     more = [entry for entry in carried.entries if entry not in theirs.entries]
     if not more:
         return None

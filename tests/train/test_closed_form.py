@@ -104,6 +104,25 @@ def test_a_run_keeps_what_its_head_is_made_from(run_of, learner, distill, head):
 
 
 @pytest.mark.slow
+def test_statistics_are_of_what_inference_computes_also_where_training_was_in_bf16(run_of, monkeypatch):
+    """The queries that training had kept, in bf16, chose the prompts of the features: inference asks in fp32."""
+    asked = []
+    real = loop.features_of
+
+    def features(images, name, *rest):
+        found = real(images, name, *rest)
+        model = images.sides[name].model
+        again = [model.query(images.prepare(name, np.arange(len(images))))]
+        asked.append((images._queries["student"], torch.cat(again)))
+        return found
+
+    monkeypatch.setattr(loop, "features_of", features)
+    run_of("run", precision="bf16", learner="coda", head="slda", tasks=1, augment="none")
+    ((kept, exact),) = asked
+    assert torch.allclose(kept, exact, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("head", list(CLOSED_FORM))
 def test_the_order_of_tasks_changes_neither_statistics_nor_answers(run_of, monkeypatch, head):
     real = loop.make_scenario

@@ -105,6 +105,16 @@ def test_the_next_pack_is_made_for_the_workshop_s_version(make_teachable, newer,
     assert len(listed(device)) <= 6
 
 
+def test_an_accent_that_is_a_character_of_its_own_makes_no_second_class(make_teachable, newer, colours, tmp_path):
+    """The workshop's folder may come from another system than the keyboard that the class was enrolled with."""
+    device = make_teachable("device")
+    enrol(device, "g\u00fcn", colours.pictures(YELLOW, 4), threads=1)
+    create(make_teachable("old"), newer(classes={**colours.CLASSES, "gu\u0308n": YELLOW}), tmp_path / "update.pack")
+    assert install(tmp_path / "update.pack", device, threads=1)["carried"]["names"] == ["gu\u0308n"]
+    assert open_bundle(device).classes == (*colours.CLASSES, "gu\u0308n")
+    assert remove(device, "g\u00fcn", threads=1)["images"] == 4
+
+
 def test_features_that_are_others_are_refused_or_computed_again(make_teachable, newer, colours, contents, tmp_path):
     device = make_teachable("device")
     other = newer(gain=0.4)
