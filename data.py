@@ -29,7 +29,7 @@ from .folders import (
     reasons,
 )
 from .images import EXTENSIONS
-from .splits import Decoded, Split, deeper, joined
+from .splits import DIGITS, Decoded, Split, deeper, joined
 
 __all__ = (
     "Dataset",
@@ -53,6 +53,8 @@ class Fingerprint:
 
     train: Mapping[str, str]
     val: Mapping[str, str]
+    pictures: tuple[str, ...] = ()
+    "of some validation images, see Split.samples: they tell a folder that has grown since from one that is another"
 
     @cached_property
     def whole(self) -> str:
@@ -61,12 +63,13 @@ class Fingerprint:
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as plain JSON values."""
-        return {"sha256": self.whole, "train": dict(self.train), "val": dict(self.val)}
+        some = {"pictures": list(self.pictures)} if self.pictures else {}
+        return {"sha256": self.whole, "train": dict(self.train), "val": dict(self.val), **some}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Fingerprint:
         """The inverse of `to_json`; a part that was left away is empty."""
-        return cls(document.get("train") or {}, document.get("val") or {})
+        return cls(document.get("train") or {}, document.get("val") or {}, tuple(document.get("pictures") or ()))
 
     def changes(self, now: Fingerprint) -> str:
         """How the images of `now` differ from these, in one line; empty where they do not."""
@@ -112,7 +115,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """A fingerprint of class names, file names and file bytes; where the folder lies is of no account."""
-        return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes))
+        return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes), self.val.samples)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class Dataset:
         """
         choose("split", split, SCORED)
         if split == "auto":
-            own = not self.held_out or trained is None or self._is_of(trained)
+            own = not self.held_out or trained is None or self.is_of(trained)
             split = "val" if own else "all"
         if split == "all":
             return joined([s for s in (self.train, self.val, self.test) if s is not None]), "all images"
@@ -170,12 +173,19 @@ class Dataset:
             return self.train, "training images"
         return self.val, "validation images" + (", a fifth of each class" if self.held_out else "")
 
-    def _is_of(self, trained: Mapping[str, Any]) -> bool:
+    def is_of(self, trained: Mapping[str, Any]) -> bool:
         """Whether a student of that record has learnt from some of these images."""
         # A bundle keeps no place: two machines may have a folder:photos each, and then only the images tell.
         if "source" in trained and {self.source, absolute(self.source)} & {trained["given"], trained["source"]}:
             return True
-        return Fingerprint.from_json(trained["fingerprint"]).shares(self.fingerprint)
+        learnt = Fingerprint.from_json(trained["fingerprint"])
+        # A class's hash changes with every picture that is added to it.
+        return learnt.shares(self.fingerprint) or not self._known.isdisjoint(learnt.pictures)
+
+    @cached_property
+    def _known(self) -> set[str]:
+        """What Fingerprint.pictures would say of each training and validation image."""
+        return {digest[:DIGITS] for part in (self.train, self.val) for digest in part.digests}
 
 
 def absolute(source: str) -> str:

@@ -25,6 +25,8 @@ class Scored:
     "that the student has"
     comparable: bool
     "they are the validation images that its training was measured on: accuracy lost since then is forgetting"
+    grown: bool = False
+    "held out of the folder that it was trained on, which has other pictures by now"
 
     def limited(self, limit: int, seed: int) -> Scored:
         """The same with at most `limit` images of each class: a sample of them says nothing about forgetting."""
@@ -35,6 +37,8 @@ class Scored:
     def lines(self) -> list[str]:
         """For people: what is read, what of it is scored, and which classes are missing."""
         found = [self.dataset.line, f"scored: {self.which}"]
+        if self.grown:
+            found.append("warning: the pictures have changed since the training: it may have learnt some of these")
         if self.missing:
             names = ", ".join(self.missing[:8]) + (" ..." if len(self.missing) > 8 else "")
             count = f"{len(self.missing)} of the {self.classes}"
@@ -66,8 +70,12 @@ def find_scored(source: str, split: str, training: Mapping[str, Any] | None, cla
             fix="evaluate on the data the student was trained on, or rename the class folders",
         )
     measured = Fingerprint.from_json(record["fingerprint"]).val if record and "fingerprint" in record else None
-    comparable = images is dataset.val and not missing
-    if comparable and measured is not None:
-        own = images.of_classes([dataset.classes.index(c) for c in classes]).hashes(dataset.classes)
+    comparable, grown = images is dataset.val and not missing, False
+    if images is dataset.val and measured is not None:
+        names = [c for c in classes if c in there]
+        own = images.of_classes([dataset.classes.index(c) for c in names]).hashes(dataset.classes)
         comparable = own == measured
-    return Scored(dataset, images, which, missing, len(classes), comparable)
+        # An added picture moves another one into the fifth that is held out.
+        others = any(measured.get(c, h) != h for c, h in own.items())
+        grown = others and dataset.held_out and record is not None and dataset.is_of(record)
+    return Scored(dataset, images, which, missing, len(classes), comparable and not missing, grown)

@@ -18,6 +18,8 @@ from .images import Preprocessing, UnreadableImage
 
 DIGITS = 16
 "hex digits of a hash of a class or of an image: 64 bits tell accidents apart, not attacks"
+SAMPLES = 2
+"images of each class that a fingerprint names one by one"
 _GLANCE = Preprocessing(32, 32)
 "decodes as little of a file as shows that it is readable"
 
@@ -109,6 +111,15 @@ class Split:
                 content = "\n".join(sorted(lines[int(i)] for i in index)).encode("utf-8", "surrogateescape")
             found[classes[label]] = hashlib.sha256(content).hexdigest()[:DIGITS]
         return found
+
+    @property
+    def samples(self) -> tuple[str, ...]:
+        """DIGITS hex digits of a SHA-256 over the bytes of SAMPLES files of each class; none of arrays."""
+        of = {path: digest[:DIGITS] for digest, paths in self.digests.items() for path in paths}
+        found: list[str] = []
+        for label in np.unique(self.labels).tolist() if of else ():
+            found += sorted(of[str(self.items[int(i)])] for i in np.flatnonzero(self.labels == label))[:SAMPLES]
+        return tuple(found)
 
     def check_readable(self, classes: Sequence[str]) -> None:
         """Look for one readable image of each class, before hours of work are spent on the classes in front of it.

@@ -264,7 +264,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
     training = {k: v for k, v in run.metrics.document.items() if k not in ("student", "teacher")}
     if record := training.get("data"):
         # A bundle goes out of the house: no path of this machine, and what tells the run's images from others.
-        hashes = {k: record["fingerprint"][k] for k in ("sha256", "val")}
+        hashes = {k: v for k, v in record["fingerprint"].items() if k != "train"}
         training["data"] = {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes}
         training["config"] = {**training["config"], "data": record["given"]}
     for side in ("student", "teacher"):

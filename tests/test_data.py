@@ -344,6 +344,17 @@ def test_the_fingerprint_of_files_is_names_and_bytes(tmp_path, image_folder, cha
     assert Fingerprint.from_json(json.loads(json.dumps(before.to_json()))) == before
 
 
+def test_a_fingerprint_names_two_held_out_pictures_of_each_class(tmp_path, image_folder):
+    root = image_folder(tmp_path / "p", train={"a": 3, "b": 2}, val={"a": 3, "b": 1})
+    data = load_dataset(f"folder:{root}")
+    named = data.fingerprint.pictures
+    assert len(named) == 3 and set(named) <= {data.val.digest(i) for i in range(4)}
+    (root / "val" / "a" / "new.png").write_bytes((root / "train" / "a" / "000.png").read_bytes())
+    assert load_dataset(f"folder:{root}").fingerprint.whole != data.fingerprint.whole
+    assert replace(data.fingerprint, pictures=()).whole == data.fingerprint.whole  # older runs have none
+    assert load_dataset("digits").fingerprint.pictures == ()
+
+
 def test_copies_of_training_pictures_among_the_validation_pictures(image_folder, tmp_path):
     root = image_folder(tmp_path / "d", train={"a": 3, "b": 3}, val={"a": 2, "b": 2})
 

@@ -283,7 +283,7 @@ def test_from_another_working_directory(moved, short_training, image_folder, tmp
     assert str(data) not in manifest  # a bundle goes out of the house
     training = json.loads(manifest)["training"]
     assert training["config"]["data"] == training["data"]["given"] == "folder:data"
-    assert set(training["data"]["fingerprint"]) == {"sha256", "val"}
+    assert set(training["data"]["fingerprint"]) == {"sha256", "val", "pictures"}
 
 
 @pytest.mark.slow

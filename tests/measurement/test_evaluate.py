@@ -117,7 +117,7 @@ def test_set(tmp_path):
         (tmp_path / "t" / name).mkdir(parents=True)
         for i in range(5):
             picture = np.broadcast_to(np.array(COLOURS[name], np.uint8), (8, 8, 3)).copy()
-            picture[0, 0, 0] ^= i  # no two files alike
+            picture[0, 0, 0] ^= i + 1  # no two files alike
             Image.fromarray(picture).save(tmp_path / "t" / name / f"{i}.png")
     return f"folder:{tmp_path / 't'}"
 
@@ -138,14 +138,18 @@ def test_of_a_test_set_in_class_folders_all_images_count(make_bundle, test_set, 
         assert evaluate(runner, test_set, split="train")["images"] == 16
 
 
-@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("grown", [[], ["red"], ["red", "green", "blue", "grey"]], ids=len)
 def test_of_the_images_of_the_training_only_those_held_out_count(make_bundle, test_set, tmp_path, grown):
+    """Where every class has more pictures since, all were scored, those that the student has learnt from too."""
     trained = {"data": record(test_set)}
-    if grown:  # one class has more pictures since: the others still tell
-        (tmp_path / "t" / "red" / "new.png").write_bytes((tmp_path / "t" / "red" / "0.png").read_bytes())
+    for name in grown:
+        first = tmp_path / "t" / name / "0.png"
+        (tmp_path / "t" / name / "6.png").write_bytes(first.read_bytes() + b" ")  # by its name the fifth from now on
     (tmp_path / "t").rename(tmp_path / "moved")
-    with load(make_bundle(training=trained), threads=1) as runner:
+    lines = []
+    with load(make_bundle(training=trained), threads=1) as runner, told(lines.append):
         assert evaluate(runner, f"folder:{tmp_path / 'moved'}")["images"] == 4
+    assert any("changed since the training" in line for line in lines) == bool(grown)
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_another(make_bundle, test_set, folder, tmp_path):
