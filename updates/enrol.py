@@ -103,7 +103,9 @@ def judge(
 
     Returns: {"bundle", "name", "new_class", "images", "pictures" (of the class, all together), "classes",
         "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
-        "old_classes": see enrolment_checks.losses, "seconds": {"features": with the start of the engine, "head"}}.
+        "old_classes": see enrolment_checks.losses, "seconds": {"features": with the start of the engine, "head"}}, and
+        what most want to know again by itself: "class" is "name", "leave_one_out_accuracy", "enough", "old_classes_drop":
+        the larger of both drops, in points, "data": {"images", "left_out": {reason: files}}.
     """
     return _learn(Store(Path(bundle)), name, images, backend, threads, False).found
 
@@ -170,6 +172,7 @@ def _learn(
     logits = [answers(h, before.map, tested) for h in (old, head)]
     lost = losses(before, old, total, head, logits)
     seconds["head"] = time.perf_counter() - begin
+    alone = enough(taken_for.count(name), len(x))
     found = {
         "bundle": str(store.path),
         "name": name,
@@ -177,8 +180,13 @@ def _learn(
         "images": len(x),
         "pictures": len(x) + held,
         "classes": len(total.classes),
-        "leave_one_out": {**enough(taken_for.count(name), len(x)), "taken_for": dict(Counter(taken_for))},
+        "leave_one_out": {**alone, "taken_for": dict(Counter(taken_for))},
         "old_classes": lost,
+        "class": name,
+        "leave_one_out_accuracy": alone["accuracy"],
+        "old_classes_drop": max(part["drop"] for part in lost.values()),
+        "enough": alone["enough"],
+        "data": {"images": len(sources), "left_out": dict(skipped)},
         "seconds": seconds,
     }
     return _Learnt(found, sources, after, total, head, logits[1])

@@ -94,6 +94,10 @@ def test_a_class_is_learnt_and_answered(device):
     assert result["previous"] == before != result["version"] == open_bundle(device).manifest.version
     assert result["leave_one_out"]["accuracy"] >= 80 and "pictures" in result["leave_one_out"]["sentence"]
     assert result["old_classes"]["selftest"] == {"images": 4, "changed": 0, "drop": 0.0}
+    assert (result["class"], result["enough"]) == ("stripes", result["leave_one_out"]["enough"])
+    assert result["leave_one_out_accuracy"] == result["leave_one_out"]["accuracy"]
+    assert result["old_classes_drop"] == max(0.0, result["old_classes"]["means"]["drop"])
+    assert result["data"] == {"images": 10, "left_out": {}}
     answers = api.predict(device, frames(6, seed=9), threads=1)["predictions"]
     assert sum(p["label"] == "stripes" for p in answers) >= 5
     opened = open_bundle(device)
