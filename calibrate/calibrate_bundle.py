@@ -191,7 +191,7 @@ def _float_parts(bundle: Bundle) -> tuple[dict[str, Path | bytes], dict[str, str
 
 
 def _ranges_file(bundle: Bundle) -> str | None:
-    """Name of the file of kept ranges, where it is there: of a version that came in a pack it stayed in the workshop."""
+    """Name of the file of kept ranges, where it is there: a pack leaves it in the workshop."""
     name = bundle.manifest.ranges
     return name if name and (bundle.path / name).is_file() else None
 

@@ -377,8 +377,8 @@ def _limitations(
             lines.append(f"{len(metrics.skipped):,} image(s) could not be read and were left out.")
     if bundle and (names := list(dict.fromkeys(entry.name for entry in bundle.manifest.enrolments))):
         lines.append(
-            f"Enrolled on the device: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Every accuracy here was "
-            "measured before that: run `cdl-edge evaluate` with pictures of these classes too."
+            f"Enrolled on the device: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. Every accuracy here "
+            "was measured before that: run `cdl-edge evaluate` with pictures of these classes too."
         )
     if bundle and bundle.manifest.quantisation:
         compared = min((s.images for s in bundle.manifest.quantisation.schemes.values()), default=0)

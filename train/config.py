@@ -299,7 +299,7 @@ class TrainConfig:
         """Raises: InputError where the head of some of so many tasks would never learn: it learns when prompts do."""
         if self.head == "learned" and not self.learns_prompts(tasks - 1):
             raise InputError(
-                f"--prompt-tasks {self.prompt_tasks}: learnt heads learn with the prompts, so those of later tasks never",
+                f"--prompt-tasks {self.prompt_tasks}: learnt heads learn with the prompts, those of later tasks never",
                 got=f"--head learned, {tasks} tasks",
                 expected=f"--prompt-tasks {tasks}, or a head that is made from class statistics",
                 fix="leave --prompt-tasks out, or give --head ranpac",

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..artefacts.layout import RANGES, STUDENT_WEIGHTS, weights_of
 from ..artefacts.run_record import ParentRun, Row
-from ..data import Dataset
+from ..data import Dataset, Fingerprint
 from ..errors import InputError
 from ..files import sha256
+from ..log import LOG
 from ..ranges import Ranges
 from .checkpoint import load_state
 from .closed_form import load_statistics
@@ -90,6 +91,7 @@ class Parent:
                 "them (their training images are not read)",
                 fix="bring back at least PATH/val/<class> of each",
             )
+        self._warn_changed(dataset)
         new = self._new(dataset)
         if not new:
             raise InputError(
@@ -109,6 +111,21 @@ class Parent:
                 fix=f"add {part}/{absent[0]} with at least one image, or remove the class",
             )
         return replace(dataset, train=train)
+
+    def _warn_changed(self, dataset: Dataset) -> None:
+        """Say which learnt classes are measured on other images than in the run: that difference is no forgetting."""
+        record = self.metrics.data
+        if not record or "fingerprint" not in record:  # a run of an early version
+            return
+        learnt, now = Fingerprint.from_json(record["fingerprint"]).val, dataset.val.hashes(dataset.classes)
+        changed = [c for c in self.classes if learnt.get(c, now[c]) != now[c]]
+        if changed:
+            names = ", ".join(changed[:5]) + (" ..." if len(changed) > 5 else "")
+            seen = "; some of them may have been learnt from" if dataset.held_out else ""
+            LOG.warning(
+                f"{len(changed)} learnt class(es) have other validation images than {self.path} was measured on "
+                f"({names}): forgetting compares different images{seen}"
+            )
 
     def _new(self, dataset: Dataset) -> list[str]:
         return [c for c in dataset.classes if c not in set(self.classes)]

@@ -497,7 +497,6 @@ def test_a_version_that_came_in_a_pack_has_left_its_ranges_in_the_workshop(expor
     assert written.ranges is None and "ranges.npz" not in written.files
 
 
-
 def test_wrong_options(exported, image_folder, tmp_path):
     for options, words in (
         ({"ranges": "keept"}, "did you mean 'kept'"),

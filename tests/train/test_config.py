@@ -186,7 +186,8 @@ def test_options_that_have_no_meaning_are_refused(change, words):
 @pytest.mark.parametrize("learner", ["coda", "finetune", "frozen"])
 def test_a_head_that_would_never_learn_is_refused(learner):
     """Learnt heads learn when prompts do: the classes of later tasks were answered by their initial values."""
-    config = TrainConfig.from_json({**BASE, "learner": learner, "head": "learned", "distill": "none", "prompt_tasks": 1})
+    options = {"learner": learner, "head": "learned", "distill": "none", "prompt_tasks": 1}
+    config = TrainConfig.from_json({**BASE, **options})
     with pytest.raises(InputError, match="--prompt-tasks 1") as info:
         config.check_tasks(3)
     assert "--prompt-tasks 3" in str(info.value) and "--head ranpac" in str(info.value)

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.log import told
 from cdl_edge.ranges import Ranges
 from cdl_edge.train import loop
 from cdl_edge.train.augment import Normalise
@@ -312,6 +313,20 @@ def test_classes_that_do_not_fit(tmp_path, finished, extending, photos):
     shutil.rmtree(data / "val" / "b")
     refused(lambda: extending(run, data=f"folder:{data}"), "1 of the 4 classes", "without b", "val/<class>")
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.slow
+def test_other_validation_images_of_learnt_classes_are_said(tmp_path, finished, extending, photos):
+    """Forgetting then compares different images; of one folder a class, some may be training images of before."""
+    run, lines = finished(learner="apt", distill="none"), []
+    more = shutil.copytree(photos / "more", tmp_path / "grown")
+    with told(lines.append):
+        _Training(extending(run, data=f"folder:{more}", out=str(tmp_path / "one")), False, True).close()
+        assert not [line for line in lines if "other validation images" in line]
+        (more / "val" / "a" / "new.png").write_bytes((more / "val" / "a" / "000.png").read_bytes() + b" ")
+        _Training(extending(run, data=f"folder:{more}", out=str(tmp_path / "two")), False, True).close()
+    (line,) = [line for line in lines if "other validation images" in line]
+    assert line.startswith("warning: 1 learnt class(es)") and "(a): forgetting compares different images" in line
 
 
 def test_a_distiller_that_remembers(tmp_path, finished, extending):
