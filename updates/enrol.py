@@ -104,8 +104,8 @@ def judge(
     Returns: {"bundle", "name", "new_class", "images", "pictures" (of the class, all together), "classes",
         "leave_one_out": {"accuracy", "low", "high", "enough", "sentence", "taken_for": {class: pictures}},
         "old_classes": see enrolment_checks.losses, "seconds": {"features": with the start of the engine, "head"}};
-        and by themselves "class" (as "name"), "leave_one_out_accuracy", "enough", "old_classes_drop" (the larger of both
-        drops, in points), "data": {"images", "left_out": {reason: files}}.
+        and by themselves "class" (as "name"), "leave_one_out_accuracy", "enough", "old_classes_drop" (the larger of
+        both drops, in points), "data": {"images", "left_out": {reason: files}}.
     """
     return _learn(Store(Path(bundle)), name, images, backend, threads, False).found
 
