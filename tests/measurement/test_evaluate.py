@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdl_edge.data import load_dataset
+from cdl_edge.data import _ranks, load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.log import told
 from cdl_edge.measurement.evaluate import evaluate, forgetting
@@ -144,7 +144,9 @@ def test_of_the_images_of_the_training_only_those_held_out_count(make_bundle, te
     trained = {"data": record(test_set)}
     for name in grown:
         first = tmp_path / "t" / name / "0.png"
-        (tmp_path / "t" / name / "6.png").write_bytes(first.read_bytes() + b" ")  # by its name the fifth from now on
+        names = [f"{name}/new{i}.png" for i in range(400)]
+        held_out = names[_ranks(names).argmin()]  # by its name it is the fifth from now on
+        (tmp_path / "t" / held_out).write_bytes(first.read_bytes() + b" ")
     (tmp_path / "t").rename(tmp_path / "moved")
     lines = []
     with load(make_bundle(training=trained), threads=1) as runner, told(lines.append):
