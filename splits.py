@@ -18,6 +18,8 @@ from .images import Preprocessing, UnreadableImage
 
 DIGITS = 16
 "hex digits of a hash of a class or of an image: 64 bits tell accidents apart, not attacks"
+UNREADABLE = "unreadable"
+"in place of the hash of a file that cannot be read: told, and left out, when it is decoded"
 SAMPLES = 2
 "images of each class that a fingerprint names one by one"
 _GLANCE = Preprocessing(32, 32)
@@ -73,7 +75,7 @@ class Split:
             try:
                 return hashlib.sha256(item.read_bytes()).hexdigest()
             except OSError:
-                return "unreadable"  # told, and left out, when it is decoded
+                return UNREADABLE
 
         found: dict[str, list[str]] = {}
         if isinstance(self.items, np.ndarray):
@@ -115,10 +117,12 @@ class Split:
     @property
     def samples(self) -> tuple[str, ...]:
         """DIGITS hex digits of a SHA-256 over the bytes of SAMPLES files of each class; none of arrays."""
-        of = {path: digest[:DIGITS] for digest, paths in self.digests.items() for path in paths}
+        readable = {k: paths for k, paths in self.digests.items() if k != UNREADABLE}
+        of = {path: digest[:DIGITS] for digest, paths in readable.items() for path in paths}
         found: list[str] = []
         for label in np.unique(self.labels).tolist() if of else ():
-            found += sorted(of[str(self.items[int(i)])] for i in np.flatnonzero(self.labels == label))[:SAMPLES]
+            paths = (str(self.items[int(i)]) for i in np.flatnonzero(self.labels == label))
+            found += sorted(of[path] for path in paths if path in of)[:SAMPLES]
         return tuple(found)
 
     def check_readable(self, classes: Sequence[str]) -> None:
@@ -199,7 +203,7 @@ def deeper(parts: Sequence[Split | None], classes: Sequence[str]) -> str:
 
 def copies(train: Split, val: Split) -> str | None:
     """A warning where validation pictures are training pictures too, to the byte; None where none is."""
-    both = train.digests.keys() & val.digests.keys() - {"unreadable"}
+    both = train.digests.keys() & val.digests.keys() - {UNREADABLE}
     if not both:
         return None
     found = sorted(path for digest in both for path in val.digests[digest])
