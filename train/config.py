@@ -302,7 +302,9 @@ class TrainConfig:
                 f"--prompt-tasks {self.prompt_tasks}: learnt heads learn with the prompts, those of later tasks never",
                 got=f"--head learned, {tasks} tasks",
                 expected=f"--prompt-tasks {tasks}, or a head that is made from class statistics",
-                fix="leave --prompt-tasks out, or give --head ranpac",
+                fix="leave --prompt-tasks out, or give --head ranpac"
+                if self.extend is None
+                else "train again with all classes: what the run was begun with belongs to its weights",
             )
 
     def _check_type(self, name: str, annotation: str) -> None:
