@@ -55,6 +55,8 @@ def open_onnxruntime(
     if wanted not in ort.get_available_providers():
         raise _no_provider(wanted, "this onnxruntime was built without it: " + _listed(ort))
     int8 = INT8_TENSORRT if provider == "tensorrt" else INT8
+    if provider == "cuda" and precision is None:
+        precision = "fp32"  # what is recommended was measured on a CPU, and nothing of 8 bits is made for CUDA
     newest = 21 if is_old(ort.__version__) else None
     chosen = choose_graph(bundle, graph, precision, int8, newest_opset=newest, backend="onnxruntime")
     return Runner.open(chosen, lambda model: OrtEngine(chosen, model, ort, wanted, count))

@@ -11,6 +11,7 @@ from cdl_edge.cores import default_threads
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.backends.onnxruntime import _kept
+from cdl_edge.runtime.runner import INT8
 from cdl_edge.runtime.secret import private_folder
 
 
@@ -108,6 +109,20 @@ def test_what_tensorrt_inside_of_onnxruntime_is_asked_for(bundle, make_bundle, t
         load(bundle, "ort-tensorrt", precision="int8")
     with load(bundle, "cuda") as runner:
         assert runner.engine._session.asked == [GPU["cuda"], "CPUExecutionProvider"]
+
+
+def test_what_a_cpu_is_recommended_is_nothing_for_cuda(make_bundle, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "original", onnxruntime.InferenceSession, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*GPU.values(), "CPUExecutionProvider"])
+    advice = {"recommended": {"backend": "onnxruntime", "precision": "int8"}}
+    graphs = {"student": "student.onnx", f"student.{INT8}": "student.onnx"}
+    bundle = make_bundle(graphs=graphs, quantisation=advice)
+    for backend, precision in (("onnxruntime", "int8"), ("cuda", "fp32")):
+        with load(bundle, backend, threads=1) as runner:
+            assert runner.precision == precision
 
 
 def test_engines_of_old_versions_go_and_nothing_else(tmp_path, monkeypatch):
