@@ -103,7 +103,10 @@ def export(
             LOG.info("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
-        accuracy = {**{k: measured[k] for k in keep}, "source": (record or {}).get("given", source)}
+        accuracy = {
+            **{k: measured[k] for k in keep},
+            "source": _without_places((record or {}).get("given", source)),
+        }
         parity = parities["student"]
         proven = {"parity": parity, "graph_parity": parities, "accuracy": accuracy, "confidence": confidence}
         if selections:

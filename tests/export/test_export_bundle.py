@@ -249,7 +249,9 @@ def test_images_that_have_moved_are_named_anew(moved, tmp_path):
     lines: list[str] = []
     with told(lines.append):
         again = export(run, tmp_path / "again", data=f"folder:{elsewhere}")
-    assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data}"
+    assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data.name}"
+    for bundle in ("first", "again"):  # a bundle goes out of the house: no path of this machine is in it
+        assert str(tmp_path) not in (tmp_path / bundle / "manifest.json").read_text()
     assert lines[0] == f"folder:{elsewhere}: 3 classes, 4 train, 9 validation, 0 left out"
 
 
