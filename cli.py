@@ -200,7 +200,9 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     type=int,
     help="tasks in which prompts learn [default: 1 for heads from statistics, all for learned ones]",
 )
-@click.option("--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]; 0 with --compat")
+@click.option(
+    "--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]; 0 with --compat"
+)
 @click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
 @click.option("--apt-momentum", type=float, help="c, the old prompt's share in APT's merged one [default: 0.7]")
 @click.option("--exemplars", type=int, help="m2kd: training images kept of each earlier class [default: 0]")

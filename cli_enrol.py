@@ -60,7 +60,7 @@ def enrol_rename(bundle: Path, old: str, new: str, backend: str, threads: int | 
 @click.option("--sequence", type=click.IntRange(1), help="order among packs [default: after the version it is for]")
 @json_option
 def enrol_export(bundle: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
-    """Write what was enrolled for others: a pack for the fleet, statistics and kept pictures for the workshop."""
+    """Write what was enrolled for others: a pack for devices, statistics and kept pictures for training."""
     from . import api
 
     result = api.export_enrolments(bundle, out, key, sequence)

@@ -30,7 +30,9 @@ from .cli_options import backend_option, precision_option, say, threads_option
     "cameras and streams, all of files and folders",
 )
 @click.option("--frames", type=click.IntRange(1), help="stop after so many classified frames [default: no end]")
-@click.option("--on-change", is_flag=True, help="only answers that differ from the one before: in the label, or in being unknown")
+@click.option(
+    "--on-change", is_flag=True, help="only answers that differ from the one before: in the label, or in being unknown"
+)
 @click.option("--preview", type=click.IntRange(0, 65535), help="port of a page on this machine; 0: a free one")
 @backend_option
 @precision_option
