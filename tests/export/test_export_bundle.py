@@ -232,6 +232,11 @@ def moved(short_training, image_folder, tmp_path):
     return tmp_path / "run", data, Path(shutil.copytree(data, tmp_path / "elsewhere"))
 
 
+def test_an_image_that_could_not_be_read_is_named_without_its_folder():
+    line = "/home/me/my photos/a/x.jpg: not a readable image got: cannot identify image file"
+    assert module._without_folder(line) == "x.jpg: not a readable image got: cannot identify image file"
+
+
 def exchange(folder: Path) -> None:
     one, two = folder / "a" / "000.png", folder / "b" / "000.png"
     content = one.read_bytes()
