@@ -200,11 +200,13 @@ def pretrain(out: Path, resume: bool, threads: int | None, as_json: bool, **opti
     type=int,
     help="tasks in which prompts learn [default: 1 for heads from statistics, all for learned ones]",
 )
-@click.option("--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]")
+@click.option(
+    "--min-steps", type=int, help="steps of a task at least, in more epochs if need be [default: 200]; 0 with --compat"
+)
 @click.option("--kd-head", help="learner | linear | normalised: kind of the KD head [default: learner]")
 @click.option("--apt-momentum", type=float, help="c, the old prompt's share in APT's merged one [default: 0.7]")
 @click.option("--exemplars", type=int, help="m2kd: training images kept of each earlier class [default: 0]")
-@click.option("--retrain-epochs", type=int, help="m2kd, finetune: epochs behind pruning [default: 0]")
+@click.option("--retrain-epochs", type=int, help="m2kd, finetune: epochs after pruning [default: 0]")
 @click.option("--pruned", help="m2kd, finetune: pretrained | zero: what pruned weights become [default: pretrained]")
 @click.option("--compat/--no-compat", default=None, help="behave as the authors' code does [default: no]")
 @click.option("--resize-rule", help="cut | pad | squash: how a picture becomes a square [default: cut]")
@@ -342,7 +344,7 @@ def export(
     "--smooth",
     default="auto",
     show_default=True,
-    help="auto | none | 0 to 1: even out channels behind LayerNorms; auto: where 8 bits fall short without it",
+    help="auto | none | 0 to 1: even out channels after LayerNorms; auto: where 8 bits fall short without it",
 )
 @click.option(
     "--scheme", "--flavour", "schemes", multiple=True, help="int8-x86 | int8-arm | int8-trt [default: the profile's]"

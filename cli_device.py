@@ -192,14 +192,25 @@ def validate(bundle: Path, backend: str, precision: str | None, as_json: bool) -
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one")
 @click.option("--queue", type=click.IntRange(0), default=32, show_default=True, help="requests that may wait")
 @click.option("--runners", type=click.IntRange(1), default=1, show_default=True, help="calls at the same time")
-@click.option("--limit", "limit_s", type=float, default=10.0, show_default=True, help="seconds a call may take")
+@click.option(
+    "--limit",
+    "limit_s",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="seconds that a call of the engine may take, before /health says that it is stuck",
+)
 @click.option("--name", default="", help="model name in the Open Inference Protocol [default: the bundle's folder]")
 @click.option(
     "--collect",
     type=click.Path(path_type=Path),
     help="folder to keep pictures in that get no sure answer [default: none]",
 )
-@click.option("--watch", is_flag=True, help="put in every version that `pack install` makes current")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="put in every version that becomes current on the disk, as by `pack install` or `enrol`",
+)
 @click.option("--token", envvar="CDL_EDGE_TOKEN", help="who has it may install packs [default: the file's]")
 @click.option(
     "--token-file", type=click.Path(path_type=Path), help="holds the token; made where it is missing, mode 600"

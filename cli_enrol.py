@@ -57,10 +57,10 @@ def enrol_rename(bundle: Path, old: str, new: str, backend: str, threads: int | 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), help="Ed25519 private key (PEM) to sign the pack with")
-@click.option("--sequence", type=click.IntRange(1), help="order among packs [default: behind the version it is for]")
+@click.option("--sequence", type=click.IntRange(1), help="order among packs [default: after the version it is for]")
 @json_option
 def enrol_export(bundle: Path, out: Path, key: Path | None, sequence: int | None, as_json: bool) -> None:
-    """Write what was enrolled for others: a pack for the fleet, statistics and kept pictures for the workshop."""
+    """Write what was enrolled for others: a pack for devices, statistics and kept pictures for training."""
     from . import api
 
     result = api.export_enrolments(bundle, out, key, sequence)

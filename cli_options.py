@@ -29,7 +29,7 @@ backend_option = click.option(
     "--backend",
     default="auto",
     show_default=True,
-    help="auto | onnxruntime | cuda | ort-tensorrt | openvino | tensorrt",
+    help="auto | cpu | onnxruntime (all three: ONNX Runtime on the CPU) | cuda | ort-tensorrt | openvino | tensorrt",
 )
 precision_option = click.option(
     "--precision", help="fp32 | fp16 | bf16 | int8 [default: what the bundle recommends, else fp32]"

@@ -29,8 +29,10 @@ from .cli_options import backend_option, precision_option, say, threads_option
     help="all | newest | auto: which frames, where they come faster than they are classified. auto: the newest of "
     "cameras and streams, all of files and folders",
 )
-@click.option("--frames", type=click.IntRange(1), help="stop after so many classified frames [default: never]")
-@click.option("--on-change", is_flag=True, help="only answers whose label is another than that of the frame before")
+@click.option("--frames", type=click.IntRange(1), help="stop after so many classified frames [default: no end]")
+@click.option(
+    "--on-change", is_flag=True, help="only answers that differ from the one before: in the label, or in being unknown"
+)
 @click.option("--preview", type=click.IntRange(0, 65535), help="port of a page on this machine; 0: a free one")
 @backend_option
 @precision_option

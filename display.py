@@ -128,7 +128,7 @@ def quantisation_table(result: dict[str, Any]) -> str:
             line += f"; within --max-drop {result['max_drop']:g}: {found['gate']['verdict']}"
         lines.append(line)
     if result["smooth"] is not None:
-        lines.append(f"channels behind LayerNorms smoothed with strength {result['smooth']:g}")
+        lines.append(f"channels after LayerNorms smoothed with strength {result['smooth']:g}")
     for entry in result["latency"]:
         label = f"{entry['backend']} {entry['precision']}"
         lines.append(f"{label:20s} {entry['compute_ms']:8.2f} ms  {1 / entry['ratio']:.2f}x")

@@ -20,7 +20,7 @@ from cdl_edge.updates import packs
 def main(old: str, new: str, device: str) -> list[str]:
     """Returns: the versions that ran: before, after the update, after going back."""
     pack = Path(device).with_suffix(".pack")
-    made = packs.create(old, new, pack)  # in the workshop; sign it: key="private.pem"
+    made = packs.create(old, new, pack)  # where you train; sign it: key="private.pem"
     print(f"{pack}: {made['bytes'] / 1e3:.0f} kB, {100 * made['share']:.1f} % of the bundle")
     for name, entry in made["files"].items():
         print(f"  {name}: {entry['encoding']}, {entry['bytes']} bytes for {entry['of']}")

@@ -103,7 +103,10 @@ def export(
             LOG.info("confidence, and the prompts that each task selects")
             confidence, selections = _confidence(draft, runner, dataset)
         keep = ("average_accuracy", "forgetting", "per_task", "images")
-        accuracy = {**{k: measured[k] for k in keep}, "source": (record or {}).get("given", source)}
+        accuracy = {
+            **{k: measured[k] for k in keep},
+            "source": _without_places((record or {}).get("given", source)),
+        }
         parity = parities["student"]
         proven = {"parity": parity, "graph_parity": parities, "accuracy": accuracy, "confidence": confidence}
         if selections:
@@ -255,6 +258,12 @@ def _without_places(value: Any) -> Any:
     return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else value
 
 
+def _without_folder(line: str) -> str:
+    """What a run says of an image that it could not read, the file without its folder."""
+    file, colon, reason = line.partition(": ")
+    return f"{Path(file).name}{colon}{reason}"
+
+
 def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs: dict[str, Graph]) -> dict[str, Any]:
     config, student, size = run.config, run.student, run.preprocessing.size
     outputs = graphs["student"].outputs
@@ -267,6 +276,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
         hashes = {k: v for k, v in record["fingerprint"].items() if k != "train"}
         training["data"] = {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes}
         training["config"] = {**training["config"], "data": record["given"]}
+    training["skipped"] = [_without_folder(line) for line in training.get("skipped") or ()]
     for side in ("student", "teacher"):
         kept = run.metrics.document.get(side)
         training[side] = {k: v for k, v in kept.items() if k not in ("loss", "pictures")} if kept else None

@@ -18,7 +18,7 @@ from ..splits import Split
 CHUNK = 32
 "images decoded at a time: a board cannot hold a whole validation set"
 DEFINITIONS = {
-    "per_task": "for each task the share (%) of its validation images that are classified right, among all classes, "
+    "per_task": "for each task the share (%) of its images that are classified right, among all classes, "
     "without being told the task",
     "average_accuracy": "mean of per_task (%)",
     "forgetting": "mean over all tasks of (accuracy just after learning the task, in the training run) minus (per_task "

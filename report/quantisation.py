@@ -50,7 +50,7 @@ def _reading(found: Quantisation, tasks: int) -> list[str]:
     if kept and not images:
         lines.append("No image of any task was needed.")
     smooth = found.smooth
-    even = f", channels behind a LayerNorm evened out with strength {smooth:g}" if smooth is not None else ""
+    even = f", channels after a LayerNorm evened out with strength {smooth:g}" if smooth is not None else ""
     lines.append(f"Scales are chosen by the method {found.method}{even}.")
     if found.max_drop is not None:
         most = found.max_drop
@@ -87,7 +87,7 @@ def _costs(schemes: Mapping[str, SchemeRecord]) -> dict[str, Any]:
             ),
             row("Average change, points", "", lambda f: change_text(-f.drop.average)),
             row("Worst task, points", "", lambda f: change_text(-_worst(f)[0])),
-            row("Worst task", "", lambda f: f"{_worst(f)[1]}"),
+            row("Worst task", "", lambda f: f"{_worst(f)[1]}" if _worst(f)[0] > 0 else "none loses"),
             row(
                 "Confidence, %",
                 f"{100 * before.confidence:.1f}",

@@ -327,14 +327,14 @@ def _confidence_lines(bundle: Bundle | None, classes: int) -> list[str]:
             "a prediction is not calibrated: choose a threshold on your own pictures before acting on it."
         ]
     lines = [
-        f"`probability` is the softmax over the classes that compete, not calibrated; `confidence` is calibrated on "
+        f"A probability is the softmax over the classes that compete, not calibrated; a confidence is calibrated on "
         f"{found.get('images', 0):,} held-out images of the training's source: on other pictures it may be too sure."
     ]
     share = 100 * (found.get("unknown") or {}).get("share", 0.0)
     if share:
         lines.append(
-            f"Every picture gets one of the {classes:,} classes; `unknown` marks those that look like none of them, "
-            f"and {share:g} % of the known ones with them. What it misses among strange pictures was not measured."
+            f"Every picture gets one of the {classes:,} classes; those that look like none of them are marked unknown, "
+            f"and {share:g} % of the known ones with them. How many strange pictures are not marked was not measured."
         )
     return lines
 
@@ -387,7 +387,7 @@ def _limitations(
             "more than the averages show."
         )
     if bundle and not bundle.manifest.accuracy:
-        lines.append("The bundle records no accuracy: run `cdl-edge evaluate` on it before it is used.")
+        lines.append("The bundle records no accuracy: run cdl-edge evaluate on it before it is used.")
     if profile:
         lines.append(
             "Latency holds for the machine, the number of threads and the load named above, and for nothing else."

@@ -56,7 +56,7 @@ WORDS = {
     "compat_schema": "Version of compat",
     "apt_momentum": "Share of the old prompt in APT's merge (c)",
     "exemplars": "Images kept of each earlier class",
-    "retrain_epochs": "Epochs behind pruning",
+    "retrain_epochs": "Epochs after pruning",
     "pruned": "Value of pruned weights",
     "augment": "Augmentation",
     "resize_rule": "How a picture becomes a square",

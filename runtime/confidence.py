@@ -14,7 +14,6 @@ from ..arrays import read_npz
 from ..artefacts.bundle import Bundle
 from ..errors import InputError
 
-"file of a bundle: for each weights input of the prompted graph its mean over each task's images, float32 (T, L, K)"
 SHARE = 0.05
 "share of known images that may be called unknown"
 RANGE = (1 / 8, 8.0)

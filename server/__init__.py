@@ -101,7 +101,7 @@ def serve(
         address = f"[{host}]" if ":" in host else host
         LOG.info(
             f"{model['name']} {model['version']}: http://{address}:{listening.getsockname()[1]}/   "
-            f"({model['runner']['backend']}, {model['runner']['precision']}, {live.capacity} calls at a time)"
+            f"({model['runner']['backend']}, {model['runner']['precision']}, room for {live.capacity} calls)"
         )
         if token is None:
             LOG.info(f"token for packs: {secret if made else 'as before'}, kept in {file}")

@@ -164,9 +164,11 @@ function prompts({ selected, weights }) {
   const scale = byBlock ? Math.max(1, largest) : largest;
   const groups = byBlock ? selection.blocks.map((_, i) => i) : [0];
   const each = byBlock ? selection.k : selected.length;
+  const order = weights.map((_, i) => i);
+  if (!byBlock) order.sort((a, b) => Math.abs(weights[b]) - Math.abs(weights[a])); // they come in the order of the mean |weight|
   $("prompts").replaceChildren(...groups.flatMap((group) => {
     const rows = [];
-    for (let i = group * each; i < Math.min(selected.length, (group + 1) * each); i++) {
+    for (const i of order.slice(group * each, (group + 1) * each)) {
       rows.push(bar(`prompt ${selected[i]}`, weights[i] / scale, weights[i].toFixed(3)));
     }
     const list = element("ul", { className: "bars prompts" }, ...rows);

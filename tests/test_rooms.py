@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,23 @@ def test_every_room_and_module_says_what_it_is():
     for source in SOURCES:
         text = text_of(source)
         assert not text.strip() or ast.get_docstring(tree_of(source)), f"{source}: no docstring"
+
+
+def test_every_string_explains_the_name_above_it():
+    def after_no_name(statements):
+        for above, below in itertools.pairwise(statements):
+            text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and below.value.value
+            if isinstance(text, str) and not isinstance(above, ast.Assign | ast.AnnAssign):
+                yield below.lineno
+
+    lost = [
+        f"{source}:{line}"
+        for source in SOURCES
+        for node in ast.walk(tree_of(source))
+        if isinstance(getattr(node, "body", None), list)
+        for line in after_no_name(node.body)
+    ]
+    assert lost == []
 
 
 def test_no_file_is_a_drawer():

@@ -54,7 +54,7 @@ class TrainConfig:
     """prompt learner, of teacher and student; frozen: no prompts, only the head is made; auto: coda where an
     option asks for prompts (PROMPT_OPTIONS), else frozen, which they have to beat (docs/results.md)"""
     distill: str = "auto"
-    "distiller; none trains no teacher; auto: kdp, but none for --learner frozen"
+    "distiller; none trains no teacher; auto: kdp for learners of prompts, none for frozen and finetune"
     query: str = "two-pass"
     "where pool learners get their query: the bare backbone's class token, or each block's own (one pass)"
     tasks: int | None = None
@@ -141,7 +141,8 @@ class TrainConfig:
         choose("learner", self.learner, LEARNERS)
         choose("head", self.head, head_kinds())
         if self.distill == "auto":
-            object.__setattr__(self, "distill", "none" if self.learner == "frozen" else "kdp")
+            without = self.learner == "frozen" or LEARNERS[self.learner].whole_network
+            object.__setattr__(self, "distill", "none" if without else "kdp")
         if self.head == "auto":
             object.__setattr__(self, "head", self.usual_head)
         choose("distiller", self.distill, DISTILLERS)

@@ -113,9 +113,9 @@ class _Training:
         by_default = dataset.source != "digits" and config.head == "learned"
         self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and by_default)
         self.data = dataset.record
+        "what is learnt from, for checkpoints and metrics.json"
         if (warning := copies(dataset.train, dataset.val)) is not None:
             self._say(warning)
-        "what is learnt from, for checkpoints and metrics.json"
         if config.limit_per_class is not None:
             dataset = replace(dataset, train=dataset.train.limited(config.limit_per_class, config.seed))
         self.dataset = dataset

@@ -153,7 +153,7 @@ def _learn(
             "too many pictures were enrolled in this bundle",
             got=len(sources) + len(enrolled.features),
             expected=f"{MOST} or fewer",
-            fix="add the class in the workshop: cdl-edge train --extend RUN",
+            fix="add the class where the run is: cdl-edge train --extend RUN",
         )
     begin = time.perf_counter()
     x, tested = features_of(store.bundle, sources, backend, threads)
@@ -235,7 +235,7 @@ def rename(bundle: Path | str, old: str, new: str, backend: str = "auto", thread
         enrolled, base = _known(store, old), base_of(store)
         if old in base.classes:
             raise InputError(
-                f"{bundle}: the class {old!r} was named in the workshop; only its pictures from here could go",
+                f"{bundle}: the class {old!r} was named in training; only its pictures from here could go",
                 got=f"{len(enrolled.of_class(old))} picture(s) that were enrolled as {old!r}",
                 expected="a class that was enrolled here",
                 fix=f"cdl-edge enrol remove {bundle} {old}, then enrol them under the other name",

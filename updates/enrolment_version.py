@@ -37,7 +37,7 @@ LIFT = 0.2
 lower than the few that it was learnt from"""
 CHUNK = 32
 "pictures in memory at a time"
-AGAIN = "in the workshop: cdl-edge export RUN --out BUNDLE --statistics"
+AGAIN = "where the run is: cdl-edge export RUN --out BUNDLE --statistics"
 SAME = 1e-3
 """largest difference of two features, as a share of the largest of all, that is called none: engines differ by 1e-5,
 the features of another training by 1e-1 and more"""
@@ -82,7 +82,7 @@ def check_base(base: Bundle) -> None:
             f"{base.path}: a head that cannot be made on a device: nothing can be enrolled",
             got=head_of(base),
             expected=f"one of {', '.join(CLOSED_FORM)}",
-            fix="train with --head ranpac; or add the class in the workshop with --extend",
+            fix="train with --head ranpac; or add the class by cdl-edge train --extend RUN",
         )
     if "features" not in base.signature().outputs:
         raise InputError(
@@ -96,7 +96,7 @@ def check_base(base: Bundle) -> None:
             f"{base.path}: its prompts are selected for each task: nothing can be enrolled",
             got=f"learner {manifest.learner}",
             expected="a learner without selection, as frozen or apt",
-            fix="train with --learner frozen; or add the class in the workshop with --extend",
+            fix="train with --learner frozen; or add the class by cdl-edge train --extend RUN",
         )
 
 

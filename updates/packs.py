@@ -88,9 +88,9 @@ def create(
     if (ground := after.manifest.enrolled_on) not in (None, before.manifest.version, before.manifest.enrolled_on):
         raise InputError(
             f"{new}: its classes were enrolled on a version that devices with {old} do not have: they could not take a "
-            "class out again, nor the workshop's next version",
+            "class out again, nor the next version that is exported",
             got=f"version {ground}",
-            expected=f"NEW as the workshop made it, or with classes that were enrolled on {before.manifest.version}",
+            expected=f"NEW as `export` made it, or with classes that were enrolled on {before.manifest.version}",
             fix="make two packs: one to that version, and one of what was enrolled: cdl-edge enrol export",
         )
     backbones = [_backbone(b) for b in (before, after)]

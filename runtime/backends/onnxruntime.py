@@ -26,9 +26,9 @@ PROVIDERS = {
 WITHOUT_QDQ_23 = (1, 23)
 "the newest release that has no QuantizeLinear of opset 23; the last one for Python 3.10"
 WORKSPACE = 1 << 30
+"bytes that TensorRT may use while it looks for kernels"
 KEPT = 4
 "versions whose TensorRT engines are kept, each of some ten megabytes"
-"bytes that TensorRT may use while it looks for kernels"
 
 
 def open_onnxruntime(

@@ -32,7 +32,7 @@ def open_openvino(
 
     Args:
         graph: "student", "query" or "prompted".
-        threads: of the CPU; None means every core this process may use.
+        threads: of the CPU; None: see cores.default_threads.
         precision: "fp32", "bf16" (of the fp32 graph, the engine converts it) or "int8" (of a calibrated graph).
 
     Raises: InputError when openvino is missing, the CPU lacks the precision, the graph cannot be compiled, or its

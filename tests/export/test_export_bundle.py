@@ -232,6 +232,11 @@ def moved(short_training, image_folder, tmp_path):
     return tmp_path / "run", data, Path(shutil.copytree(data, tmp_path / "elsewhere"))
 
 
+def test_an_image_that_could_not_be_read_is_named_without_its_folder():
+    line = "/home/me/my photos/a/x.jpg: not a readable image got: cannot identify image file"
+    assert module._without_folder(line) == "x.jpg: not a readable image got: cannot identify image file"
+
+
 def exchange(folder: Path) -> None:
     one, two = folder / "a" / "000.png", folder / "b" / "000.png"
     content = one.read_bytes()
@@ -249,7 +254,9 @@ def test_images_that_have_moved_are_named_anew(moved, tmp_path):
     lines: list[str] = []
     with told(lines.append):
         again = export(run, tmp_path / "again", data=f"folder:{elsewhere}")
-    assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data}"
+    assert again["accuracy"] == first["accuracy"] and again["accuracy"]["source"] == f"folder:{data.name}"
+    for bundle in ("first", "again"):  # a bundle goes out of the house: no path of this machine is in it
+        assert str(tmp_path) not in (tmp_path / bundle / "manifest.json").read_text()
     assert lines[0] == f"folder:{elsewhere}: 3 classes, 4 train, 9 validation, 0 left out"
 
 

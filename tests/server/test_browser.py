@@ -165,6 +165,9 @@ def test_it_fits(open_page, make_server, listen, tiny, viewport, scheme):
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == (scheme == "dark")
     look(page, f"{viewport['width']}-{scheme}")
+    # Of weighted prompts the longest bar comes first.
+    page.evaluate("model.selection = {kind: 'weighted'}; prompts({selected: [7, 3, 9], weights: [0.1, -0.3, 0.2]})")
+    assert [text.split()[1][0] for text in page.locator("#prompts li").all_text_contents()] == ["3", "9", "7"]
 
 
 @pytest.mark.slow

@@ -29,6 +29,11 @@ def test_round_trip_through_json():
     assert TrainConfig.from_json(BASE) == TrainConfig("digits", "x")
 
 
+@pytest.mark.parametrize(("learner", "distill"), [("frozen", "none"), ("finetune", "none"), ("apt", "kdp")])
+def test_only_learners_of_prompts_distil_by_themselves(learner, distill):
+    assert TrainConfig("digits", "x", learner=learner).distill == distill
+
+
 def test_an_unknown_key_names_the_closest():
     # Trap 11: unknown keys silently accepted.
     refused("unknown training option", "'batchsize'", "did you mean 'batch_size'?", batchsize=3)

@@ -249,7 +249,7 @@ def test_renamed(make_teachable, colours):
     [
         ("orange", "sun", "no class 'orange' was enrolled"),
         ("yellow", "red", "there is a class 'red' already"),
-        ("red", "scarlet", "was named in the workshop"),
+        ("red", "scarlet", "was named in training"),
         ("yellow", " sun", "cannot be the name"),
     ],
 )
