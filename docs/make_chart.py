@@ -13,6 +13,8 @@ from pathlib import Path
 
 PAGE = Path(__file__).parent / "results.md"
 TARGET = Path(__file__).parent / "results.svg"
+SECTION = "## The pair of 2026-11-21"
+"whose table of learners and distillers is drawn"
 ROW = re.compile(r"^\| ([^|]+) \| ([^|]+) \| ([\d.]+) ± ([\d.]+) \|", re.MULTILINE)
 COLOURS = ("#6b7280", "#2563a8", "#b45309", "#15803d", "#9d174d")
 INK = "#1f2933"
@@ -23,7 +25,7 @@ LEFT, TOP, LINE, WIDTH = 110, 56, 18, 900
 def read() -> dict[str, dict[str, tuple[float, float]]]:
     """learner -> distiller -> (mean accuracy in %, deviation over seeds), in the order of the table."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for learner, distiller, mean, deviation in ROW.findall(PAGE.read_text("utf-8")):
+    for learner, distiller, mean, deviation in ROW.findall(PAGE.read_text("utf-8").partition(SECTION)[2]):
         if not learner.startswith(("all ", "pool ")) and len(found.get(learner, {})) < len(COLOURS):
             found.setdefault(learner, {})[distiller] = (float(mean), float(deviation))
     return found
