@@ -9,9 +9,6 @@ import pytest
 
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
-from cdl_edge.images import Preprocessing
-
-SMALL = Preprocessing(8, 8, "bilinear")
 
 
 def refused(source, *words):
