@@ -163,6 +163,11 @@ class Manifest:
         return self.manifest_sha256[:16]
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """The options of the training run, see train.config.Config; empty where the bundle does not say them."""
+        return (self.training or {}).get("config") or {}
+
+    @property
     def shipped(self) -> dict[str, FileRecord]:
         """The files that a device gets: ranges stay where calibration is done."""
         return {name: entry for name, entry in self.files.items() if name != self.ranges}

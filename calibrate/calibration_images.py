@@ -43,7 +43,8 @@ def images_of(
     per_task: int,
     limit_per_class: int | None,
 ) -> CalibrationImages:
-    """Read them. per_task: training images of each task. limit_per_class: validation images, None: all.
+    """Read them. per_task: training images of each task. limit_per_class: validation images, drawn by the run's seed;
+    None: all.
 
     Raises: InputError for a source that is not there, has no class of the bundle, or is too large to be held.
     """
@@ -65,7 +66,7 @@ def images_of(
     training = _spread(dataset.train, task_of[given], per_task)
     known = dataset.val.take(np.flatnonzero(mapped[dataset.val.labels] >= 0))
     if limit_per_class is not None:
-        known = known.limited(limit_per_class, 0)
+        known = known.limited(limit_per_class, bundle.manifest.config.get("seed") or 0)
     size = (len(known) + len(training)) * 3 * bundle.preprocessing.size**2
     if size > LARGEST_BYTES:
         raise InputError(

@@ -42,8 +42,7 @@ def evaluate(runner: Runner, source: str, limit_per_class: int | None = None, sp
     for line in found.lines:
         LOG.info(line)
     if limit_per_class is not None:
-        seed = ((runner.bundle.manifest.training or {}).get("config") or {}).get("seed")
-        found = found.limited(limit_per_class, seed or 0)
+        found = found.limited(limit_per_class, runner.bundle.manifest.config.get("seed") or 0)
     return score(runner, found, "classified")
 
 

@@ -65,7 +65,7 @@ def base_of(store: Store) -> Bundle:
 
 def head_of(base: Bundle) -> str:
     """Kind of the head of a bundle, a key of heads.CLOSED_FORM."""
-    return str(((base.manifest.training or {}).get("config") or {}).get("head"))
+    return str(base.manifest.config.get("head"))
 
 
 def check_base(base: Bundle) -> None:

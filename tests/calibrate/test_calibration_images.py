@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from cdl_edge.calibrate.calibration_images import images_of
 from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import open_bundle
+from cdl_edge.scored import find_scored
 
 
 @pytest.fixture
@@ -65,6 +67,15 @@ def test_limits(bundle, source):
     assert np.bincount(found.labels).tolist() == [3] * 10
     again = images_of(bundle, source, 1, 3)
     assert np.array_equal(found.validation, again.validation) and np.array_equal(found.training, again.training)
+
+
+def test_a_sample_is_that_of_evaluate(bundle, source):
+    """Both draw by the run's seed, so that their accuracies are of the same images."""
+    training = {**bundle.manifest.training, "config": {**bundle.manifest.config, "seed": 5}}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, training=training))
+    scored = find_scored(source, "auto", training, bundle.classes).limited(3, 5)
+    found = images_of(bundle, source, 1, 3)
+    assert np.array_equal(found.validation, scored.images.decode(bundle.preprocessing).pixels)
 
 
 def test_training_images_are_spread_over_the_classes_of_a_task(bundle, source):

@@ -52,6 +52,16 @@ def taught(make_teachable, colours, **options):
     return device
 
 
+def test_calibration_is_of_a_version_from_the_workshop(make_teachable, colours, tmp_path):
+    """A copy of the enrolled one alone would leave nothing to enrol on."""
+    device = taught(make_teachable, colours)
+    workshop = f"versions/{open_bundle(device).manifest.enrolled_on}"
+    with pytest.raises(InputError, match="classes were enrolled") as error:
+        api.calibrate(device, tmp_path / "eight")
+    assert workshop in str(error.value) and not (tmp_path / "eight").exists()
+    assert not open_bundle(device / workshop).manifest.enrolments
+
+
 # -- a pack from the workshop ------------------------------------------------------------------------------------------
 
 

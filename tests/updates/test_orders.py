@@ -14,7 +14,7 @@ import pytest
 from cdl_edge import api
 from cdl_edge.artefacts.bundle import CURRENT, STATE, open_bundle
 from cdl_edge.errors import InputError
-from cdl_edge.updates import packs, store
+from cdl_edge.updates import enrolment_checks, packs, store
 from cdl_edge.updates.enrol import enrol, export_enrolments, remove, rename
 from cdl_edge.updates.fleet import pull, push
 from cdl_edge.updates.packs import create, install, listed, rollback
@@ -52,6 +52,32 @@ def version(bundle):
 
 def kept(bundle):
     return [v["version"] for v in listed(bundle)]
+
+
+# -- 8 bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_8_bits_reach_a_device_that_has_learnt_a_class(cli, fast_options, colours, tmp_path, monkeypatch):
+    """The enrolled version is refused, and what the message says to do gives 8 bits with the class in them."""
+    monkeypatch.setattr(enrolment_checks, "DUPLICATE", 1 - 1e-7)  # the tiny student tells colours apart, and no more
+    for words in (
+        ["train", *fast_options, "--learner", "frozen", "--out", tmp_path / "run"],
+        ["export", tmp_path / "run", "--out", tmp_path / "device", "--images", 20, "--statistics"],
+    ):
+        assert (answer := cli(*words)).code == 0, answer.err
+    device = tmp_path / "device"
+    enrol(device, "red", colours.different((220, 40, 40), 6), threads=1, max_drop=100, anyway=True)
+    refused = cli("calibrate", device, "--out", tmp_path / "eight")
+    assert refused.code == 2 and "classes were enrolled" in refused.err and not (tmp_path / "eight").exists()
+    workshop = device / "versions" / str(open_bundle(device).manifest.enrolled_on)
+    assert f"versions/{workshop.name}" in refused.err
+    assert (answer := cli("calibrate", workshop, "--out", tmp_path / "eight")).code == 0, answer.err
+    create(workshop, tmp_path / "eight", tmp_path / "update.pack")
+    install(tmp_path / "update.pack", device, threads=1)
+    assert "student.int8-x86" in open_bundle(device).manifest.graphs and open_bundle(device).classes[-1] == "red"
+    remove(device, "red", threads=1)
+    assert version(device) == version(tmp_path / "eight")
 
 
 # -- back again --------------------------------------------------------------------------------------------------------
