@@ -95,13 +95,13 @@ def calibrate(
     if opened.batch not in (1, None):
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
     if (workshop := opened.manifest.enrolled_on) is not None:
-        # The copy would hold one version alone: classes are enrolled in, and taken out of, the one that stands beside it.
+        # The copy would hold one version alone, without the one that classes are enrolled in and taken out of.
         raise InputError(
             f"{opened.path}: classes were enrolled in this version",
             got=f"version {opened.manifest.version}, made on {workshop}",
             expected="a version as `export` made it",
-            fix=f"calibrate its folder `versions/{workshop}`, then bring the result to the device by cdl-edge pack create "
-            "and pack install: what was enrolled there stays",
+            fix=f"calibrate its folder `versions/{workshop}`, then bring the result to the device by cdl-edge pack "
+            "create and pack install: what was enrolled there stays",
         )
     found = images_of(opened, data, images or PER_TASK, limit_per_class) if data is not None else None
     labels = found.labels if found is not None and len(found.labels) else None

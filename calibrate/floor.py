@@ -73,13 +73,15 @@ def recommend(
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The fastest backend and precision that answer like fp32, and those that were faster, with what is against them.
 
+    One that the self-test refuses would be no use: a device asks it of whatever it installs.
+
     Another precision than fp32 has to be faster by GAIN: the time of a turn tells no less apart.
 
     Args:
         timed: of `latency.time_candidates`. expected: logits (N, C) of fp32 about the same images. labels: (N,).
     """
     refused: list[dict[str, str]] = []
-    reasons = [(one, shortfall(expected, one.answers, labels, tasks)) for one in timed]
+    reasons = [(one, shortfall(expected, one.answers, labels, tasks) or one.failed) for one in timed]
     exact = min((one.ratio for one, reason in reasons if one.precision == "fp32" and reason is None), default=np.inf)
     for one, reason in sorted(reasons, key=lambda pair: pair[0].ratio):
         chosen = {"backend": one.backend, "precision": one.precision}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,14 @@ def test_they_are_compared_with_the_fastest_fp32():
     assert recommend(timed, EXPECTED, None, TASKS)[0] == {"backend": "openvino", "precision": "fp32"}
     timed = candidates(("onnxruntime", "fp32", 1.0), ("openvino", "fp32", 0.7), ("openvino", "int8", 0.5))
     assert recommend(timed, EXPECTED, None, TASKS) == ({"backend": "openvino", "precision": "int8"}, [])
+
+
+def test_what_the_self_test_of_a_device_refuses_is_not_recommended():
+    """No pack with it could be installed."""
+    fast = replace(candidates(("onnxruntime", "int8", 0.5))[0], failed="the self-test fails (relative_error 0.21)")
+    advice, refused = recommend([*candidates(("onnxruntime", "fp32", 1.0)), fast], EXPECTED, None, TASKS)
+    assert advice["precision"] == "fp32"
+    assert refused == [{"backend": "onnxruntime", "precision": "int8", "reason": fast.failed}]
 
 
 def test_the_turns_decide_and_not_the_medians():
