@@ -245,6 +245,8 @@ $("teach-undo").addEventListener("click", () => takeOut(lastTaught));
 
 async function taught() {
   const found = await ask("/enrolments").catch(() => ({ enrolments: [] }));
+  problem("teach-obstacle", found.obstacle ? `This bundle learns no class here: ${found.obstacle}.` : "");
+  $("teach-panel").inert = Boolean(found.obstacle);
   const counts = new Map();
   for (const entry of found.enrolments) counts.set(entry.name, (counts.get(entry.name) || 0) + entry.images);
   $("taught").replaceChildren(...[...counts].map(([name, images]) => {

@@ -21,11 +21,13 @@ from .server import Server, answered, server_of
 
 
 async def enrolments(request: Request) -> Response:
-    """GET /enrolments: what was enrolled, and what may be: pictures in one request, points that others may lose."""
+    """GET /enrolments: what was enrolled, why nothing can be, and what may be sent in one request."""
     server = server_of(request)
     found = await anyio.to_thread.run_sync(enrol.enrolments, server.source)
+    obstacle = await anyio.to_thread.run_sync(enrol.obstacle, server.source)
     limits = {"pictures": server.limits.pictures, "body_bytes": server.limits.body_bytes, "max_drop": enrol.MAX_DROP}
-    return answered({"enrolments": found, "version": server.live.health()["version"], "limits": limits})
+    version = server.live.health()["version"]
+    return answered({"enrolments": found, "obstacle": obstacle, "version": version, "limits": limits})
 
 
 async def enrol_class(request: Request) -> Response:

@@ -36,7 +36,7 @@ from .enrolment_checks import (
     losses,
 )
 from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures, known_as
-from .enrolment_version import answers, base_of, build, features_of, head_of, made, present_head, statistics_of
+from .enrolment_version import answers, base_of, build, check_base, features_of, head_of, made, present_head, statistics_of
 from .packs import REFUSED, create
 from .store import Store, locked, read_store
 
@@ -262,6 +262,18 @@ def enrolments(bundle: Path | str) -> list[dict[str, Any]]:
     opened, _ = read_store(Path(bundle))
     entries = opened.manifest.enrolments
     return [{"name": e.name, "images": e.images, "at": e.at, "kept": len(e.pictures)} for e in entries]
+
+
+def obstacle(bundle: Path | str) -> str | None:
+    """Why nothing can be enrolled in a bundle, in one line; None: a class can. Raises: InputError for no bundle."""
+    opened, _ = read_store(Path(bundle))
+    if opened.manifest.enrolled_on is not None:
+        return None
+    try:
+        check_base(opened)
+    except InputError as error:
+        return str(error).splitlines()[0].removeprefix(f"{opened.path}: ")
+    return None
 
 
 def swap(

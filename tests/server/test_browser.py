@@ -257,6 +257,16 @@ def test_what_cannot_be_taught_is_told(open_page, make_server, listen, make_teac
 
 
 @pytest.mark.slow
+def test_a_bundle_that_learns_nothing_says_so_first(open_page, make_server, listen, make_teachable):
+    page = open_page(listen(make_server(make_teachable(statistics=None))))
+    page.click("#tab-teach")
+    page.wait_for_selector("#teach-obstacle:not([hidden])")
+    assert "no class statistics in this bundle" in page.inner_text("#teach-obstacle")
+    assert page.evaluate("document.getElementById('teach-panel').inert")
+    look(page, "teach-obstacle")
+
+
+@pytest.mark.slow
 def test_the_gallery_is_sorted_and_taught(
     open_page, make_server, listen, make_teachable, colours, tmp_path, monkeypatch
 ):

@@ -59,6 +59,13 @@ def test_judged_taught_recognised_and_taken_out(server, make_client, colours, ad
     assert label(client, colours) != "yellow" and client.get("/enrolments").json()["enrolments"] == []
 
 
+def test_a_bundle_that_learns_nothing_says_so_before_anybody_takes_pictures(make_server, make_teachable, make_client):
+    good, none = make_teachable("good"), make_teachable("none", statistics=None)
+    assert make_client(make_server(good)).get("/enrolments").json()["obstacle"] is None
+    why = make_client(make_server(none)).get("/enrolments").json()["obstacle"]
+    assert why == "no class statistics in this bundle: nothing can be enrolled"
+
+
 def test_pictures_are_kept_where_it_is_said(server, make_client, colours, admin):
     client = make_client(server)
     client.post("/enrolments?name=yellow&keep=1", files=form(colours), headers=admin)
