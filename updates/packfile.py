@@ -179,7 +179,9 @@ def _opened(path: Path) -> IO[bytes]:
     try:
         return open(path, "rb")
     except OSError as error:
-        expected, fix = "a file made by `cdl-edge pack create`", "check the path and its permissions"
+        swapped = isinstance(error, IsADirectoryError)
+        expected = "a file made by `cdl-edge pack create`"
+        fix = "name the pack before the bundle" if swapped else "check the path and its permissions"
         raise InputError(f"{path}: cannot be read", got=error.strerror, expected=expected, fix=fix) from error
 
 
