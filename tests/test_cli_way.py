@@ -215,6 +215,7 @@ def test_predict_by_policy(cli, bundle, photo, tmp_path):
     cli("predict", bundle[0], one, "--policy", "stiky").assert_refused("did you mean 'sticky'?")
 
 
+@pytest.mark.slow
 def test_profile_compare(cli, bundle, tmp_path):
     a, b = tmp_path / "a.json", tmp_path / "b.json"
     for trace in (a, b):

@@ -276,6 +276,7 @@ def test_an_unfinished_run_is_left_untouched(tmp_path, make_config, monkeypatch)
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_another_backbone_under_the_same_name_is_refused_on_resume(tmp_path, make_config, tiny_vit, monkeypatch):
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(Path(tiny_vit().removeprefix("file:")).read_bytes())

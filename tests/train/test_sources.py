@@ -255,6 +255,7 @@ def test_a_full_tag_from_the_hub(hub):
     assert got.preprocessing.mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_what_the_hub_may_answer(hub):
     files = hub.repositories["org/tiny"]
     for name in ("refused", "gated", "slow", "broken"):
