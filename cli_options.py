@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
 from .display import printable
-from .files import first_process
+from .files import UNWRITABLE, first_process, writable
 
 NOTHING_WRITTEN = "nothing was written; start the same command again"
 "how to go on after Ctrl-C in a command that writes its result at the end"
@@ -50,12 +51,22 @@ def resumable(advice: str) -> Iterator[None]:
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a command's answer: the text for people, or with --json the document as the last line."""
     if first_process():
-        click.echo(json.dumps(document, allow_nan=False) if as_json else printable(text))
+        put(json.dumps(document, allow_nan=False) if as_json else printable(text))
+
+
+def put(text: str) -> None:
+    """Print to stdout. Raises: InputError where it is a file on a full disk, say."""
+    with writable(Path("standard output"), UNWRITABLE):
+        click.echo(text)
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr."""
-    click.echo(printable(line), err=True)
+    """Progress goes to stderr; nothing ends because a full disk takes no more of it."""
+    try:
+        click.echo(printable(line), err=True)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
 
 
 class Outer(click.Command):

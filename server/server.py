@@ -160,11 +160,22 @@ class Server:
         return found.st_ino, found.st_mtime_ns
 
     def follow(self) -> None:
-        """Put in what lies on disk if it is another version than the one that answers. Raises: InputError, Busy."""
-        with self.changing:
-            found = version_name(open_bundle(self.source, verify=False))
-            if found != version_name(self.live.runner.bundle):
+        """Put in what lies on disk if it is another version than the one that answers.
+
+        Raises: InputError, and Busy while somebody else changes it, who puts it in.
+        """
+        if self._fresh():  # asked without the lock: who sends one change after another is not refused because of a look
+            return
+        if not self.changing.acquire(blocking=False):
+            raise Busy("another change of the bundle is going on")
+        try:
+            if not self._fresh():
                 self.exchange()
+        finally:
+            self.changing.release()
+
+    def _fresh(self) -> bool:
+        return version_name(open_bundle(self.source, verify=False)) == version_name(self.live.runner.bundle)
 
 
 def server_of(request: Request) -> Server:

@@ -26,7 +26,7 @@ from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import Record, external_records
 from ..artefacts.layout import BACKBONE, MANIFEST
 from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names, self_hash
-from ..errors import InputError
+from ..errors import InputError, command_line
 from ..files import UNWRITABLE, check_out, writable
 from ..runtime.selftest import self_test
 from .delta import apply, by_location, difference
@@ -83,7 +83,7 @@ def create(
         raise InputError(
             f"{new}: {kept} pictures are kept in it: a pack of it would give them to every device",
             expected="a bundle without them",
-            fix=f"cdl-edge enrol export {new} OUT, which makes a pack without pictures",
+            fix=f"{command_line('enrol', 'export', new)} OUT, which makes a pack without pictures",
         )
     if (ground := after.manifest.enrolled_on) not in (None, before.manifest.version, before.manifest.enrolled_on):
         raise InputError(
@@ -228,7 +228,7 @@ def rollback(
                 f"{bundle}: nothing to go back to" if to is None else f"{bundle}: no other version {to!r}",
                 got=f"{previous} runs",
                 expected="an older version that is kept" if not others else f"one of {', '.join(others)}",
-                fix=f"cdl-edge pack rollback {bundle} --to VERSION"
+                fix=f"{command_line('pack', 'rollback', bundle)} --to VERSION"
                 if others
                 else "install a pack first: the version before it is kept; or copy the older bundle to the device",
             )

@@ -340,6 +340,20 @@ def test_a_version_that_appears_on_the_disk_is_put_in(
     assert 'cdl_edge_swaps_total{result="done"} 1' in text and 'cdl_edge_swaps_total{result="failed"} 1' in text
 
 
+def test_a_look_at_the_disk_keeps_nobody_from_changing_it(make_server, monkeypatch):
+    """A client that sends one change after another got 409 for the second: the watch was looking at the first."""
+    server = make_server()
+    locked = []
+
+    def look(*arguments, **options):
+        locked.append(server.changing.locked())
+        return open_bundle(*arguments, **options)
+
+    monkeypatch.setattr("cdl_edge.server.server.open_bundle", look)
+    server.follow()
+    assert locked == [False]
+
+
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError("odd"), KeyError("signatures"), InputError("bad"), RecursionError()]
 )
