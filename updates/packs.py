@@ -28,6 +28,7 @@ from ..artefacts.layout import BACKBONE, MANIFEST
 from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names, self_hash
 from ..errors import InputError, command_line
 from ..files import UNWRITABLE, check_out, writable
+from ..folders import one_or_more
 from ..runtime.selftest import self_test
 from .delta import apply, by_location, difference
 from .enrolment_version import base_of, carry
@@ -158,8 +159,7 @@ def install(
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """
-    files = () if public_key is None else (public_key,) if isinstance(public_key, str | Path) else public_key
-    given = [read_public_key(Path(file)) for file in files]
+    given = [read_public_key(Path(file)) for file in (() if public_key is None else one_or_more(public_key))]
     with open_pack(Path(pack)) as opened, writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         keys = store.state.keys.pinned(given, bundle)
         checked = bool(keys.trusted)
@@ -276,7 +276,7 @@ def trusted(bundle: Path | str) -> Keys:
 
 def _key_change(key: Path | str | None, add: Sequence[Path | str], revoke: Sequence[Path | str]) -> KeyChange:
     """Of public keys in PEM files. Raises: InputError for keys that cannot be read, or that contradict each other."""
-    added, revoked = ([read_public_key(Path(file)) for file in files] for files in (add, revoke))
+    added, revoked = ([read_public_key(Path(file)) for file in one_or_more(files)] for files in (add, revoke))
     change = KeyChange(tuple(dict.fromkeys(added)), tuple(dict.fromkeys(revoked)))
     if change and key is None:
         raise InputError(
