@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import click
 
 from .display import printable
-from .files import UNWRITABLE, first_process, writable
+from .files import UNWRITABLE, first_process
 
 NOTHING_WRITTEN = "nothing was written; start the same command again"
 "how to go on after Ctrl-C in a command that writes its result at the end"
@@ -55,9 +54,20 @@ def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def put(text: str) -> None:
-    """Print to stdout. Raises: InputError where it is a file on a full disk, say."""
-    with writable(Path("standard output"), UNWRITABLE):
+    """Print to stdout. Where that is a file on a full disk a message is the end, with exit code 1.
+
+    Not 2, with which commands promise that nothing has changed: their work is done by then.
+    """
+    try:
         click.echo(text)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        say(
+            f"failed: the answer cannot be written to standard output\n  got:      {error.strerror}\n"
+            "  do:       make room; only the answer is lost, what the command had to change is changed"
+        )
+        raise SystemExit(1) from None
 
 
 def say(line: str) -> None:

@@ -436,7 +436,7 @@ def test_an_answer_to_a_full_disk(monkeypatch, capsys, words):
         with contextlib.suppress(OSError):
             full.close()
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "standard output: cannot be written" in said and "No space left" in said
+    assert stop.value.code == 1 and "cannot be written to standard output" in said and "No space left" in said
 
 
 def test_progress_to_a_full_disk_ends_nothing(monkeypatch):
