@@ -270,7 +270,7 @@ def evaluate(
     backend, precision: of a BUNDLE; a RUN is evaluated in fp32. say: for progress.
     """
     from .artefacts.layout import CONFIG
-    from .errors import InputError
+    from .errors import InputError, command_line
 
     if (Path(source) / CONFIG).is_file():
         if backend not in ("auto", "torch") or precision not in (None, "fp32"):
@@ -278,7 +278,7 @@ def evaluate(
                 f"{source}: a run is evaluated by torch in fp32",
                 got=f"--backend {backend}" + (f" --precision {precision}" if precision else ""),
                 expected="neither: they choose how a bundle runs",
-                fix=f"leave them out, or evaluate a bundle of it: cdl-edge export {source} --out BUNDLE",
+                fix=f"leave them out, or evaluate a bundle of it: {command_line('export', source)} --out BUNDLE",
             )
         from .train.evaluate import evaluate_run
 
@@ -462,6 +462,10 @@ def watch(
     from .streams.watch import source_of
     from .streams.watch import watch as run
 
+    if preview is not None:
+        from .server import installed
+
+        installed()
     found, newest = source_of(source, take, threads)
     student = open_policy(bundle, policy, backend, threads, precision, task=task if policy == "pinned" else None)
     show = None

@@ -27,7 +27,7 @@ from .cli_options import (
     threads_option,
 )
 from .cli_watch import watch
-from .errors import GateError, InputError
+from .errors import GateError, InputError, command_line
 from .extras import command, extra_of
 from .files import first_process
 from .heartbeat import heartbeat
@@ -260,7 +260,9 @@ def train(config: Path | None, resume: bool, pictures: bool | None, as_json: boo
         say(warning)
     defined = [k for k in ("average_accuracy", "forgetting", "baseline") if k in metrics.definitions]
     text += "\n" + "\n".join(f"{k}: {metrics.definitions[k]}" for k in defined)
-    emit(document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: cdl-edge export {out} --out BUNDLE")
+    emit(
+        document, as_json, f"{text}\n\nrun: {out}   report: {report}\nnext: {command_line('export', out)} --out BUNDLE"
+    )
 
 
 @cli.command()
@@ -330,7 +332,7 @@ def export(
     if target == "triton":
         text = f"model repository: {out}\nnext: tritonserver --model-repository {out}"
     else:
-        text = f"bundle: {out}\nnext: cdl-edge predict {out} IMAGE"
+        text = f"bundle: {out}\nnext: {command_line('predict', out)} IMAGE"
     emit(result, as_json, f"{parity_line(result['parity'])}\n{text}")
 
 
@@ -371,7 +373,11 @@ def calibrate(bundle: Path, out: Path, force: bool, as_json: bool, **options: An
 
     with resumable(NOTHING_WRITTEN):
         result = api.calibrate(bundle, out, say=say, replace=force, **options)
-    emit(result, as_json, f"{quantisation_table(result)}\nbundle: {out}\nnext: cdl-edge profile {out} --precision int8")
+    emit(
+        result,
+        as_json,
+        f"{quantisation_table(result)}\nbundle: {out}\nnext: {command_line('profile', out)} --precision int8",
+    )
 
 
 for each in (*COMMANDS, watch):

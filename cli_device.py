@@ -276,6 +276,10 @@ def evaluate(
     from . import api
 
     result = api.evaluate(source, data, limit_per_class, backend, threads, precision, split, say)
+    for line in result["skipped"]:
+        say(f"left out: {line}")
+    if (unknown := result["left_out"])["images"]:
+        say(f"left out: {unknown['images']} image(s) of {unknown['classes']} class(es) that the student has not learnt")
     per_task = " ".join("-" if a is None else f"{a:.1f}" for a in result["per_task"])
     forgetting = "unknown" if result["forgetting"] is None else f"{result['forgetting']:.2f} points"
     text = f"average accuracy {result['average_accuracy']:.2f} %, forgetting {forgetting}, {result['images']} images, "

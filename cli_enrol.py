@@ -8,6 +8,7 @@ from typing import ClassVar
 import click
 
 from .cli_options import Outer, backend_option, emit, json_option, say, threads_option
+from .errors import command_line
 
 
 @click.command()
@@ -121,6 +122,6 @@ def enrol(
         f"other classes: {kept['changed']} of {kept['images']} answers of the self-test changed; "
         f"{means['recognised_after']} of {means['classes']} known by their mean, {means['recognised_before']} before",
         f"{bundle}: {result['previous']} -> {result['version']}, self-test passed",
-        f"back: cdl-edge enrol remove {bundle} {name}",
+        "back: " + command_line("enrol", "remove", bundle, name),
     ]
     emit(result, as_json, "\n".join(lines))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import click
 
 from .display import printable
-from .files import first_process
+from .files import UNWRITABLE, first_process
 
 NOTHING_WRITTEN = "nothing was written; start the same command again"
 "how to go on after Ctrl-C in a command that writes its result at the end"
@@ -50,12 +50,33 @@ def resumable(advice: str) -> Iterator[None]:
 def emit(document: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a command's answer: the text for people, or with --json the document as the last line."""
     if first_process():
-        click.echo(json.dumps(document, allow_nan=False) if as_json else printable(text))
+        put(json.dumps(document, allow_nan=False) if as_json else printable(text))
+
+
+def put(text: str) -> None:
+    """Print to stdout. Where that is a file on a full disk a message is the end, with exit code 1.
+
+    Not 2, with which commands promise that nothing has changed: their work is done by then.
+    """
+    try:
+        click.echo(text)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        say(
+            f"failed: the answer cannot be written to standard output\n  got:      {error.strerror}\n"
+            "  do:       make room; only the answer is lost, what the command had to change is changed"
+        )
+        raise SystemExit(1) from None
 
 
 def say(line: str) -> None:
-    """Progress goes to stderr."""
-    click.echo(printable(line), err=True)
+    """Progress goes to stderr; nothing ends because a full disk takes no more of it."""
+    try:
+        click.echo(printable(line), err=True)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
 
 
 class Outer(click.Command):

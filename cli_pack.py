@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .cli_options import backend_option, emit, json_option, say, threads_option
+from .errors import command_line
 
 public_key_option = click.option(
     "--public-key",
@@ -66,7 +67,7 @@ def pack_create(
     end = "signed" if result["signed"] else "not signed"
     lines += [f"    key {k:.16}... is trusted from then on" for k in result["keys"]["add"]]
     lines += [f"    key {k:.16}... is trusted no more" for k in result["keys"]["revoke"]]
-    text = [f"{out}: {size}, {end}", *lines, f"next: cdl-edge pack install {out} BUNDLE"]
+    text = [f"{out}: {size}, {end}", *lines, f"next: {command_line('pack', 'install', out)} BUNDLE"]
     emit(result, as_json, "\n".join(text))
 
 
@@ -89,7 +90,7 @@ def pack_install(
         again = ", their features computed again" if carried["recomputed"] else ""
         text += f"\nwhat was enrolled is in it: {', '.join(carried['names'])}, {carried['images']} picture(s){again}"
     if result["from"] != result["to"]:
-        text += f"\nback: cdl-edge pack rollback {bundle}"
+        text += "\nback: " + command_line("pack", "rollback", bundle)
     emit(result, as_json, text)
 
 

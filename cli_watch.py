@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli_options import backend_option, precision_option, say, threads_option
+from .cli_options import backend_option, precision_option, put, say, threads_option
 
 
 @click.command()
@@ -48,7 +48,7 @@ def watch(source: str, bundle: Path, task: int | None, as_json: bool, **options:
     with contextlib.closing(answers), contextlib.suppress(KeyboardInterrupt):
         for answer in answers:
             line = json.dumps(answer, allow_nan=False) if as_json else printable(prediction_line(answer, _name(answer)))
-            click.echo(line)
+            put(line)
 
 
 def _name(answer: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
 
 
@@ -28,6 +29,11 @@ class GateError(InputError):
 
     Nothing about the input is wrong: the command line exits with 1.
     """
+
+
+def command_line(*words: object) -> str:
+    """`cdl-edge` with these words, to be copied into a shell: one with a space, as in a class's name, is quoted."""
+    return shlex.join(["cdl-edge", *map(str, words)])
 
 
 def choose(kind: str, name: str, choices: Iterable[str]) -> str:

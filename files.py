@@ -114,7 +114,12 @@ def _reserve(parent: Path, name: str) -> tuple[Path, int]:
         except FileNotFoundError:  # another process took the empty folder for a leftover
             continue
         if _lock(lock) is not False and os.fstat(lock).st_nlink:
-            os.write(lock, _MARK + name.encode("utf-8", "surrogateescape"))
+            try:
+                os.write(lock, _MARK + name.encode("utf-8", "surrogateescape"))
+            except OSError:  # a full disk
+                _remove(folder)
+                os.close(lock)
+                raise
             return folder, lock
         os.close(lock)
 

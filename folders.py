@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -186,17 +187,28 @@ def _has_pictures_itself(folder: Path) -> bool:
     return any(p.is_file() and _reason(p) is None for p in folder.iterdir())
 
 
+def one_or_more(given: Any) -> list[Any]:
+    """What is given, as a list: one path, the bytes of one file or one frame, (H, W, 3), stands for itself.
+
+    Otherwise "/photos" would be its letters, and the first one names the whole disk.
+    """
+    if isinstance(given, (str, os.PathLike, bytes)) or (isinstance(given, np.ndarray) and given.ndim == 3):
+        return [given]
+    return list(given)
+
+
 def named_pictures(
     sources: Sequence[Path | str | bytes | np.ndarray],
 ) -> tuple[list[Path | str | bytes | np.ndarray], LeftOut]:
-    """The sources as they are, but in place of a folder the pictures below it; and what was left out of folders.
+    """The sources (or the one source) as they are, but in place of a folder the pictures below it; and what was left
+    out of folders.
 
     A name that is not UTF-8 stops nothing here: only the terminal shows it. Raises: InputError for a folder without a
     picture.
     """
     left_out: LeftOut = Counter()
     found: list[Path | str | bytes | np.ndarray] = []
-    for source in sources:
+    for source in one_or_more(sources):
         if isinstance(source, (bytes, np.ndarray)) or not Path(source).is_dir():
             found.append(source)
             continue

@@ -17,7 +17,7 @@ from .display import (
     parity_line,
     quantisation_table,
 )
-from .errors import InputError
+from .errors import InputError, command_line
 from .log import LOG
 
 TASKS = 5
@@ -96,7 +96,8 @@ def quickstart(data: str, out: Path) -> tuple[dict[str, Any], str]:
             quantisation_table(quantised),
             latency_table(latency),
             f"bundle: {out / 'bundle8'}   report: {report.resolve()}   ({document['seconds']:.0f} s)",
-            f"next: cdl-edge predict {out / 'bundle8'} IMAGE  |  cdl-edge train --data folder:PHOTOS --out runs/mine",
+            f"next: {command_line('predict', out / 'bundle8')} IMAGE  |  "
+            "cdl-edge train --data folder:PHOTOS --out runs/mine",
         ]
     )
     return document, text

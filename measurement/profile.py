@@ -19,6 +19,7 @@ from .. import __version__
 from ..artefacts.bundle import Bundle, open_bundle
 from ..errors import InputError
 from ..files import check_out, write_json
+from ..folders import one_or_more
 from ..machine import board, cpu_model, governor, peak_rss_bytes, temperature_c, version_of
 from ..runtime import load
 from ..runtime.predict import probabilities
@@ -229,6 +230,7 @@ def _encoded(bundle: Bundle, images: Sequence[Path | str | bytes] | None) -> tup
     """The pictures' bytes, each decoded once to be sure, and a line that says what they are."""
     if images is None:
         return [synthetic_jpeg()], "synthetic JPEG, 640 x 480 (no image was given)"
+    images = one_or_more(images)
     if not images:
         raise InputError("no image to time", fix="name at least one, or none at all for a synthetic one")
     for image in images:

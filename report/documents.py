@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..artefacts.bundle import Bundle
 from ..artefacts.profile_record import ProfileRecord
 from ..artefacts.run_record import Metrics
-from ..errors import InputError
+from ..errors import InputError, command_line
 
 
 def check_pair(metrics: Metrics, bundle: Bundle) -> None:
@@ -41,12 +41,12 @@ def check_measured(profile: ProfileRecord, bundle: Bundle | None) -> None:
             f"{bundle.path}: the profile was measured on another bundle",
             got=f"version {version!s:.16}",
             expected=f"version {bundle.manifest.version}",
-            fix=f"measure this one: cdl-edge profile {bundle.path} --json",
+            fix=f"measure this one: {command_line('profile', bundle.path)} --json",
         )
     if digest is not None and digest not in {entry.sha256 for entry in bundle.manifest.files.values()}:
         raise InputError(
             f"{bundle.path}: the profile was measured on another graph",
             got=f"sha256 {digest!s:.64}",
             expected="the hash of a graph of this bundle",
-            fix=f"measure this one: cdl-edge profile {bundle.path} --json",
+            fix=f"measure this one: {command_line('profile', bundle.path)} --json",
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..artefacts.bundle import Bundle
 from ..errors import InputError
+from ..folders import one_or_more
 from ..heartbeat import at
 from ..images import UnreadableImage
 from .policy import Selector, Step
@@ -54,7 +55,7 @@ def predict(
     Raises: InputError for no picture, an unreadable one (named; with skip_unreadable only where all are), a task that
         is not there, top < 1, or a student whose answer is no number.
     """
-    bundle = student.bundle
+    bundle, sources = student.bundle, one_or_more(sources)
     competing = _competing(bundle.tasks, len(bundle.classes), task)
     if top < 1:
         raise InputError("top is out of range", got=top, expected="1 or more")

@@ -60,16 +60,19 @@ def serve(
         socket_path: of a Unix socket, through which this user may install packs without the token.
         say: gets the lines of all threads, for this process has one server.
 
-    Raises: InputError when a package is missing, the bundle does not work, or the address cannot be had.
+    Raises: InputError when a package is missing, the bundle does not work, the key is none, or the address is taken.
     """
-    uvicorn = _import()
+    uvicorn = installed()
     from ..runtime.secret import checked, default_file, kept
+    from ..updates.signature import read_public_key
     from .app import build_app
     from .collect import Collection
     from .guard import Guard
     from .live_model import LiveModel
     from .server import Server
 
+    if public_key is not None:
+        read_public_key(public_key)  # or the first pack, months later, would be the first to tell
     file = token_file or default_file()
     secret, made = (kept(file)) if token is None else (checked(token), False)
     with told(say, threads=True), contextlib.ExitStack() as stack:
@@ -128,9 +131,10 @@ def _ends_well() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _import() -> Any:
-    """uvicorn. Raises: InputError when it, or what the application needs, is missing."""
+def installed() -> Any:
+    """uvicorn. Raises: InputError when it, or what an application of this package needs, is missing."""
     try:
+        import anyio
         import httptools
         import python_multipart
         import starlette
@@ -142,7 +146,7 @@ def _import() -> Any:
             expected=", ".join(("starlette", "uvicorn", "python-multipart", "httptools")),
             fix=command("serve"),
         ) from error
-    del httptools, python_multipart, starlette
+    del anyio, httptools, python_multipart, starlette
     return uvicorn
 
 

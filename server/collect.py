@@ -41,8 +41,11 @@ WAITING = 8
 "pictures that may wait for the disk; more are let go"
 REMEMBERED = 1000
 "scenes that are not kept again, discarded ones too"
-_OURS = re.compile(r"\d{8}T\d{6}-[0-9a-f]{16}\.(jpg|png|webp|bmp|tif|gif|img)")
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"BM": "bmp", b"II": "tif", b"MM": "tif", b"GI": "gif"}
+_SUFFIXES |= {b"\xff\x4f": "jp2", b"\0\0\0\x0cjP": "jp2"}
+_OURS = re.compile(
+    rf"\d{{8}}T\d{{6}}-[0-9a-f]{{16}}\.({'|'.join({*_SUFFIXES.values(), 'avif', 'heic', 'pnm', 'img'})})"
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ class Collection:
                 raise OSError(f"there is room for no more, and all were sorted: move folders of {self.sorted} away")
             self.new.mkdir(mode=0o700, exist_ok=True)
             now = time.gmtime()
-            suffix = _SUFFIXES.get(content[:2], "img")
-            name = f"{time.strftime('%Y%m%dT%H%M%S', now)}-{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            name = f"{time.strftime('%Y%m%dT%H%M%S', now)}-{digest}.{_suffix(content)}"
             answer["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
             path = self.new / name
             note = json.dumps({**answer, "scene": scene.to_json()}, ensure_ascii=True)
@@ -228,6 +231,14 @@ class Collection:
     def close(self) -> None:
         """Write the pictures that wait for the disk, and end the thread."""
         self._writer.shutdown()
+
+
+def _suffix(content: bytes) -> str:
+    """Of the name of a picture that was decoded: one that folders of pictures know, or they would leave it out."""
+    if content[4:8] == b"ftyp":
+        return "avif" if content[8:11] == b"avi" else "heic"
+    known = next((suffix for start, suffix in _SUFFIXES.items() if content.startswith(start)), None)
+    return known or "pnm"
 
 
 def _write(path: Path, content: bytes) -> None:

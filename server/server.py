@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -150,21 +151,38 @@ class Server:
         LOG.info(f"{self.name}: version {change} answers now: {classes} classes, after {result['seconds']} s")
         return result
 
-    def stamp(self) -> tuple[int, int] | None:
-        """Changes whenever another version is put on the disk; None in the moment when there is none."""
+    def stamp(self) -> frozenset[tuple[str, int, int, int]] | None:
+        """Changes whenever a version on the disk does; None in the moment when there is none.
+
+        Of all files: those of a bundle that is copied over come one after the other, often the manifest before others.
+        """
         folder = self.source / "current"
         try:
-            found = ((folder if folder.exists() else self.source) / MANIFEST).stat()
+            with os.scandir(folder if folder.exists() else self.source) as entries:
+                found = {entry.name: entry.stat() for entry in entries if entry.is_file()}
         except OSError:
             return None
-        return found.st_ino, found.st_mtime_ns
+        if MANIFEST not in found:
+            return None
+        return frozenset((name, about.st_ino, about.st_mtime_ns, about.st_size) for name, about in found.items())
 
     def follow(self) -> None:
-        """Put in what lies on disk if it is another version than the one that answers. Raises: InputError, Busy."""
-        with self.changing:
-            found = version_name(open_bundle(self.source, verify=False))
-            if found != version_name(self.live.runner.bundle):
+        """Put in what lies on disk if it is another version than the one that answers.
+
+        Raises: InputError, and Busy while somebody else changes it, who puts it in.
+        """
+        if self._fresh():  # asked without the lock: who sends one change after another is not refused because of a look
+            return
+        if not self.changing.acquire(blocking=False):
+            raise Busy("another change of the bundle is going on")
+        try:
+            if not self._fresh():
                 self.exchange()
+        finally:
+            self.changing.release()
+
+    def _fresh(self) -> bool:
+        return version_name(open_bundle(self.source, verify=False)) == version_name(self.live.runner.bundle)
 
 
 def server_of(request: Request) -> Server:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, command_line
 from ..images import EXTENSIONS
 from .ahead import Pause
 
@@ -132,5 +132,5 @@ def kind_of(source: str) -> str:
     if stat.S_ISCHR(mode):  # /dev/video0
         return "camera"
     if Path(source).suffix.lower() in EXTENSIONS - {".gif"}:
-        raise InputError(f"{source}: one picture", expected=EXPECTED, fix=f"cdl-edge predict BUNDLE {source}")
+        raise InputError(f"{source}: one picture", expected=EXPECTED, fix=command_line("predict", "BUNDLE", source))
     return "file"

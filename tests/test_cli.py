@@ -1,5 +1,6 @@
 """The command line: what it promises to people, to scripts, and to a board with nothing installed."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+
+from cdl_edge import api
+from cdl_edge.cli import main
+from cdl_edge.cli_options import say
 
 VERBS = (
     *("quickstart", "pretrain", "train", "sweep", "export", "calibrate", "build", "evaluate", "predict"),
@@ -409,3 +414,34 @@ def test_ctrl_c_where_nothing_is_kept(cli, monkeypatch, tmp_path, verb):
     answer = cli(verb, tmp_path / "in", "--out", tmp_path / "out")
     assert answer.code == 1 and "Aborted" not in answer.err
     assert "stopped: nothing was written; start the same command again" in answer.err
+
+
+# -- where its words go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [("doctor",), ("doctor", "--json"), ("watch", "0", "b"), ("watch", "0", "b", "--json")]
+)
+def test_an_answer_to_a_full_disk(monkeypatch, capsys, words):
+    """`... > answers.json` on a full disk is no bug of ours: one message, no trace."""
+    answer = {"image": "a.png", "label": "a", "probability": 1.0, "confidence": 1.0, "unknown": False, "task": 0}
+    answer |= {"prompts": {"selected": []}}
+    monkeypatch.setattr(api, "watch", lambda *_, **__: (a for a in [answer]))
+    monkeypatch.setattr(api, "doctor", lambda: {"checks": [], "ok": True})
+    monkeypatch.setattr(sys, "argv", ["cdl-edge", *words])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        with contextlib.suppress(OSError):
+            full.close()
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "cannot be written to standard output" in said and "No space left" in said
+
+
+def test_progress_to_a_full_disk_ends_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        say("1 image(s), 0 left out")
+        with contextlib.suppress(OSError):
+            full.close()

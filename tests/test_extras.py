@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from cdl_edge import api
+from cdl_edge.errors import InputError
 from cdl_edge.extras import EXTRAS, extra_of
 
 VERBS = {
@@ -83,3 +85,10 @@ def test_no_text_installs_from_an_index_that_has_it_not(root):
     for page in (p for p in pages if p.is_file()):
         text = page.read_text("utf-8")
         assert not re.search(r"pip install (--upgrade )?cdl-edge\b", text), page
+
+
+def test_a_preview_without_the_servers_packages(tmp_path, monkeypatch):
+    """`watch` alone needs none of them; some of those that the page needs are no names of extras."""
+    monkeypatch.setitem(sys.modules, "anyio", None)
+    with pytest.raises(InputError, match=r"(?s)server's packages .*anyio.*cdl-edge\[serve\]"):
+        api.watch(tmp_path, tmp_path, preview=0)

@@ -250,3 +250,16 @@ def test_the_rule_of_every_out(tmp_path):
     with pytest.raises(InputError, match="--force"):
         check_out(tmp_path / "full", "a bundle", lambda _: None)
     check_out(tmp_path / "full", "a bundle", lambda _: None, replace=True)
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    """There is room for a name, and none for a byte."""
+    handles = len(os.listdir("/proc/self/fd"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "write", full)
+    with pytest.raises(InputError, match="No space left"), workspace(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == handles

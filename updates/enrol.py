@@ -19,7 +19,7 @@ import numpy as np
 from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.manifest import Enrolment
 from ..class_statistics import ClassStatistics, FeatureMap, merged
-from ..errors import InputError
+from ..errors import InputError, command_line
 from ..files import atomic_folder, writable
 from ..folders import named_pictures, reasons
 from ..heads import LinearMap
@@ -36,7 +36,17 @@ from .enrolment_checks import (
     losses,
 )
 from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures, known_as
-from .enrolment_version import answers, base_of, build, check_base, features_of, head_of, made, present_head, statistics_of
+from .enrolment_version import (
+    answers,
+    base_of,
+    build,
+    check_base,
+    features_of,
+    head_of,
+    made,
+    present_head,
+    statistics_of,
+)
 from .packs import REFUSED, create
 from .store import Store, locked, read_store
 
@@ -233,18 +243,19 @@ def rename(bundle: Path | str, old: str, new: str, backend: str = "auto", thread
     with writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         old, new = (known_as(name, store.bundle.classes) for name in (old, new))
         enrolled, base = _known(store, old), base_of(store)
+        remove = command_line("enrol", "remove", bundle, old)
         if old in base.classes:
             raise InputError(
                 f"{bundle}: the class {old!r} was named in training; only its pictures from here could go",
                 got=f"{len(enrolled.of_class(old))} picture(s) that were enrolled as {old!r}",
                 expected="a class that was enrolled here",
-                fix=f"cdl-edge enrol remove {bundle} {old}, then enrol them under the other name",
+                fix=f"{remove}, then enrol them under the other name",
             )
         if new in store.bundle.classes:
             raise InputError(
                 f"{bundle}: there is a class {new!r} already",
                 expected="a new name",
-                fix=f"to give it these pictures too: cdl-edge enrol remove {bundle} {old}, then enrol them as {new!r}",
+                fix=f"to give it these pictures too: {remove}, then enrol them as {new!r}",
             )
         classes = tuple(new if c == old else c for c in store.bundle.classes)
         logits = store.bundle.selftest()[1]

@@ -26,8 +26,9 @@ from ..artefacts.bundle import Bundle, open_bundle
 from ..artefacts.external import Record, external_records
 from ..artefacts.layout import BACKBONE, MANIFEST
 from ..artefacts.manifest import MAX_MANIFEST, Manifest, canonical, check_names, self_hash
-from ..errors import InputError
+from ..errors import InputError, command_line
 from ..files import UNWRITABLE, check_out, writable
+from ..folders import one_or_more
 from ..runtime.selftest import self_test
 from .delta import apply, by_location, difference
 from .enrolment_version import base_of, carry
@@ -83,7 +84,7 @@ def create(
         raise InputError(
             f"{new}: {kept} pictures are kept in it: a pack of it would give them to every device",
             expected="a bundle without them",
-            fix=f"cdl-edge enrol export {new} OUT, which makes a pack without pictures",
+            fix=f"{command_line('enrol', 'export', new)} OUT, which makes a pack without pictures",
         )
     if (ground := after.manifest.enrolled_on) not in (None, before.manifest.version, before.manifest.enrolled_on):
         raise InputError(
@@ -158,8 +159,7 @@ def install(
 
     Raises: InputError for whatever is refused (see above); nothing has changed then.
     """
-    files = () if public_key is None else (public_key,) if isinstance(public_key, str | Path) else public_key
-    given = [read_public_key(Path(file)) for file in files]
+    given = [read_public_key(Path(file)) for file in (() if public_key is None else one_or_more(public_key))]
     with open_pack(Path(pack)) as opened, writable(Path(bundle), REFUSED), locked(Path(bundle)) as store:
         keys = store.state.keys.pinned(given, bundle)
         checked = bool(keys.trusted)
@@ -228,7 +228,7 @@ def rollback(
                 f"{bundle}: nothing to go back to" if to is None else f"{bundle}: no other version {to!r}",
                 got=f"{previous} runs",
                 expected="an older version that is kept" if not others else f"one of {', '.join(others)}",
-                fix=f"cdl-edge pack rollback {bundle} --to VERSION"
+                fix=f"{command_line('pack', 'rollback', bundle)} --to VERSION"
                 if others
                 else "install a pack first: the version before it is kept; or copy the older bundle to the device",
             )
@@ -276,7 +276,7 @@ def trusted(bundle: Path | str) -> Keys:
 
 def _key_change(key: Path | str | None, add: Sequence[Path | str], revoke: Sequence[Path | str]) -> KeyChange:
     """Of public keys in PEM files. Raises: InputError for keys that cannot be read, or that contradict each other."""
-    added, revoked = ([read_public_key(Path(file)) for file in files] for files in (add, revoke))
+    added, revoked = ([read_public_key(Path(file)) for file in one_or_more(files)] for files in (add, revoke))
     change = KeyChange(tuple(dict.fromkeys(added)), tuple(dict.fromkeys(revoked)))
     if change and key is None:
         raise InputError(

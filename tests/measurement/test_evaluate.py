@@ -178,6 +178,16 @@ def test_unreadable_images_are_named_and_left_out(runner, folder, tmp_path):
     assert str(broken) in report["skipped"][0]
 
 
+def test_what_is_not_counted_is_said(bundle, folder, cli, tmp_path):
+    """Also without --json: pictures that cannot be read, and classes that the student has not learnt."""
+    source = folder({**VAL, "Red": ["red", "red"]})  # another spelling is another class
+    broken = tmp_path / "data" / "val" / "red" / "2.png"
+    broken.write_bytes(b"no picture")
+    said = cli("evaluate", bundle.path, "--data", source, "--threads", 1).err.splitlines()
+    assert any(line.startswith(f"left out: {broken}: not a readable image") for line in said)
+    assert "left out: 2 image(s) of 1 class(es) that the student has not learnt" in said
+
+
 def test_a_class_loses_all_of_its_images(runner, folder, tmp_path):
     source = folder(VAL)
     (tmp_path / "data" / "val" / "green" / "0.png").write_bytes(b"no picture")

@@ -7,7 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from cdl_edge import api
 from cdl_edge.errors import InputError
 from cdl_edge.runtime import load
 from cdl_edge.runtime.predict import CHUNK, predict, probabilities
@@ -97,6 +99,19 @@ def test_wrong_arguments(runner, tiny):
         predict(runner, [])
     with pytest.raises(InputError, match="top"):
         predict(runner, [tiny.png((0, 0, 0))], top=0)
+
+
+def test_one_picture_alone(bundle, runner, tiny, tmp_path, monkeypatch):
+    """A path is text, and text a sequence: of its letters the first, "/", names the whole disk."""
+    path = tmp_path / "red.png"
+    path.write_bytes(tiny.png((255, 0, 0)))
+    monkeypatch.setattr("cdl_edge.folders.pictures_below", lambda *_, **__: pytest.fail("looks for pictures elsewhere"))
+    frame = np.asarray(Image.open(path).convert("RGB"))
+    for alone in (str(path), path, path.read_bytes(), frame):
+        (one,) = predict(runner, alone)["predictions"]
+        (same,) = api.predict(bundle.path, alone, threads=1)["predictions"]
+        assert one["label"] == same["label"] == "red"
+    assert api.profile(bundle.path, images=str(path), runs=1, threads=1)["end_to_end_ms"]["n"] == 1
 
 
 def test_no_prompts(make_bundle, tiny):

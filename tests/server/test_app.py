@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import struct
 import threading
 import time
@@ -338,6 +339,38 @@ def test_a_version_that_appears_on_the_disk_is_put_in(
     assert client.get("/health").json()["model"]["classes"] == 5
     text = client.get("/metrics").text
     assert 'cdl_edge_swaps_total{result="done"} 1' in text and 'cdl_edge_swaps_total{result="failed"} 1' in text
+
+
+def test_a_bundle_that_is_copied_over_file_by_file_is_put_in(make_server, make_client, make_version, monkeypatch, said):
+    """By rsync, say, which takes the manifest before the weights: the first look finds a broken bundle."""
+    monkeypatch.setattr(application, "WATCH_S", 0.02)
+    place, new = make_version(0), make_version(1)
+    client = make_client(make_server(place), watch=True)
+    files = sorted((p for p in new.iterdir() if p.is_file()), key=lambda p: (p.name != "manifest.json", p.name))
+
+    def copy(file):
+        shutil.copy(file, place / "part")
+        os.replace(place / "part", place / file.name)
+
+    copy(files[0])
+    until(lambda: any("the old one goes on" in line for line in said))
+    for file in files[1:]:
+        copy(file)
+    until(lambda: client.get("/health").json()["model"]["classes"] == 5)
+
+
+def test_a_look_at_the_disk_keeps_nobody_from_changing_it(make_server, monkeypatch):
+    """A client that sends one change after another got 409 for the second: the watch was looking at the first."""
+    server = make_server()
+    locked = []
+
+    def look(*arguments, **options):
+        locked.append(server.changing.locked())
+        return open_bundle(*arguments, **options)
+
+    monkeypatch.setattr("cdl_edge.server.server.open_bundle", look)
+    server.follow()
+    assert locked == [False]
 
 
 @pytest.mark.parametrize(

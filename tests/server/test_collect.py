@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, features
 
 from cdl_edge.data import load_dataset
+from cdl_edge.decoder import EXTENSIONS
 from cdl_edge.errors import InputError
 from cdl_edge.runtime.scene import Scene
 from cdl_edge.server import collect
@@ -264,6 +268,23 @@ def test_nothing_is_kept_unasked(make_server, make_client, colours, tmp_path, ma
     before = sorted(tmp_path.iterdir())
     ask(client, colours, scenes(2, side=64))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JP2", "J2K", "AVIF", "HEIF"])
+def test_a_kept_picture_is_one_for_training(made, colours, name):
+    """Folders of pictures go by the ends of names: a phone's HEIC had one that they leave out."""
+    if name == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    elif name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow writes no AVIF")
+    collection, stream = made(), io.BytesIO()
+    (frame,) = scenes(1, side=64)
+    Image.fromarray(frame).save(stream, "JPEG2000" if name in ("JP2", "J2K") else name, no_jp2=name == "J2K")
+    collection.offer(stream.getvalue(), frame, UNSURE, "v")
+    collection.close()
+    (kept,) = collection.listed()["pictures"]
+    assert Path(kept["id"]).suffix in EXTENSIONS
+    assert made().listed()["pictures"] == [kept]  # known again after a start
 
 
 def test_notes_are_json(made, colours):

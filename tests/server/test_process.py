@@ -147,6 +147,14 @@ def test_a_bundle_that_is_none(tmp_path):
         room.serve(tmp_path / "nothing", port=0)
 
 
+def test_a_key_that_is_none_is_told_at_the_start(tmp_path):
+    """Not by the first pack, which may come months later."""
+    (tmp_path / "notes.pem").write_text("no key")
+    for name, reason in (("notes.pem", "not a public key"), ("missing.pem", "cannot be read")):
+        with pytest.raises(InputError, match=f"{name}: {reason}"):
+            room.serve(tmp_path / "nothing", port=0, public_key=tmp_path / name)
+
+
 @pytest.mark.parametrize("package", ["uvicorn", "starlette", "python_multipart", "httptools"])
 def test_a_missing_package_is_named(make_version, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -367,6 +368,16 @@ def test_are_there_enough(right, count, words):
     found = checks.enough(right, count)
     assert found["sentence"].startswith(words) and found["enough"] == (words == "Enough")
     assert found["low"] <= found["accuracy"] <= found["high"]
+
+
+def test_the_way_back_can_be_copied(device, cli, tmp_path, photo):
+    """A class of two words is what the page of the command shows."""
+    for i in range(4):
+        photo(tmp_path / "new" / f"{i}.png", seed=i, colour=0)
+    more = ("--max-drop", 100, "--anyway", "--threads", 1)
+    found = cli("enrol", device, "green kiwi", tmp_path / "new", *more)
+    assert found.code == 0
+    assert shlex.split(found.out.splitlines()[-1])[1:] == ["cdl-edge", "enrol", "remove", str(device), "green kiwi"]
 
 
 def test_on_the_command_line(device, cli, tmp_path, photo):
