@@ -243,7 +243,7 @@ def train(config: Path | None, resume: bool, pictures: bool | None, as_json: boo
     report = Path(out) / REPORT
     keys = ("average_accuracy", "forgetting", "matrix")
     sides = {name: {k: getattr(side, k) for k in keys} for name, side in metrics.sides.items()}
-    data = {k: v for k, v in (metrics.data or {}).items() if k not in ("source", "fingerprint")} or None
+    data = {k: v for k, v in (metrics.data or {}).items() if k not in ("source", "fingerprint", "before")} or None
     found, baseline = metrics.student.average_accuracy, metrics.document.get("baseline")
     document = {
         "student": None,

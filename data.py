@@ -39,6 +39,7 @@ __all__ = (
     "absolute",
     "held_out_early",
     "load_dataset",
+    "measured_before",
 )
 
 VAL_SHARE = 0.2
@@ -174,7 +175,9 @@ class Dataset:
         return self.val, "validation images" + (", a fifth of each class" if self.held_out else "")
 
     def is_of(self, trained: Mapping[str, Any]) -> bool:
-        """Whether a student of that record has learnt from some of these images."""
+        """Whether a student of that record, or of one of the runs that its run extends, has learnt from some of these."""
+        if any(self.is_of(run) for run in trained.get("before") or ()):
+            return True
         # A bundle keeps no place: two machines may have a folder:photos each, and then only the images tell.
         if "source" in trained and {self.source, absolute(self.source)} & {trained["given"], trained["source"]}:
             return True
@@ -192,6 +195,15 @@ def absolute(source: str) -> str:
     """The source with its path from the root of the file system, so that it means the same from everywhere."""
     kind, colon, path = source.partition(":")
     return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if path else kind + colon
+
+
+def measured_before(record: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Class -> the hashes of what was held out of it, in the run of a "data" record and in those that it extends."""
+    found: dict[str, set[str]] = {}
+    for run in (record, *(record.get("before") or ())):
+        for name, digest in Fingerprint.from_json(run.get("fingerprint") or {}).val.items():
+            found.setdefault(name, set()).add(digest)
+    return found
 
 
 def held_out_early(training: Mapping[str, Any] | None) -> bool:

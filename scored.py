@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import SCORED, Dataset, Fingerprint, held_out_early, load_dataset
+from .data import SCORED, Dataset, Fingerprint, held_out_early, load_dataset, measured_before
 from .errors import InputError, choose
 from .splits import Split
 
@@ -76,6 +76,7 @@ def find_scored(source: str, split: str, training: Mapping[str, Any] | None, cla
         own = images.of_classes([dataset.classes.index(c) for c in names]).hashes(dataset.classes)
         comparable = own == measured
         # An added picture moves another one into the fifth that is held out.
-        others = any(measured.get(c, h) != h for c, h in own.items())
+        known = measured_before(record or {})
+        others = any(h not in known.get(c, {h}) for c, h in own.items())
         grown = others and dataset.held_out and record is not None and dataset.is_of(record)
     return Scored(dataset, images, which, missing, len(classes), comparable and not missing, grown)

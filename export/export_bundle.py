@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -258,6 +259,13 @@ def _without_places(value: Any) -> Any:
     return f"{kind}{colon}{Path(path).name}" if path.startswith(("/", "~")) else value
 
 
+def _portable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What "data" of a run says without the source's place and the hashes of what was learnt from."""
+    hashes = {k: v for k, v in record["fingerprint"].items() if k != "train"}
+    before = {"before": [_portable(run) for run in record["before"]]} if "before" in record else {}
+    return {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes, **before}
+
+
 def _without_folder(line: str) -> str:
     """What a run says of an image that it could not read, the file without its folder."""
     file, colon, reason = line.partition(": ")
@@ -273,8 +281,7 @@ def _manifest(run: Run, name: str, profile: Profile, dynamic_batch: bool, graphs
     training = {k: v for k, v in run.metrics.document.items() if k not in ("student", "teacher")}
     if record := training.get("data"):
         # A bundle goes out of the house: no path of this machine, and what tells the run's images from others.
-        hashes = {k: v for k, v in record["fingerprint"].items() if k != "train"}
-        training["data"] = {**{k: v for k, v in record.items() if k != "source"}, "fingerprint": hashes}
+        training["data"] = _portable(record)
         training["config"] = {**training["config"], "data": record["given"]}
     training["skipped"] = [_without_folder(line) for line in training.get("skipped") or ()]
     for side in ("student", "teacher"):

@@ -75,6 +75,17 @@ class Parent:
         pool_tasks = before.pool_tasks if before else tasks
         return ParentRun(str(self.path), self.student_sha256, tasks, len(self.classes), pool_tasks)
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """{"before": for this run and those that it extends, newest first, what "data" says of their images}.
+
+        The new run's own record has the learnt classes as they are measured now, not what was learnt from.
+        """
+        if not (record := self.metrics.data):  # a run of an early version
+            return {}
+        own = {k: record[k] for k in ("given", "source", "fingerprint")}
+        return {"before": [own, *(record.get("before") or ())]}
+
     def new_images(self, dataset: Dataset) -> Dataset:
         """The source without the training images of the classes that are learnt: they are never read.
 

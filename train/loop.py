@@ -95,6 +95,8 @@ class _Training:
             self.scenario = make_scenario(dataset.classes, tasks, config.seed, shuffle=not config.compat)
         self._say(dataset.line)
         for name, why in config.without_effect.items():
+            if self.parent is not None and getattr(config, name) == getattr(self.parent.config, name):
+                continue  # nobody gave it: it is the run's
             self._say(f"note: --{name.replace('_', '-')} changes nothing: {why}")
         whole, self.tasks = dataset, len(self.scenario.tasks)
         config.check_tasks(self.tasks)
@@ -112,7 +114,7 @@ class _Training:
             split.check_readable(dataset.classes)
         by_default = dataset.source != "digits" and config.head == "learned"
         self.augmented = config.augment == "crop-flip" or (config.augment == "auto" and by_default)
-        self.data = dataset.record
+        self.data = dataset.record | (self.parent.images if self.parent else {})
         "what is learnt from, for checkpoints and metrics.json"
         if (warning := copies(dataset.train, dataset.val)) is not None:
             self._say(warning)
@@ -177,7 +179,9 @@ class _Training:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        if self.devices.is_main and any(len(task) == 1 for task in self.scenario.tasks):
+        begun = len(self.parent.tasks) if self.parent else 0
+        ahead = [task for task in range(begun, self.tasks) if self.config.learns_prompts(task)]
+        if self.devices.is_main and any(len(self.scenario.tasks[task]) == 1 for task in ahead):
             LOG.warning("a task of one class teaches prompts nothing: the loss compares the classes of one task")
         if self.devices.is_main and len(self.dataset.classes) == 1:
             LOG.warning("there is one class alone: every answer is that class, so 100 % accuracy says nothing")

@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cdl_edge.errors import InputError
+from cdl_edge.export.export_bundle import _portable
 from cdl_edge.log import told
 from cdl_edge.ranges import Ranges
+from cdl_edge.scored import find_scored
 from cdl_edge.train import loop
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.checkpoint import load_state, save_state
@@ -327,6 +329,40 @@ def test_other_validation_images_of_learnt_classes_are_said(tmp_path, finished, 
         _Training(extending(run, data=f"folder:{more}", out=str(tmp_path / "two")), False, True).close()
     (line,) = [line for line in lines if "other validation images" in line]
     assert line.startswith("warning: 1 learnt class(es)") and "(a): forgetting compares different images" in line
+
+
+def test_what_the_extended_run_has_learnt_is_not_scored(tmp_path, make_config, image_folder):
+    """Of the old classes other pictures are measured now, and the old folder is evaluated: no part of it is a test set."""
+    old = image_folder(tmp_path / "old", unsplit={"a": 10, "b": 10})
+    more = image_folder(tmp_path / "more", train={"c": 4}, val={"a": 3, "b": 3, "c": 3})
+    options = {"learner": "frozen", "distill": "none", "head": "ncm", "tasks": 1, "range_images": 0}
+    first = train(make_config(tmp_path / "first", data=f"folder:{old}", **options), quiet=True)
+    further = {"extend": str(tmp_path / "first"), "data": f"folder:{more}", "out": str(tmp_path / "more-run")}
+    metrics = train(loop.TrainConfig.from_json(inherit(further)), quiet=True)
+    (before,) = metrics["data"]["before"]
+    assert before["fingerprint"] == first["data"]["fingerprint"] and before["given"] == f"folder:{old}"
+    bundle = {"data": _portable(metrics["data"])}
+    assert "source" not in json.dumps(bundle) and "train" not in bundle["data"]["before"][0]["fingerprint"]
+    old = old.rename(tmp_path / "elsewhere")
+    for training in (metrics, bundle):
+        found = find_scored(f"folder:{old}", "auto", training, metrics["classes"])
+        assert found.which == "validation images, a fifth of each class" and len(found.images) == 4
+        assert not found.grown and not found.comparable
+        with_new = shutil.copytree(old, tmp_path / "grown", dirs_exist_ok=True)
+        for i in range(8):
+            (with_new / "a" / f"new{i}.png").write_bytes((with_new / "a" / "000.png").read_bytes() + b" " * i)
+        assert find_scored(f"folder:{with_new}", "auto", training, metrics["classes"]).grown
+
+
+def test_nobody_is_told_of_options_that_were_not_given(tmp_path, finished, extending, photos):
+    """Those of the run that is extended were named when it was trained; and a class is no task without prompts."""
+    run, lines = finished(learner="frozen", distill="none", head="ncm", epochs=3, range_images=0), []
+    with told(lines.append):
+        train(extending(run, tasks=2))
+    assert not [line for line in lines if "changes nothing" in line or "teaches prompts nothing" in line], lines
+    with told(lines.append):
+        _Training(extending(run, out=str(tmp_path / "other"), batch_size=3), False, True).close()
+    assert [line for line in lines if line.startswith("note: --batch-size changes nothing")]
 
 
 def test_a_distiller_that_remembers(tmp_path, finished, extending):
