@@ -175,7 +175,7 @@ class Dataset:
         return self.val, "validation images" + (", a fifth of each class" if self.held_out else "")
 
     def is_of(self, trained: Mapping[str, Any]) -> bool:
-        """Whether a student of that record, or of one of the runs that its run extends, has learnt from some of these."""
+        """Whether a student of that record, or of a run that its run extends, has learnt from some of these images."""
         if any(self.is_of(run) for run in trained.get("before") or ()):
             return True
         # A bundle keeps no place: two machines may have a folder:photos each, and then only the images tell.

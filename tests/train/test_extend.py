@@ -332,7 +332,7 @@ def test_other_validation_images_of_learnt_classes_are_said(tmp_path, finished, 
 
 
 def test_what_the_extended_run_has_learnt_is_not_scored(tmp_path, make_config, image_folder):
-    """Of the old classes other pictures are measured now, and the old folder is evaluated: no part of it is a test set."""
+    """Old classes are measured on other pictures now; the folder that they were learnt from is no test set."""
     old = image_folder(tmp_path / "old", unsplit={"a": 10, "b": 10})
     more = image_folder(tmp_path / "more", train={"c": 4}, val={"a": 3, "b": 3, "c": 3})
     options = {"learner": "frozen", "distill": "none", "head": "ncm", "tasks": 1, "range_images": 0}
