@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .data import SCORED, Dataset, Fingerprint, held_out_early, load_dataset, measured_before
 from .errors import InputError, choose
-from .splits import Split
+from .splits import DIGITS, Split
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,16 @@ class Scored:
     "they are the validation images that its training was measured on: accuracy lost since then is forgetting"
     grown: bool = False
     "held out of the folder that it was trained on, which has other pictures by now"
+    enrolled: tuple[str, ...] = ()
+    "files of the images that were enrolled on the device: they are no measure of it"
 
     def limited(self, limit: int, seed: int) -> Scored:
         """The same with at most `limit` images of each class: a sample of them says nothing about forgetting."""
         images = self.images.limited(limit, seed)
-        return replace(self, images=images, comparable=self.comparable and len(images) == len(self.images))
+        comparable = self.comparable and len(images) == len(self.images)
+        there = {str(item) for item in images.items} if self.enrolled else set()
+        enrolled = tuple(file for file in self.enrolled if file in there)
+        return replace(self, images=images, comparable=comparable, enrolled=enrolled)
 
     @property
     def lines(self) -> list[str]:
@@ -39,6 +45,10 @@ class Scored:
         found = [self.dataset.line, f"scored: {self.which}"]
         if self.grown:
             found.append("warning: the pictures have changed since the training: it may have learnt some of these")
+        if self.enrolled:
+            first = "/".join(Path(self.enrolled[0]).parts[-2:]) + (" ..." if len(self.enrolled) > 1 else "")
+            count = f"{len(self.enrolled)} of the {len(self.images)} pictures"
+            found.append(f"warning: {count} were enrolled here ({first}): they make the accuracy too good")
         if self.missing:
             names = ", ".join(self.missing[:8]) + (" ..." if len(self.missing) > 8 else "")
             count = f"{len(self.missing)} of the {self.classes}"
@@ -46,13 +56,20 @@ class Scored:
         return found
 
 
-def find_scored(source: str, split: str, training: Mapping[str, Any] | None, classes: Sequence[str]) -> Scored:
+def find_scored(
+    source: str,
+    split: str,
+    training: Mapping[str, Any] | None,
+    classes: Sequence[str],
+    enrolled: Collection[str] = (),
+) -> Scored:
     """The images of a source that a student is scored on.
 
     Args:
         split: one of SCORED, see Dataset.scored.
         training: metrics.json of the student's run, or "training" of a manifest; None where nobody knows.
         classes: of the student, by name.
+        enrolled: digests of the pictures that it has learnt from on the device, see Split.digest.
 
     Raises: InputError where there is nothing to score.
     """
@@ -79,4 +96,7 @@ def find_scored(source: str, split: str, training: Mapping[str, Any] | None, cla
         known = measured_before(record or {})
         others = any(h not in known.get(c, {h}) for c, h in own.items())
         grown = others and dataset.held_out and record is not None and dataset.is_of(record)
-    return Scored(dataset, images, which, missing, len(classes), comparable and not missing, grown)
+    learnt = [p for d, paths in images.digests.items() if d[:DIGITS] in enrolled for p in paths] if enrolled else []
+    return Scored(
+        dataset, images, which, missing, len(classes), comparable and not missing, grown, tuple(sorted(learnt))
+    )

@@ -91,6 +91,8 @@ class Enrolment:
     "UTC"
     pictures: tuple[str, ...] = ()
     "the files of the bundle that they are in, in the order of their features; empty: they were not kept"
+    digests: tuple[str, ...] = ()
+    "of each picture, see splits.Split.digest: by them an evaluation knows what was learnt; empty in earlier bundles"
 
     def check(self) -> None:
         """There is a picture, and each is kept or none. Raises: MalformedField."""
@@ -98,6 +100,8 @@ class Enrolment:
             raise MalformedField("images", self.images, "1 or more, of a class with a name")
         if len(self.pictures) not in (0, self.images):
             raise MalformedField("pictures", list(self.pictures), f"no file, or {self.images}")
+        if len(self.digests) not in (0, self.images):
+            raise MalformedField("digests", list(self.digests), f"none, or {self.images}")
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def evaluate(runner: Runner, source: str, limit_per_class: int | None = None, sp
     if limit_per_class is not None and limit_per_class < 1:
         raise InputError("limit per class is out of range", got=limit_per_class, expected="1 or more")
     found = find_images(runner, source, split)
-    for line in found.lines:
-        LOG.info(line)
     if limit_per_class is not None:
         found = found.limited(limit_per_class, runner.bundle.manifest.config.get("seed") or 0)
+    for line in found.lines:
+        LOG.info(line)
     return score(runner, found, "classified")
 
 
@@ -55,7 +55,9 @@ def find_images(runner: Runner, source: str, split: str = "auto") -> Scored:
 
     Raises: InputError for a source that is not there, or that has no class of the bundle.
     """
-    return find_scored(source, split, runner.bundle.manifest.training or None, runner.bundle.classes)
+    manifest = runner.bundle.manifest
+    enrolled = {digest for entry in manifest.enrolments for digest in entry.digests}
+    return find_scored(source, split, manifest.training or None, manifest.classes, enrolled)
 
 
 def score(runner: Runner, found: Scored, progress: str | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from .enrolment_checks import (
     left_out,
     losses,
 )
-from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, kept_pictures, known_as
+from .enrolment_record import MOST, Enrolled, Source, check_folder, check_name, digest, kept_pictures, known_as
 from .enrolment_version import (
     answers,
     base_of,
@@ -93,7 +93,7 @@ def enrol(
         check_losses(name, learnt.found["old_classes"], max_drop)
         after = learnt.enrolled
         files = kept_pictures(learnt.sources, after.files.values()) if keep_pictures else {}
-        entry = replace(after.entries[-1], pictures=tuple(files))
+        entry = replace(after.entries[-1], pictures=tuple(files), digests=tuple(map(digest, learnt.sources)))
         after = replace(after, entries=(*after.entries[:-1], entry), files={**after.files, **files})
         LOG.info("self-test of the new version")
         swapped = swap(store, after, learnt.total.classes, learnt.head, learnt.selftest, backend, threads)

@@ -20,6 +20,7 @@ from ..class_statistics import ClassStatistics
 from ..decoder import Picture
 from ..errors import InputError
 from ..folders import hidden
+from ..splits import DIGITS
 
 MOST = 20_000
 "pictures that may be enrolled in one bundle: their features are kept, 4 KB each"
@@ -176,6 +177,12 @@ def kept_pictures(sources: Sequence[Source], others: Iterable[Path | bytes]) -> 
             fix="leave --keep-pictures out: the class is learnt all the same; or make the pictures smaller first",
         )
     return found
+
+
+def digest(source: Source) -> str:
+    """DIGITS hex digits of a SHA-256 over a picture: a file's bytes, or a frame as the PNG that is kept of it."""
+    content = _content(source)[0] if isinstance(source, np.ndarray) else source
+    return hashlib.sha256(content if isinstance(content, bytes) else Path(content).read_bytes()).hexdigest()[:DIGITS]
 
 
 def _content(source: Source) -> tuple[bytes, str]:

@@ -52,6 +52,27 @@ def taught(make_teachable, colours, **options):
     return device
 
 
+def test_an_evaluation_says_which_pictures_were_enrolled(make_teachable, colours, tmp_path):
+    """Also on a device that was taught by the other's pack; in a sample only those of the sample."""
+    photos, device = tmp_path / "photos", make_teachable("device")
+    for name, colour in {**colours.CLASSES, "yellow": YELLOW}.items():
+        (photos / name).mkdir(parents=True)
+        for i, frame in enumerate(colours.pictures(colour, 6)):
+            (photos / name / f"{i}.png").write_bytes(colours.png(frame))
+    enrol(device, "yellow", sorted((photos / "yellow").iterdir())[:3], threads=1)
+    enrol(device, "yellow", colours.pictures(YELLOW, 6)[3:5], threads=1)  # frames: as the PNG that is kept of them
+    export_enrolments(device, tmp_path / "out")
+    api.install_pack(tmp_path / "out" / "enrolments.pack", fleet := make_teachable("fleet"), threads=1)
+    for bundle, limit, count in ((device, None, "5 of the 24"), (fleet, None, "5 of the 24"), (device, 2, "of the 8")):
+        lines: list[str] = []
+        api.evaluate(bundle, f"folder:{photos}", limit, threads=1, split="all", say=lines.append)
+        (line,) = [line for line in lines if "were enrolled here" in line]
+        assert line.startswith("warning: ") and count in line and "(yellow/" in line
+    lines = []
+    api.evaluate(remove(device, "yellow", threads=1)["bundle"], f"folder:{photos}", split="all", say=lines.append)
+    assert not [line for line in lines if "enrolled" in line]
+
+
 def test_calibration_is_of_a_version_from_the_workshop(make_teachable, colours, tmp_path):
     """A copy of the enrolled one alone would leave nothing to enrol on."""
     device = taught(make_teachable, colours)
