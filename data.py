@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ __all__ = (
     "Fingerprint",
     "Split",
     "absolute",
+    "check_spelling",
     "held_out_early",
     "load_dataset",
     "measured_before",
@@ -197,6 +199,23 @@ def absolute(source: str) -> str:
     return f"{kind}:{os.path.abspath(os.path.expanduser(path))}" if path else kind + colon
 
 
+def check_spelling(source: str, classes: Sequence[str], known: Sequence[str]) -> None:
+    """Raises: InputError for a class that reads like one of `known` and is written with other characters.
+
+    An accent may be a character of its own, or not: a folder that went through a Mac may have the other spelling.
+    """
+    spelt = {unicodedata.normalize("NFC", name): name for name in known}
+    for name in classes:
+        other = spelt.get(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise InputError(
+                f"{source}: the class folder {name!r} reads like the class {other!r}, but has other characters",
+                got=ascii(name),
+                expected=ascii(other),
+                fix="rename the folder: an accent is a character of its own in one of the two",
+            )
+
+
 def measured_before(record: Mapping[str, Any]) -> dict[str, set[str]]:
     """Class -> the hashes of what was held out of it, in the run of a "data" record and in those that it extends."""
     found: dict[str, set[str]] = {}
@@ -237,6 +256,7 @@ def load_dataset(source: str, learning: bool = True, early: bool = False) -> Dat
         raise InputError(
             f"{error.filename or path}: cannot be read", got=error.strerror or str(error), fix="mend its permissions"
         ) from error
+    check_spelling(source, dataset.classes, dataset.classes)
     if learning:
         _check_complete(dataset, path)
     return dataset

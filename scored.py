@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .data import SCORED, Dataset, Fingerprint, held_out_early, load_dataset, measured_before
+from .data import SCORED, Dataset, Fingerprint, check_spelling, held_out_early, load_dataset, measured_before
 from .errors import InputError, choose
 from .splits import DIGITS, Split
 
@@ -76,6 +76,7 @@ def find_scored(
     choose("split", split, SCORED)
     record = (training or {}).get("data")
     dataset = load_dataset(source, learning=False, early=held_out_early(training))
+    check_spelling(source, dataset.classes, classes)
     images, which = dataset.scored(split, record)
     there = {dataset.classes[c] for c in set(images.labels.tolist())}
     missing = tuple(c for c in classes if c not in there)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..artefacts.bundle import Bundle
-from ..data import Split, held_out_early, load_dataset
+from ..data import Split, check_spelling, held_out_early, load_dataset
 from ..errors import InputError
 from ..log import LOG
 
@@ -50,6 +50,7 @@ def images_of(
     """
     dataset = load_dataset(source, learning=False, early=held_out_early(bundle.manifest.training))
     LOG.info(dataset.line)
+    check_spelling(source, dataset.classes, bundle.classes)
     position = {name: index for index, name in enumerate(bundle.classes)}
     mapped = np.array([position.get(name, -1) for name in dataset.classes])
     if (mapped < 0).all():

@@ -17,7 +17,7 @@ from .. import __version__
 from ..artefacts.bundle import Bundle, check_target, write_bundle
 from ..artefacts.layout import LAYERS, RANGES, SELECTIONS, SELFTEST, STATISTICS
 from ..class_statistics import ClassStatistics
-from ..data import Dataset, Fingerprint, held_out_early, load_dataset
+from ..data import Dataset, Fingerprint, check_spelling, held_out_early, load_dataset
 from ..errors import InputError
 from ..files import workspace
 from ..heads import best_ridge
@@ -206,6 +206,7 @@ def _check_images(run: Run, dataset: Dataset) -> None:
     The source may have got other classes since, and lost training images.
     """
     classes = run.metrics.classes
+    check_spelling(dataset.source, dataset.classes, classes)
     missing = sorted(set(classes) - {dataset.classes[c] for c in set(dataset.val.labels.tolist())})
     changes = f"without {', '.join(missing[:5])}" if missing else ""
     if not missing and (record := run.metrics.data):

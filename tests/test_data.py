@@ -13,6 +13,7 @@ import pytest
 from cdl_edge.data import VAL_SHARE, Fingerprint, Split, load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.images import Preprocessing
+from cdl_edge.scored import find_scored
 from cdl_edge.splits import copies, joined
 
 SMALL = Preprocessing(8, 8, "bilinear")
@@ -447,6 +448,18 @@ def test_imagenet_r(tmp_path, image_folder):
     root = image_folder(tmp_path, unsplit={"n01443537": 6, "n01484850": 6})
     data = load_dataset(f"imagenet-r:{root}")
     assert data.classes == ("n01443537", "n01484850") and len(data.train) + len(data.val) == 12
+
+
+def test_a_name_that_is_written_in_two_ways_is_told(tmp_path, image_folder):
+    """Both look the same: "a class is missing" beside a folder of that name helped nobody."""
+    letter, accent = "\u00fcber", "u\u0308ber"
+    apart = image_folder(tmp_path / "apart", train={letter: 2, "b": 2}, val={accent: 1, "b": 1})
+    refused(f"folder:{apart}", "reads like the class", "'\\xfcber'", "'u\\u0308ber'", "rename the folder")
+    for mine, theirs in ((letter, accent), (accent, letter)):
+        source = f"folder:{image_folder(tmp_path / ascii(mine), unsplit={mine: 3, 'b': 3})}"
+        assert len(find_scored(source, "auto", None, [mine, "b"]).images)
+        with pytest.raises(InputError, match="reads like the class"):
+            find_scored(source, "auto", None, [theirs, "b"])
 
 
 def test_splits_are_joined_in_order(tmp_path):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..artefacts.layout import RANGES, STUDENT_WEIGHTS, weights_of
 from ..artefacts.run_record import ParentRun, Row
-from ..data import Dataset, Fingerprint
+from ..data import Dataset, Fingerprint, check_spelling
 from ..errors import InputError
 from ..files import sha256
 from ..log import LOG
@@ -91,6 +91,7 @@ class Parent:
 
         Raises: InputError where a class of the run is missing, nothing is new, or a new class has nothing to learn.
         """
+        check_spelling(dataset.source, dataset.classes, self.classes)
         measured = {dataset.classes[c] for c in set(dataset.val.labels.tolist())}
         missing = [c for c in self.classes if c not in measured]
         if missing:

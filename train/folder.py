@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from ..artefacts.layout import CONFIG, METRICS
-from ..data import Dataset, Fingerprint, absolute
+from ..data import Dataset, Fingerprint, absolute, check_spelling
 from ..errors import InputError
 from ..files import hold, writable, write_json
 from .checkpoint import before, load_kept
@@ -98,6 +98,7 @@ class RunFolder:
 
 def check_images(path: Path, learnt: Fingerprint, dataset: Dataset) -> None:
     """Raises: InputError where `dataset` is not what the run in `path` has learnt from."""
+    check_spelling(dataset.source, dataset.classes, list(learnt.val))
     if changes := learnt.changes(dataset.fingerprint):
         raise InputError(
             f"{dataset.source}: not the images that {path} was started with",

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.export.export_bundle import _portable
 from cdl_edge.log import told
@@ -18,7 +19,7 @@ from cdl_edge.train import loop
 from cdl_edge.train.augment import Normalise
 from cdl_edge.train.checkpoint import load_state, save_state
 from cdl_edge.train.evaluate import evaluate_run
-from cdl_edge.train.extend import grown, inherit
+from cdl_edge.train.extend import Parent, grown, inherit
 from cdl_edge.train.loop import _Training, train
 from cdl_edge.train.run import load_run
 
@@ -315,6 +316,14 @@ def test_classes_that_do_not_fit(tmp_path, finished, extending, photos):
     shutil.rmtree(data / "val" / "b")
     refused(lambda: extending(run, data=f"folder:{data}"), "1 of the 4 classes", "without b", "val/<class>")
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_learnt_class_in_another_spelling(tmp_path, finished, extending, image_folder):
+    parent = Parent(extending(finished(learner="frozen", distill="none", head="ncm", epochs=3, range_images=0)))
+    parent.classes = ("\u00e4", "b")
+    spelt = image_folder(tmp_path / "spelt", unsplit=dict.fromkeys(("a\u0308", "b", "new"), 2))
+    with pytest.raises(InputError, match="reads like the class"):
+        parent.new_images(load_dataset(f"folder:{spelt}"))
 
 
 @pytest.mark.slow
