@@ -57,7 +57,7 @@ class Fingerprint:
     train: Mapping[str, str]
     val: Mapping[str, str]
     pictures: tuple[str, ...] = ()
-    "of some validation images, see Split.samples: they tell a folder that has grown since from one that is another"
+    "of some images of both, see Split.samples: they tell a folder that has grown since from one that is another"
 
     @cached_property
     def whole(self) -> str:
@@ -118,7 +118,8 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """A fingerprint of class names, file names and file bytes; where the folder lies is of no account."""
-        return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes), self.val.samples)
+        samples = (*self.val.samples, *self.train.samples)
+        return Fingerprint(self.train.hashes(self.classes), self.val.hashes(self.classes), samples)
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -345,11 +345,12 @@ def test_the_fingerprint_of_files_is_names_and_bytes(tmp_path, image_folder, cha
     assert Fingerprint.from_json(json.loads(json.dumps(before.to_json()))) == before
 
 
-def test_a_fingerprint_names_two_held_out_pictures_of_each_class(tmp_path, image_folder):
+def test_a_fingerprint_names_two_pictures_of_each_class_and_part(tmp_path, image_folder):
     root = image_folder(tmp_path / "p", train={"a": 3, "b": 2}, val={"a": 3, "b": 1})
     data = load_dataset(f"folder:{root}")
     named = data.fingerprint.pictures
-    assert len(named) == 3 and set(named) <= {data.val.digest(i) for i in range(4)}
+    held_out, learnt = ({part.digest(i) for i in range(len(part))} for part in (data.val, data.train))
+    assert (len(held_out & {*named}), len(learnt & {*named}), len(named)) == (3, 4, 7)
     (root / "val" / "a" / "new.png").write_bytes((root / "train" / "a" / "000.png").read_bytes())
     assert load_dataset(f"folder:{root}").fingerprint.whole != data.fingerprint.whole
     assert replace(data.fingerprint, pictures=()).whole == data.fingerprint.whole  # older runs have none

@@ -154,6 +154,18 @@ def test_of_the_images_of_the_training_only_those_held_out_count(make_bundle, te
     assert any("changed since the training" in line for line in lines) == bool(grown)
 
 
+def test_the_training_images_alone_are_no_test_set(make_bundle, test_set, image_folder, tmp_path):
+    """Class folders without parts, but those of PATH/train: all were scored, and all were learnt."""
+    image_folder(tmp_path / "whole", val=dict.fromkeys(COLOURS, 2))
+    (tmp_path / "t").rename(tmp_path / "whole" / "train")
+    trained = {"data": record(f"folder:{tmp_path / 'whole'}")}
+    lines = []
+    with load(make_bundle(training=trained), threads=1) as runner, told(lines.append):
+        report = evaluate(runner, f"folder:{tmp_path / 'whole' / 'train'}")
+    assert (report["images"], report["split"]) == (4, "validation images, a fifth of each class")
+    assert any("it may have learnt some of these" in line for line in lines), lines
+
+
 def test_a_folder_of_the_same_name_elsewhere_is_another(make_bundle, test_set, folder, tmp_path):
     """A bundle keeps no place: `folder:t` of its maker says nothing about `folder:t` of its user."""
     trained = {"data": {**record(folder(VAL)), "given": test_set}}
