@@ -148,10 +148,11 @@ class Split:
                     fix="replace the files or remove the class folder",
                 )
 
-    def decode(self, preprocessing: Preprocessing) -> Decoded:
+    def decode(self, preprocessing: Preprocessing, sampled: bool = False) -> Decoded:
         """Read every image; an unreadable one is named and left out.
 
-        Raises: InputError when a class loses all of its images.
+        sampled: these are some images of a larger split, in which a class may have others.
+        Raises: InputError when a class loses all of its images, unless `sampled`; when no image is left.
         """
 
         def one(item: Path | np.ndarray) -> np.ndarray | str:
@@ -168,7 +169,7 @@ class Split:
         good = [i for i, r in enumerate(results) if not isinstance(r, str)]
         skipped = tuple(r for r in results if isinstance(r, str))
         lost = sorted(set(self.labels.tolist()) - set(self.labels[good].tolist()))
-        if lost:
+        if lost and (not sampled or not good):
             raise InputError(
                 f"no readable image is left of {len(lost)} class(es)",
                 # The first file of a lost class: its path says which class it is.

@@ -80,9 +80,8 @@ def images_of(
     labels = mapped[validation.labels]
     tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
     whole = set(range(len(bundle.classes))) <= set(given.tolist())
-    return CalibrationImages(
-        training.decode(bundle.preprocessing).pixels, validation.pixels, labels, tasks, dataset.summary, whole
-    )
+    pixels = training.decode(bundle.preprocessing, sampled=True).pixels
+    return CalibrationImages(pixels, validation.pixels, labels, tasks, dataset.summary, whole)
 
 
 def _spread(split: Split, tasks: np.ndarray, per_task: int) -> Split:

@@ -180,9 +180,10 @@ def _confidence(draft: Bundle, runner: Runner, dataset: Dataset) -> tuple[dict[s
     position = {name: index for index, name in enumerate(draft.classes)}
     index_here = np.array([position.get(name, -1) for name in dataset.classes])
     tasks = [[i for i, c in enumerate(index_here) if c in task] for task in draft.tasks]
-    parts = [sample(dataset.val.of_classes(task), KNOWN_IMAGES).decode(draft.preprocessing) for task in tasks]
-    pixels = np.concatenate([part.pixels for part in parts])
-    labels = index_here[np.concatenate([part.labels for part in parts])]
+    parts = [sample(dataset.val.of_classes(task), KNOWN_IMAGES) for task in tasks]
+    decoded = [part.decode(draft.preprocessing, sampled=True) for part in parts]
+    pixels = np.concatenate([part.pixels for part in decoded])
+    labels = index_here[np.concatenate([part.labels for part in decoded])]
 
     def computed(graph: Runner) -> dict[str, np.ndarray]:
         images = graph.signature.images
@@ -243,9 +244,9 @@ def _statistics(run: Run) -> Path:
 
 def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:
     """uint8 (count, S, S, 3)."""
-    pixels = sample(dataset.val, count).decode(run.preprocessing).pixels
+    pixels = sample(dataset.val, count).decode(run.preprocessing, sampled=True).pixels
     if len(pixels) < count:
-        more = sample(dataset.train, count - len(pixels)).decode(run.preprocessing).pixels
+        more = sample(dataset.train, count - len(pixels)).decode(run.preprocessing, sampled=True).pixels
         pixels = np.concatenate([pixels, more])
     return pixels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from cdl_edge.errors import GateError, InputError
 from cdl_edge.export import export_bundle as module
 from cdl_edge.export.export_bundle import export
 from cdl_edge.files import sha256
+from cdl_edge.images import Preprocessing
 from cdl_edge.log import told
 from cdl_edge.measurement.evaluate import evaluate
 from cdl_edge.runtime import load, open_bundle
@@ -358,3 +360,16 @@ def test_wrong_input(make_run, tmp_path):
     with pytest.raises(InputError, match="not a finished run"):
         export(tmp_path / "nowhere", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_may_lose_a_class_to_a_picture_that_cannot_be_read(tmp_path, image_folder):
+    """The run has skipped it, and has others of the class; one image a class was drawn, and nothing was written."""
+    root = image_folder(tmp_path / "p", train={"a": 4, "b": 4}, val={"a": 3, "b": 3})
+    for broken in ("val/a/000.png", "train/b/003.png"):
+        (root / broken).write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    data, run = load_dataset(f"folder:{root}"), SimpleNamespace(preprocessing=Preprocessing(16, 16))
+    assert len(module._real_images(run, data, 2)) == 2  # the last of b, then a training image in its place
+    with pytest.raises(InputError, match="no readable image is left of 1 class"):
+        data.val.take(np.array([0, 5])).decode(run.preprocessing)
+    with pytest.raises(InputError, match="no readable image is left"):
+        data.val.take(np.array([0])).decode(run.preprocessing, sampled=True)
