@@ -88,6 +88,8 @@ def test_classes_that_are_missing(finished, tmp_path, image_folder):
 
 def test_of_a_test_set_in_class_folders_all_images_count(finished, tmp_path, image_folder):
     root = image_folder(tmp_path / "p", unsplit=dict.fromkeys("abcd", 5))
+    for file in root.rglob("*.png"):  # as they are drawn they are the training images
+        file.write_bytes(file.read_bytes() + b" ")
     assert evaluate_run(finished[0], f"folder:{root}")["images"] == 20
     assert evaluate_run(finished[0], f"folder:{root}", split="val")["images"] == 4
 
