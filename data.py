@@ -153,7 +153,7 @@ class Dataset:
 
         Args:
             split: one of SCORED. auto: the validation images; of class folders without parts all images, unless the
-                student was trained on some of them.
+                student was trained on some of them. Those of PATH/val alone, too: all were held out.
             trained: the "data" record of the student's run; None where nobody knows.
 
         Raises: InputError for a part that is not there.
@@ -161,7 +161,7 @@ class Dataset:
         choose("split", split, SCORED)
         if split == "auto":
             own = not self.held_out or trained is None or self.is_of(trained)
-            split = "val" if own else "all"
+            split = "val" if own and not self._held_out_of(trained or {}) else "all"
         if split == "all":
             return joined([s for s in (self.train, self.val, self.test) if s is not None]), "all images"
         if split == "test" and self.test is None and self.parts.get("val", "").lower() not in ("test", "testing"):
@@ -187,6 +187,14 @@ class Dataset:
         learnt = Fingerprint.from_json(trained["fingerprint"])
         # A class's hash changes with every picture that is added to it.
         return learnt.shares(self.fingerprint) or not self._known.isdisjoint(learnt.pictures)
+
+    def _held_out_of(self, trained: Mapping[str, Any]) -> bool:
+        """Whether all of these images were held out of a training, and of those that it went on from."""
+        if not self.held_out or len(self.train) + len(self.val) > trained.get("validation", 0):
+            return False  # most are told by their number: no file of them is read
+        mine = joined([self.train, self.val]).hashes(self.classes)
+        known = measured_before(trained)
+        return bool(mine) and all(known.get(name) == {digest} for name, digest in mine.items())
 
     @cached_property
     def _known(self) -> set[str]:

@@ -124,7 +124,7 @@ def test_set(tmp_path):
 
 def record(source):
     dataset = load_dataset(source)
-    return {"given": "folder:x", "fingerprint": dataset.fingerprint.to_json()}
+    return {"given": "folder:x", "validation": len(dataset.val), "fingerprint": dataset.fingerprint.to_json()}
 
 
 def test_of_a_test_set_in_class_folders_all_images_count(make_bundle, test_set, folder):
@@ -164,6 +164,24 @@ def test_the_training_images_alone_are_no_test_set(make_bundle, test_set, image_
         report = evaluate(runner, f"folder:{tmp_path / 'whole' / 'train'}")
     assert (report["images"], report["split"]) == (4, "validation images, a fifth of each class")
     assert any("it may have learnt some of these" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_of_the_images_that_were_held_out_all_count(make_bundle, test_set, image_folder, tmp_path, before):
+    """PATH/val alone: a fifth was scored, with a warning that it may have been learnt. None was."""
+    image_folder(tmp_path / "whole", train=dict.fromkeys(COLOURS, 3))
+    (tmp_path / "t").rename(tmp_path / "whole" / "val")
+    trained = record(f"folder:{tmp_path / 'whole'}")
+    if before:  # the run goes on from one that had others of red in `val`: these may have been learnt there
+        other = {**trained["fingerprint"], "val": {**trained["fingerprint"]["val"], "red": "0" * 16}}
+        trained["before"] = [{**trained, "fingerprint": other}]
+    lines = []
+    with load(make_bundle(training={"data": trained}), threads=1) as runner, told(lines.append):
+        report = evaluate(runner, f"folder:{tmp_path / 'whole' / 'val'}")
+    assert (report["images"], report["split"]) == (
+        (4, "validation images, a fifth of each class") if before else (20, "all images")
+    )
+    assert any("it may have learnt some" in line for line in lines) == before, lines
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_another(make_bundle, test_set, folder, tmp_path):
