@@ -153,7 +153,7 @@ class Dataset:
 
         Args:
             split: one of SCORED. auto: the validation images; of class folders without parts all images, unless the
-                student was trained on some of them. Those of PATH/val alone, too: all were held out.
+                student was trained on some of them. Of PATH/val alone all images count, too: none was learnt from.
             trained: the "data" record of the student's run; None where nobody knows.
 
         Raises: InputError for a part that is not there.
@@ -185,8 +185,10 @@ class Dataset:
         if "source" in trained and {self.source, absolute(self.source)} & {trained["given"], trained["source"]}:
             return True
         learnt = Fingerprint.from_json(trained["fingerprint"])
-        # A class's hash changes with every picture that is added to it.
-        return learnt.shares(self.fingerprint) or not self._known.isdisjoint(learnt.pictures)
+        # A class's hash changes with every picture that is added to it. A test set may hold a copy of one picture; of a
+        # folder that was learnt from, each class brings those that were named.
+        classes = sum(name in learnt.val for name in self.classes)
+        return learnt.shares(self.fingerprint) or len(self._known.intersection(learnt.pictures)) >= max(1, classes)
 
     def _held_out_of(self, trained: Mapping[str, Any]) -> bool:
         """Whether all of these images were held out of a training, and of those that it went on from."""
@@ -194,7 +196,8 @@ class Dataset:
             return False  # most are told by their number: no file of them is read
         mine = joined([self.train, self.val]).hashes(self.classes)
         known = measured_before(trained)
-        return bool(mine) and all(known.get(name) == {digest} for name, digest in mine.items())
+        learnt = {name: digest for name, digest in mine.items() if name in known}
+        return bool(learnt) and all(known[name] == {digest} for name, digest in learnt.items())
 
     @cached_property
     def _known(self) -> set[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..artefacts.bundle import Bundle, check_target, open_bundle, write_bundle
+from ..artefacts.bundle import VERSIONS, Bundle, check_target, open_bundle, write_bundle
 from ..artefacts.layout import SCHEMES_KEY
-from ..errors import InputError, choose
+from ..errors import InputError, choose, command_line
 from ..files import workspace
 from ..log import LOG
 from ..ranges import Ranges, TensorRange, merge_tensors
@@ -96,12 +96,12 @@ def calibrate(
         raise InputError(f"{opened.path}: a graph for {opened.batch} images", expected="one image, or any number")
     if (workshop := opened.manifest.enrolled_on) is not None:
         # The copy would hold one version alone, without the one that classes are enrolled in and taken out of.
+        again = command_line("calibrate", _beside(opened.path, workshop))
         raise InputError(
             f"{opened.path}: classes were enrolled in this version",
             got=f"version {opened.manifest.version}, made on {workshop}",
             expected="a version as `export` made it",
-            fix=f"calibrate its folder `versions/{workshop}`, then bring the result to the device by cdl-edge pack "
-            "create and pack install: what was enrolled there stays",
+            fix=f"on the device: {again} --out NEW, then pack create and pack install: what was enrolled stays",
         )
     found = images_of(opened, data, images or PER_TASK, limit_per_class) if data is not None else None
     labels = found.labels if found is not None and len(found.labels) else None
@@ -170,6 +170,12 @@ def calibrate(
     written = write_bundle(Path(out), {**manifest, "quantisation": document}, files, replace)
     sizes = {name: entry.bytes for name, entry in written.manifest.files.items()}
     return {**document, "bundle": str(written.path), "bytes": sizes, "data": found.summary if found else None}
+
+
+def _beside(path: Path, version: str) -> Path:
+    """The folder of another version of a bundle, which is given as a whole or as one version."""
+    versions = path.parent if path.parent.name == VERSIONS else path / VERSIONS
+    return versions / version
 
 
 def _strengths(smooth: float | str | None) -> list[float | None]:

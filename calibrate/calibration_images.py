@@ -76,7 +76,7 @@ def images_of(
             expected=f"{LARGEST_BYTES / 1e9:.1f} GB",
             fix="use --limit-per-class",
         )
-    validation = known.decode(bundle.preprocessing)
+    validation = known.decode(bundle.preprocessing, sampled=limit_per_class is not None)
     labels = mapped[validation.labels]
     tasks = tuple(sorted({int(t) for t in task_of[given[given >= 0]]}))
     whole = set(range(len(bundle.classes))) <= set(given.tolist())

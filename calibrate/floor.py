@@ -73,9 +73,8 @@ def recommend(
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
     """The fastest backend and precision that answer like fp32, and those that were faster, with what is against them.
 
-    One that the self-test refuses would be no use: a device asks it of whatever it installs.
-
-    Another precision than fp32 has to be faster by GAIN: the time of a turn tells no less apart.
+    One that the self-test refuses would be no use: a device asks it of whatever it installs. Another precision than
+    fp32 has to be faster by GAIN: the time of a turn tells no less apart.
 
     Args:
         timed: of `latency.time_candidates`. expected: logits (N, C) of fp32 about the same images. labels: (N,).

@@ -36,6 +36,8 @@ from .profiles import Profile, get_profile
 from .student_graph import StudentGraph
 
 SELFTEST_IMAGES = 4
+SPARE = 8
+"training images that are read at least, where validation images are too few: some of them may be unreadable"
 KNOWN_IMAGES = 100
 """validation images of each task that confidence and selections are taken from. The task posterior was as good with
 four times as many to 0.03 nats; a temperature needs fewer (ImageNet at 32 x 32, 100 classes, 2026-11-21)."""
@@ -246,8 +248,10 @@ def _real_images(run: Run, dataset: Dataset, count: int) -> np.ndarray:
     """uint8 (count, S, S, 3)."""
     pixels = sample(dataset.val, count).decode(run.preprocessing, sampled=True).pixels
     if len(pixels) < count:
-        more = sample(dataset.train, count - len(pixels)).decode(run.preprocessing, sampled=True).pixels
-        pixels = np.concatenate([pixels, more])
+        missing = count - len(pixels)  # some more are read: the only one that is missing may be unreadable
+        more = sample(dataset.train, max(missing, SPARE)).decode(run.preprocessing, sampled=True).pixels
+        spread = np.linspace(0, len(more) - 1, min(missing, len(more))).round().astype(np.int64)
+        pixels = np.concatenate([pixels, more[spread]])
     return pixels
 
 

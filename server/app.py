@@ -204,13 +204,17 @@ async def _probing(server: Server) -> None:
 
 
 async def _watch(server: Server) -> None:
-    """Every WATCH_S: is there another version on the disk? One that cannot be put in is named once."""
-    seen = None  # loading takes a while, and another version may have come meanwhile
+    """Every WATCH_S: is there another version on the disk? One that cannot be put in is named once.
+
+    What two looks find alike is taken: while a bundle is copied over, file by file, each look finds another one.
+    """
+    seen = before = None  # loading takes a while, and another version may have come meanwhile
     with ThreadPoolExecutor(1, "cdl-edge-watch") as looking:
         while True:
             await anyio.sleep(WATCH_S)
-            found = server.stamp()
-            if found is None or found == seen:
+            found, last = server.stamp(), before
+            before = found
+            if found is None or found == seen or found != last:
                 continue
             looked = looking.submit(server.follow)
             await anyio.to_thread.run_sync(wait, [looked])

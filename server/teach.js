@@ -12,6 +12,7 @@ let stale = false; // they have changed since
 let judged = ""; // what was asked last
 let eye = null; // the camera's stream in the Teach tab
 let lastTaught = null; // its name, for Undo
+let obstacle = false; // nothing can be taught to this bundle
 
 function showTab(name) {
   for (const tab of TABS) {
@@ -245,8 +246,10 @@ $("teach-undo").addEventListener("click", () => takeOut(lastTaught));
 
 async function taught() {
   const found = await ask("/enrolments").catch(() => ({ enrolments: [] }));
-  problem("teach-obstacle", found.obstacle ? `This bundle learns no class here: ${found.obstacle}.` : "");
-  $("teach-panel").inert = Boolean(found.obstacle);
+  obstacle = Boolean(found.obstacle);
+  problem("teach-obstacle", obstacle ? `This bundle learns no class here: ${found.obstacle}.` : "");
+  $("teach-pictures").inert = obstacle;
+  choose();
   const counts = new Map();
   for (const entry of found.enrolments) counts.set(entry.name, (counts.get(entry.name) || 0) + entry.images);
   $("taught").replaceChildren(...[...counts].map(([name, images]) => {
@@ -312,7 +315,8 @@ const chosen = () => [...$("gallery-pictures").querySelectorAll("input:checked")
 function choose() {
   const some = chosen().length > 0;
   $("gallery-row").hidden = !$("gallery-pictures").children.length;
-  $("gallery-sort").disabled = $("gallery-teach").disabled = !some || !$("gallery-name").value.trim();
+  $("gallery-sort").disabled = !some || !$("gallery-name").value.trim();
+  $("gallery-teach").disabled = $("gallery-sort").disabled || obstacle;
   $("gallery-discard").disabled = !some;
 }
 

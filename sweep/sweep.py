@@ -11,7 +11,7 @@ from .. import __version__
 from ..artefacts.layout import CONFIG
 from ..artefacts.layout import METRICS as METRICS_FILE
 from ..artefacts.run_record import Metrics, read_metrics
-from ..data import Dataset, Fingerprint, absolute, load_dataset
+from ..data import Dataset, Fingerprint, absolute, check_spelling, load_dataset
 from ..errors import InputError
 from ..files import hold, write_json, write_text
 from ..log import LOG
@@ -254,7 +254,9 @@ def _as_begun(out: Path, options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _check_images(path: Path, record: Mapping[str, Any], dataset: Dataset) -> None:
     """record: "data" of what has run. Raises: InputError where that learnt from other images."""
-    if changes := Fingerprint.from_json(record["fingerprint"]).changes(dataset.fingerprint):
+    learnt = Fingerprint.from_json(record["fingerprint"])
+    check_spelling(dataset.source, dataset.classes, list(learnt.val))
+    if changes := learnt.changes(dataset.fingerprint):
         raise InputError(
             f"{dataset.source}: not the images that {path} was started with",
             got=changes,

@@ -98,8 +98,10 @@ class Enrolled:
         theirs = {x.tobytes(): entry for entry, x in other._parts()}
         entries, parts = [], [x for _, x in self._parts()]
         for entry, x in self._parts():
-            same = theirs.pop(x.tobytes(), None)
-            entries.append(entry if entry.pictures or same is None else replace(entry, pictures=same.pictures))
+            if (same := theirs.pop(x.tobytes(), None)) is not None:
+                kept, digests = entry.pictures or same.pictures, entry.digests or same.digests
+                entry = replace(entry, pictures=kept, digests=digests)
+            entries.append(entry)
         more = [(entry, x) for entry, x in other._parts() if x.tobytes() in theirs]
         entries += [entry for entry, _ in more]
         names = {picture for entry in entries for picture in entry.pictures}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_a_sample_is_that_of_evaluate(bundle, source):
     scored = find_scored(source, "auto", training, bundle.classes).limited(3, 5)
     found = images_of(bundle, source, 1, 3)
     assert np.array_equal(found.validation, scored.images.decode(bundle.preprocessing).pixels)
+
+
+def test_a_sample_may_lose_a_class_to_a_picture_that_cannot_be_read(bundle, source, tmp_path):
+    root = Path(shutil.copytree(source.removeprefix("folder:"), tmp_path / "copy"))
+    scored = find_scored(f"folder:{root}", "auto", bundle.manifest.training, bundle.classes)
+    Path(scored.limited(1, 0).images.items[0]).write_bytes(b"no picture")
+    found = images_of(bundle, f"folder:{root}", 4, 1)
+    assert len(found.validation) == len(set(found.labels)) == 9
 
 
 def test_training_images_are_spread_over_the_classes_of_a_task(bundle, source):

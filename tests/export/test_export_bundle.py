@@ -365,7 +365,7 @@ def test_wrong_input(make_run, tmp_path):
 def test_a_sample_may_lose_a_class_to_a_picture_that_cannot_be_read(tmp_path, image_folder):
     """The run has skipped it, and has others of the class; one image a class was drawn, and nothing was written."""
     root = image_folder(tmp_path / "p", train={"a": 4, "b": 4}, val={"a": 3, "b": 3})
-    for broken in ("val/a/000.png", "train/b/003.png"):
+    for broken in ("val/a/000.png", "train/a/000.png", "train/b/003.png"):
         (root / broken).write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     data, run = load_dataset(f"folder:{root}"), SimpleNamespace(preprocessing=Preprocessing(16, 16))
     assert len(module._real_images(run, data, 2)) == 2  # the last of b, then a training image in its place

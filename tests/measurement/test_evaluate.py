@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from cdl_edge.data import _ranks, load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.log import told
-from cdl_edge.measurement.evaluate import evaluate, forgetting
+from cdl_edge.measurement.evaluate import evaluate, find_images, forgetting
 from cdl_edge.runtime import load
 
 COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "grey": (120, 120, 120)}
@@ -176,12 +178,25 @@ def test_of_the_images_that_were_held_out_all_count(make_bundle, test_set, image
         other = {**trained["fingerprint"], "val": {**trained["fingerprint"]["val"], "red": "0" * 16}}
         trained["before"] = [{**trained, "fingerprint": other}]
     lines = []
+    alone = f"folder:{tmp_path / 'whole' / 'val'}"
     with load(make_bundle(training={"data": trained}), threads=1) as runner, told(lines.append):
-        report = evaluate(runner, f"folder:{tmp_path / 'whole' / 'val'}")
+        report = evaluate(runner, alone)
+        assert find_images(runner, alone).comparable != before  # with it, forgetting is known
     assert (report["images"], report["split"]) == (
         (4, "validation images, a fifth of each class") if before else (20, "all images")
     )
     assert any("it may have learnt some" in line for line in lines) == before, lines
+
+
+def test_copies_of_some_pictures_do_not_make_a_test_set_the_training_folder(make_bundle, test_set, image_folder):
+    """One picture that had been learnt from was enough: a fifth of the other ones was scored."""
+    train = Path(test_set.removeprefix("folder:"))
+    trained = {"data": record(test_set)}
+    other = image_folder(train.parent / "other", unsplit=dict.fromkeys(COLOURS, 6))
+    for name in ("red", "green"):
+        shutil.copy(train / name / "0.png", other / name / "copy.png")
+    with load(make_bundle(training=trained), threads=1) as runner:
+        assert evaluate(runner, f"folder:{other}")["split"] == "all images"
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_another(make_bundle, test_set, folder, tmp_path):

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 
+from cdl_edge.data import load_dataset
 from cdl_edge.errors import InputError
 from cdl_edge.sweep import sweep as module
 from cdl_edge.sweep.processes import hold
 
+SPELT = ("k\u00fche", "ku\u0308he")
 SMALL = {"learners": "l2p,apt", "distillers": "none,kdp", "seeds": "0,1"}
 
 
@@ -113,6 +115,13 @@ def test_a_sweep_whose_pictures_have_changed_is_refused(run_sweep, fakes, tmp_pa
     fakes.started.clear()
     refused(lambda: run_sweep(**{**options, "seeds": "0,1,2"}), "not the images that", "other pictures of a, b")
     assert fakes.started == []
+
+
+def test_a_sweep_tells_of_an_accent_that_is_written_in_the_other_way(tmp_path, image_folder):
+    """It was a class that had gone and a new one of the same looks."""
+    begun, now = (image_folder(tmp_path / n, train={n: 2, "b": 2}, val={n: 1, "b": 1}) for n in SPELT)
+    record = load_dataset(f"folder:{begun}").record
+    refused(lambda: module._check_images(tmp_path, record, load_dataset(f"folder:{now}")), "reads like the class")
 
 
 @pytest.mark.slow

@@ -76,11 +76,20 @@ def test_an_evaluation_says_which_pictures_were_enrolled(make_teachable, colours
 def test_calibration_is_of_a_version_from_the_workshop(make_teachable, colours, tmp_path):
     """A copy of the enrolled one alone would leave nothing to enrol on."""
     device = taught(make_teachable, colours)
-    workshop = f"versions/{open_bundle(device).manifest.enrolled_on}"
-    with pytest.raises(InputError, match="classes were enrolled") as error:
-        api.calibrate(device, tmp_path / "eight")
-    assert workshop in str(error.value) and not (tmp_path / "eight").exists()
-    assert not open_bundle(device / workshop).manifest.enrolments
+    workshop = device / "versions" / str(open_bundle(device).manifest.enrolled_on)
+    for given in (device, open_bundle(device).path):
+        with pytest.raises(InputError, match="classes were enrolled") as error:
+            api.calibrate(given, tmp_path / "eight")
+        assert f"cdl-edge calibrate {workshop} --out" in str(error.value) and not (tmp_path / "eight").exists()
+    assert not open_bundle(workshop).manifest.enrolments
+
+
+def test_digests_that_another_device_knows_are_taken_over():
+    """Enrolments of earlier versions have none: an evaluation would not know their pictures."""
+    entry, x = Enrolment("red", 2, "2026-11-28T00:00:00Z"), np.ones((2, 3), np.float32)
+    known = dataclasses.replace(entry, digests=("0" * 16, "1" * 16))
+    for mine, theirs in ((entry, known), (known, entry)):
+        assert Enrolled((mine,), x).joined(Enrolled((theirs,), x)).entries == (known,)
 
 
 # -- a pack from the workshop ------------------------------------------------------------------------------------------
