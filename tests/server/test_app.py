@@ -373,6 +373,17 @@ def test_a_look_at_the_disk_keeps_nobody_from_changing_it(make_server, monkeypat
     assert locked == [False]
 
 
+def test_the_watch_waits_until_nothing_is_copied_any_more(make_server, make_client, monkeypatch):
+    """Each file of a bundle that is copied over was loaded with, refused, logged and counted as a failed exchange."""
+    monkeypatch.setattr(application, "WATCH_S", 0.005)
+    server, looks, followed = make_server(), [], []
+    monkeypatch.setattr(server, "stamp", lambda: looks.append(1) or min(len(looks), 20))
+    monkeypatch.setattr(server, "follow", lambda: followed.append(len(looks)))
+    make_client(server, watch=True)
+    until(lambda: len(looks) > 25)
+    assert followed == [21]  # the first look that found what the one before had found
+
+
 @pytest.mark.parametrize(
     "error", [ZeroDivisionError("odd"), KeyError("signatures"), InputError("bad"), RecursionError()]
 )
@@ -381,7 +392,7 @@ def test_whatever_lies_on_the_disk_the_watch_goes_on(make_server, make_client, m
     monkeypatch.setattr(application, "WATCH_S", 0.01)
     stamps = iter(range(1_000_000))
     server = make_server()
-    monkeypatch.setattr(server, "stamp", lambda: next(stamps))
+    monkeypatch.setattr(server, "stamp", lambda: next(stamps) // 2)  # two looks find the same
     monkeypatch.setattr(server, "follow", lambda: _raise(error))
     client = make_client(server, watch=True)
     end = time.monotonic() + 20
