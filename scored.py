@@ -69,7 +69,7 @@ def find_scored(
         split: one of SCORED, see Dataset.scored.
         training: metrics.json of the student's run, or "training" of a manifest; None where nobody knows.
         classes: of the student, by name.
-        enrolled: digests of the pictures that it has learnt from on the device, see Split.digest.
+        enrolled: digests of the pictures that it has learnt from on the device: DIGITS digits of their SHA-256.
 
     Raises: InputError where there is nothing to score.
     """

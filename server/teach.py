@@ -24,7 +24,7 @@ async def enrolments(request: Request) -> Response:
     """GET /enrolments: what was enrolled, why nothing can be, and what may be sent in one request."""
     server = server_of(request)
     found = await anyio.to_thread.run_sync(enrol.enrolments, server.source)
-    obstacle = await anyio.to_thread.run_sync(enrol.obstacle, server.source)
+    obstacle = enrol.obstacle(server.live.runner.bundle)
     limits = {"pictures": server.limits.pictures, "body_bytes": server.limits.body_bytes, "max_drop": enrol.MAX_DROP}
     version = server.live.health()["version"]
     return answered({"enrolments": found, "obstacle": obstacle, "version": version, "limits": limits})

@@ -275,15 +275,14 @@ def enrolments(bundle: Path | str) -> list[dict[str, Any]]:
     return [{"name": e.name, "images": e.images, "at": e.at, "kept": len(e.pictures)} for e in entries]
 
 
-def obstacle(bundle: Path | str) -> str | None:
-    """Why nothing can be enrolled in a bundle, in one line; None: a class can. Raises: InputError for no bundle."""
-    opened, _ = read_store(Path(bundle))
-    if opened.manifest.enrolled_on is not None:
+def obstacle(bundle: Bundle) -> str | None:
+    """Why nothing can be enrolled in a bundle, in one line; None: a class can."""
+    if bundle.manifest.enrolled_on is not None:
         return None
     try:
-        check_base(opened)
+        check_base(bundle)
     except InputError as error:
-        return str(error).splitlines()[0].removeprefix(f"{opened.path}: ")
+        return str(error).splitlines()[0].removeprefix(f"{bundle.path}: ")
     return None
 
 

@@ -359,20 +359,6 @@ def test_a_bundle_that_is_copied_over_file_by_file_is_put_in(make_server, make_c
     until(lambda: client.get("/health").json()["model"]["classes"] == 5)
 
 
-def test_a_look_at_the_disk_keeps_nobody_from_changing_it(make_server, monkeypatch):
-    """A client that sends one change after another got 409 for the second: the watch was looking at the first."""
-    server = make_server()
-    locked = []
-
-    def look(*arguments, **options):
-        locked.append(server.changing.locked())
-        return open_bundle(*arguments, **options)
-
-    monkeypatch.setattr("cdl_edge.server.server.open_bundle", look)
-    server.follow()
-    assert locked == [False]
-
-
 def test_the_watch_waits_until_nothing_is_copied_any_more(make_server, make_client, monkeypatch):
     """Each file of a bundle that is copied over was loaded with, refused, logged and counted as a failed exchange."""
     monkeypatch.setattr(application, "WATCH_S", 0.005)
